@@ -1,0 +1,166 @@
+"""The mask of a prefix tree: a mask_mod of three lines, and its block tables without evaluating it.
+
+With lo and hi the least and greatest `end` in each block of 128 keys, query block i and key block j:
+
+    visible(i, j) = j <= i and hi[j] > 128 * i          some query of i may see some key of j
+    full(i, j)    = j <  i and lo[j] >= 128 * (i + 1)   every query of i sees every key of j
+    partial       = visible and not full
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexpg.tree import BLOCK, PrefixTree
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def tree_mask_mod(end: Tensor) -> MaskMod:
+    """A token sees itself and its ancestors, and nothing else.
+
+    Args:
+        end: [S] int32, one past the last packed token of each token's subtree.
+    """
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx <= q_idx) & (q_idx < end[kv_idx])
+
+    return mask_mod
+
+
+def windowed_mask_mod(end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
+    """A token sees itself and those of its ancestors that are less than `window` positions away.
+
+    Args:
+        end: [S] int32, one past the last packed token of each token's subtree.
+        position_ids: [S] int, depth in the tree; a packed index is not a position.
+        window: 0-d int, tokens in the window with the token itself. A tensor, as a captured int would recompile.
+    """
+    in_tree = tree_mask_mod(end)
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return in_tree(b, h, q_idx, kv_idx) & (position_ids[q_idx] - position_ids[kv_idx] < window)
+
+    return mask_mod
+
+
+def dense_mask(end: Tensor) -> Tensor:
+    """The whole mask, for pictures and as the oracle of the tests.
+
+    Args:
+        end: [S] int32, one past the last packed token of each token's subtree.
+
+    Returns:
+        [S, S] bool, True where the query (row) sees the key (column).
+
+    >>> dense_mask(torch.tensor([3, 2, 3])).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    """
+    index = torch.arange(len(end), device=end.device)
+    nothing = index.new_zeros(())
+    return tree_mask_mod(end)(nothing, nothing, index[:, None], index[None, :])
+
+
+class TreeBlockMask(BlockMask):
+    """A BlockMask that also carries its tree, which the other attention backends read.
+
+    Attributes:
+        tree: the PrefixTree that it masks.
+        window: the sliding window in positions, or None.
+    """
+
+    tree: PrefixTree
+    window: int | None
+    _windowed: dict[int, TreeBlockMask]
+
+    def to(self, device: torch.device | str) -> TreeBlockMask:
+        """The same mask on `device`."""
+        return block_mask(self.tree.to(device), self.window)
+
+    def for_window(self, window: int) -> TreeBlockMask:
+        """The same tree's mask with another sliding window; made once, however many layers ask for it."""
+        if window not in self._windowed:
+            self._windowed[window] = block_mask(self.tree, window)
+        return self._windowed[window]
+
+
+def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
+    """The FlexAttention mask of a tree: tables equal to `create_block_mask`'s, in O(blocks^2) booleans.
+
+    Made on the tree's device, on CUDA without a synchronisation, and fit for training even if made in inference mode.
+
+    Args:
+        tree: the packed row, of S tokens.
+        window: tokens that a query sees at most, itself among them, counted in positions; None for all.
+
+    Raises:
+        ValueError: a window below 1.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; a token sees at least itself, so give 1 or more, or None for no window")
+    with torch.inference_mode(False):
+        end, size = tree.end, len(tree)
+        start = torch.arange(0, size, BLOCK, device=end.device)  # [n] first token of each block
+        row, column = start[:, None], start[None, :]
+        by_block = end.view(-1, BLOCK)  # [n, 128]
+        lo, hi = by_block.amin(1), by_block.amax(1)
+        visible = (column <= row) & (hi > row)  # [n, n]
+        full = (column < row) & (lo >= row + BLOCK)
+        mask_mod = tree_mask_mod(end)
+        if window is not None:
+            position_ids = tree.position_ids
+            first, last = position_ids.view(-1, BLOCK).amin(1), position_ids.view(-1, BLOCK).amax(1)
+            visible &= first[:, None] - last[None, :] < window
+            full &= last[:, None] - first[None, :] < window
+            mask_mod = windowed_mask_mod(end, position_ids, torch.full((), window, device=end.device))
+        partial = visible & ~full
+        mask = TreeBlockMask(
+            (size, size),
+            *_ordered(partial),
+            *_ordered(full),
+            *_ordered(partial.T),
+            *_ordered(full.T),
+            BLOCK_SIZE=(BLOCK, BLOCK),
+            mask_mod=mask_mod,
+        )
+    mask.tree, mask.window, mask._windowed = tree, window, {}
+    return mask
+
+
+def group_block_mask(
+    prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> TreeBlockMask:
+    """The block mask of `[prefix, suffix, suffix, ...]` groups that stand one behind the other in a packed row.
+
+    The row is padded to a multiple of 128 tokens, and to 256 at least; `mask.tree.position_ids` gives the positions.
+
+    Args:
+        prefix_lens: tokens of each group's shared prefix.
+        suffix_lens: for each group, the list of its suffixes' lengths.
+        device: where the mask is wanted.
+
+    Raises:
+        ValueError: lengths below 1, a group without suffix, or lists that do not match.
+
+    >>> mask = group_block_mask([1000], [[200, 50, 300]])
+    >>> tuple(mask.shape), mask.tree.num_tokens
+    ((1, 1, 1664, 1664), 1550)
+    """
+    return block_mask(PrefixTree.from_lengths(prefix_lens, suffix_lens).to(device))
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, n] bool -> int32 [1, 1, n] counts of the rows, and [1, 1, n, n] their set columns before the others, ascending."""
+    count = blocks.sum(1, dtype=torch.int32)
+    # Where each column goes: set ones by their rank, the others behind them. A scatter, as a sort would cost more.
+    rank = blocks.cumsum(1, dtype=torch.int32)
+    column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
+    target = torch.where(blocks, rank - 1, count[:, None] + column - rank)
+    indices = torch.empty_like(target, memory_format=torch.contiguous_format)
+    indices.scatter_(1, target.long(), column.expand_as(target))
+    return count[None, None], indices[None, None]
