@@ -1,0 +1,37 @@
+"""The oracle: attention as it is written in books, over the whole [S, S] mask. Slow, large, and easy to believe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexpg.masks import TreeBlockMask, dense_mask
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention with every score written out, in float32 or better; honours the mask's window.
+
+    Args:
+        q: [1, Hq, S, D].
+        k: [1, Hkv, S, D]; query head h reads key/value head h // (Hq / Hkv).
+        v: [1, Hkv, S, D].
+        mask: the packed row's mask.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None for none.
+
+    Returns:
+        [1, Hq, S, D] in q's dtype.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.to(exact).repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = q.to(exact) @ keys.transpose(-1, -2) * scale  # [1, Hq, S, S]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = dense_mask(mask.tree.end)
+    if mask.window is not None:
+        position_ids = mask.tree.position_ids
+        visible &= position_ids[:, None] - position_ids[None, :] < mask.window
+    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values).to(q.dtype)
