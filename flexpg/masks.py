@@ -155,7 +155,7 @@ def group_block_mask(
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, n] bool -> int32 [1, 1, n] counts of the rows, and [1, 1, n, n] their set columns before the others, ascending."""
+    """[n, n] bool -> int32 [1, 1, n] counts of the rows, and [1, 1, n, n] their set columns, then the others."""
     count = blocks.sum(1, dtype=torch.int32)
     # Where each column goes: set ones by their rank, the others behind them. A scatter, as a sort would cost more.
     rank = blocks.cumsum(1, dtype=torch.int32)

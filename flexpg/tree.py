@@ -204,7 +204,7 @@ def _group_layout(
     """`end`, `node` and `lengths` of `[prefix, suffix, suffix, ...]` groups one behind the other."""
     if len(prefix_lens) != len(suffix_lens):
         raise ValueError(
-            f"{len(prefix_lens)} prefix lengths came with {len(suffix_lens)} lists of suffix lengths; give each prefix one list"
+            f"{len(prefix_lens)} prefix lengths came with {len(suffix_lens)} lists of suffixes; give each prefix one"
         )
     _require_completions(suffix_lens)
     sizes = np.array([len(group) for group in suffix_lens])

@@ -71,9 +71,7 @@ class _SplitAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         queries, keys, values = _by_kv_head(q, k, v)
-        grad_out = (
-            grad.contiguous()[0].view_as(queries) if grad.stride(-1) != 1 else grad[0].unflatten(0, queries.shape[:2])
-        )
+        grad_out = _dense_rows(grad)[0].unflatten(0, queries.shape[:2])
         total = lse.dtype
         grad_q = torch.zeros_like(queries, dtype=total)
         grad_k, grad_v = torch.zeros(k.shape[1:], dtype=total), torch.zeros(v.shape[1:], dtype=total)
@@ -104,9 +102,15 @@ class _SplitAttention(torch.autograd.Function):
 
 def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each as [Hkv, Hq / Hkv, S, D], a view: a key/value head stands in the batch, its query heads share it."""
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     heads = k.shape[1]
     queries = q[0].unflatten(0, (heads, -1))
     return queries, k[0][:, None].expand_as(queries), v[0][:, None].expand(*queries.shape[:3], -1)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The operators read the last dimension with stride 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, columns: slice, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,143 @@
+"""Shared-prefix forward and sampling for any torchtune TransformerDecoder.
+
+A model's attention modules get a `forward` of ours that looks at the mask: a TreeBlockMask or a SampleCache goes to this
+package's attention, with key/value heads unexpanded, and everything else goes to torchtune's own code. So ordinary calls
+(generation, evaluation, training without sharing) are what they were; and as the choice travels with the mask, it
+holds in the recomputation of activation checkpointing too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+
+from flexpg.attention import attention
+from flexpg.masks import TreeBlockMask, block_mask
+from flexpg.sampling import Decoder, SampleCache
+from flexpg.tree import PrefixTree
+
+
+def forward(model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None = None) -> Tensor:
+    """Hidden states of the packed row, each token's equal to those of its own sequence run alone.
+
+    Args:
+        model: a torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
+        tree: the packed row, with tokens, on the model's device.
+        mask: `block_mask(tree)`, where one is at hand; None makes it.
+
+    Returns:
+        [1, S, E] hidden states after the final norm; `output(model)` makes logits of them.
+
+    Raises:
+        ValueError: tokens beyond the vocabulary, sequences beyond the model's context, dropout in training, a tree
+            without tokens or on another device.
+        TypeError: a model that is no TransformerDecoder of self-attention layers.
+    """
+    if tree.tokens is None:
+        raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+    _prepare(model)
+    _check_fits(model, tree.max_token, tree.max_length, tree.tokens.device)
+    mask = block_mask(tree) if mask is None else mask
+    return _hidden(model, tree.tokens[None], tree.position_ids[None], mask)
+
+
+def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
+    """The model's output layer: rows [M, E] -> logits [M, V], tied or not, in the model's dtype."""
+    return model.output
+
+
+def decoder(model: TransformerDecoder, prompts: Sequence[Tensor], max_new_tokens: int) -> Decoder:
+    """What `flexpg.sampling.sample` needs of a model, after a check that prompts and completions fit it.
+
+    Args:
+        model: a torchtune decoder; no caches need to be set up, and none that are get touched.
+        prompts: the token sequences that will be sampled from.
+        max_new_tokens: longest completion.
+
+    Raises:
+        ValueError: tokens beyond the vocabulary, or prompt + completion beyond the model's context.
+        TypeError: a model that is no TransformerDecoder of self-attention layers.
+    """
+    _prepare(model)
+    for prompt in prompts:
+        _check_fits(model, int(prompt.max()), len(prompt) + max_new_tokens, prompt.device)
+
+    def decode(tokens: Tensor, position_ids: Tensor, cache: SampleCache) -> Tensor:
+        return _hidden(model, tokens, position_ids, cache)
+
+    return decode
+
+
+def _hidden(
+    model: TransformerDecoder, tokens: Tensor, position_ids: Tensor, mask: TreeBlockMask | SampleCache
+) -> Tensor:
+    # Not model(...): that would cut a row at max_seq_len packed tokens, apply the output layer, and round to float32.
+    hidden = model.tok_embeddings(tokens)
+    for layer in model.layers:
+        hidden = layer(hidden, mask=mask, input_pos=position_ids)
+    return model.norm(hidden)
+
+
+def _prepare(model: TransformerDecoder) -> None:
+    """Lets the model's attention modules understand our masks; done once, and invisible to any other call."""
+    if not isinstance(model, TransformerDecoder):
+        raise TypeError(f"model is a {type(model).__name__}; shared prefixes work in a torchtune TransformerDecoder")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
+            raise ValueError(f"the model has dropout {module.p}, which would differ per copy of a prefix; set it to 0")
+        if not isinstance(module, MultiHeadAttention | Gemma2Attention):
+            continue
+        if module.attn_dropout > 0 and module.training:
+            raise ValueError(f"the model has attn_dropout={module.attn_dropout}; sharing is exact without: set it to 0")
+        if not module.is_causal:
+            raise TypeError("the model has attention that is not causal; a prefix can be shared in causal models only")
+        if "forward" not in vars(module):
+            module.forward = MethodType(_forward, module)
+    layers = sum(isinstance(module, TransformerSelfAttentionLayer) for module in model.modules())
+    if layers != len(model.layers):
+        raise TypeError(f"{len(model.layers) - layers} of the model's layers are not plain self-attention layers")
+
+
+def _check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device) -> None:
+    vocab_size, weight = model.tok_embeddings.num_embeddings, model.tok_embeddings.weight
+    if max_token >= vocab_size:
+        raise ValueError(f"token id {max_token} is beyond the model's vocabulary of {vocab_size}; check the tokenizer")
+    if max_length > model.max_seq_len:
+        raise ValueError(
+            f"a sequence of {max_length} tokens is longer than the model's max_seq_len={model.max_seq_len}"
+        )
+    if device != weight.device:
+        raise ValueError(f"the tokens are on {device} and the model on {weight.device}; move the tree with .to(device)")
+
+
+def _forward(
+    attn: MultiHeadAttention | Gemma2Attention,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    mask: Any = None,
+    input_pos: Tensor | None = None,
+) -> Tensor:
+    """Torchtune's attention forward, for our masks too."""
+    if not isinstance(mask, TreeBlockMask | SampleCache):
+        return type(attn).forward(attn, x, y, mask=mask, input_pos=input_pos)
+    q, k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if attn.pos_embeddings is not None:
+        q, k = attn.pos_embeddings(q, input_pos=input_pos), attn.pos_embeddings(k, input_pos=input_pos)
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
+    if attn.q_norm is not None:
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    scale, window, softcap = None, None, None
+    if isinstance(attn, Gemma2Attention):
+        scale, window, softcap = attn.scaling, attn.sliding_window_size, attn.softcapping
+    if isinstance(mask, SampleCache):
+        out = mask.attend(attn, q, k, v, scale=scale, window=window, softcap=softcap)
+    else:
+        out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
+    return attn.output_proj(out.transpose(1, 2).flatten(2))

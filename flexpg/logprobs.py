@@ -1,0 +1,141 @@
+"""Log-probabilities of completion tokens, from the hidden states of a packed row.
+
+A token is predicted at its parent in the tree, which for the first token of every completion is the last token of the
+prompt; the token before it in the packed row may belong to a sibling. The output layer is called on the trained
+positions only, a chunk at a time, and again in the backward: neither [S, V] logits nor the prompt's logits ever exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flexpg.tree import PrefixTree
+
+Output = Callable[[Tensor], Tensor]
+
+
+def token_logprobs(
+    hidden: Tensor,
+    output: Output,
+    tree: PrefixTree,
+    *,
+    prompt_lens: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Each trained completion token's log-probability, predicted at its parent.
+
+    Args:
+        hidden: [1, S, E], the hidden states of the packed row, after the final norm.
+        output: rows [M, E] -> logits [M, V], the model's own output layer with its softcap or scale.
+        tree: the packed row, with tokens.
+        prompt_lens: [N] int, tokens of each sequence that are its prompt; what follows is its completion.
+        mask: [N, C] bool, True where a completion token is trained; None for all of them.
+        temperature: divides the logits.
+        chunk_tokens: trained positions whose logits exist at a time.
+
+    Returns:
+        [N, C] float32 (float64 for float64 hidden), 0 where there is no trained token.
+
+    Raises:
+        ValueError: shapes, lengths, temperature or chunk that do not fit.
+    """
+    logprobs, _ = _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=False)
+    return logprobs
+
+
+def token_logprobs_and_entropies(
+    hidden: Tensor,
+    output: Output,
+    tree: PrefixTree,
+    *,
+    prompt_lens: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """As `token_logprobs`, with the entropy (nats, no gradient) of the distribution that each token was drawn from.
+
+    Returns:
+        Log-probabilities [N, C] and entropies [N, C], 0 where there is no trained token.
+    """
+    return _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=True)
+
+
+def _scored(
+    hidden: Tensor,
+    output: Output,
+    tree: PrefixTree,
+    prompt_lens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    chunk_tokens: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    if tree.tokens is None:
+        raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+    if hidden.dim() != 3 or hidden.shape[:2] != (1, len(tree)):
+        raise ValueError(f"hidden is {tuple(hidden.shape)}; the tree's packed row needs [1, {len(tree)}, E]")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; give a positive number (for greedy samples, 1)")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; give 1 or more")
+    prompt_lens = _checked_prompt_lens(tree, prompt_lens)
+    trained = _trained(tree.lengths - prompt_lens, mask)  # [N, C]
+    sequence, step = trained.nonzero(as_tuple=True)  # [M] each
+    position = prompt_lens[sequence] + step
+    target = tree.tokens[tree.node[sequence, position]]  # [M]
+    parent = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the target
+
+    def chunk_scores(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = output(rows)  # [m, V]
+        scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        entropies = scores.new_zeros(len(scores))
+        if with_entropy:
+            probabilities = scores.detach().exp()
+            entropies = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+        return scores.gather(-1, targets[:, None])[:, 0], entropies
+
+    chunks = [
+        checkpoint(chunk_scores, hidden[0].index_select(0, parents), targets, use_reentrant=False)
+        for parents, targets in zip(parent.split(chunk_tokens), target.split(chunk_tokens), strict=True)
+    ]
+    scattered = []
+    for flat in zip(*chunks, strict=True):
+        values = torch.cat(flat)
+        scattered.append(values.new_zeros(trained.shape).index_put((sequence, step), values))  # [N, C]
+    return scattered[0], scattered[1]
+
+
+def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
+    if prompt_lens.shape != tree.lengths.shape:
+        raise ValueError(f"prompt_lens is {tuple(prompt_lens.shape)}; the tree has {len(tree.lengths)} sequences")
+    prompt_lens = prompt_lens.to(tree.lengths)
+    wrong = ((prompt_lens < 1) | (prompt_lens >= tree.lengths)).nonzero().flatten()
+    if len(wrong):
+        n = int(wrong[0])
+        raise ValueError(
+            f"sequence {n} has {int(tree.lengths[n])} tokens and a prompt of {int(prompt_lens[n])}; "
+            "prompt and completion need at least one token each"
+        )
+    return prompt_lens
+
+
+def _trained(completion_lens: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, C] bool, True where a completion token is trained."""
+    width = int(completion_lens.max()) if mask is None else mask.shape[-1]
+    present = torch.arange(width, device=completion_lens.device) < completion_lens[:, None]
+    if mask is None:
+        return present
+    if mask.dtype != torch.bool or mask.shape != present.shape:
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; give bool [{len(present)}, longest completion]")
+    mask = mask.to(present.device)
+    if (mask & ~present).any():
+        n = int((mask & ~present).any(1).nonzero()[0])
+        raise ValueError(f"mask trains sequence {n} beyond its {int(completion_lens[n])} completion tokens")
+    return mask
