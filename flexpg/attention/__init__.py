@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flexpg.attention.dense import dense_attention
 from flexpg.attention.flex import packed_flex_attention
-from flexpg.attention.split import split_attention
 from flexpg.masks import TreeBlockMask
 
 Backend = Literal["auto", "flex", "split", "dense"]
@@ -61,6 +60,8 @@ def attention(
             raise ValueError(
                 f'backend "split" has no softcap or window (got {softcap} and {mask.window}); use "dense" or "auto"'
             )
+        from flexpg.attention.split import split_attention  # at first use: its torch.compiler.disable loads dynamo, 1 s
+
         return split_attention(q, k, v, mask.tree, scale)
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
