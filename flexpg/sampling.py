@@ -1,7 +1,7 @@
-"""Completions of prompts: every prompt is encoded once, and its keys and values are read by its G samples, not copied.
+"""Completions of prompts: each prompt is encoded once, and its keys and values are read by its G samples, not copied.
 
-The prompts are prefilled as one packed row, so what they have in common is encoded once as well. A decoding step attends
-in two parts under one softmax: to the prompt's keys, of which there is one copy for all G samples, and to the sample's own.
+The prompts are prefilled as one packed row, so what they have in common is encoded once as well. A decoding step
+attends in two parts under one softmax: to the prompt's keys, one copy for all G samples, and to the sample's own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; give 0 for greedy or a positive number")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; give 1 or more, or None for all tokens")

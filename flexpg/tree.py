@@ -206,6 +206,8 @@ def _group_layout(
         raise ValueError(
             f"{len(prefix_lens)} prefix lengths came with {len(suffix_lens)} lists of suffixes; give each prefix one"
         )
+    if not len(prefix_lens):
+        raise ValueError("no prefix length came; a tree needs at least one")
     _require_completions(suffix_lens)
     sizes = np.array([len(group) for group in suffix_lens])
     prefix = np.array([_length(f"prefix {g}", n) for g, n in enumerate(prefix_lens)])

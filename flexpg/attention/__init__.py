@@ -68,6 +68,7 @@ def attention(
             raise ValueError('backend "flex" has no backward on CPU (torch); use "split", or run under torch.no_grad()')
         if q.dtype == torch.float64:
             raise ValueError('backend "flex" has no float64 on CPU (torch); use "split" or "dense"')
+        q, k, v = q.detach(), k.detach(), v.detach()  # torch refuses what requires grad under torch.no_grad() as well
     return packed_flex_attention(q, k, v, mask, scale, softcap)
 
 

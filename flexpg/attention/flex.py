@@ -38,7 +38,7 @@ def packed_flex_attention(
     if torch.compiler.is_compiling():
         return _flex(q, k, v, mask, scale, cap)
     # Dynamic in the length alone: the kernels want heads and head size static, and a head count that happened to equal
-    # the number of blocks would be taken for it. (torch's automatic choice compiles twice, on CPU wrongly the second time.)
+    # the number of blocks would be taken for it. (Left to itself torch compiles twice, and on CPU the second time fails.)
     for x in (q, k, v):
         for dim in (0, 1, 3):
             torch._dynamo.mark_static(x, dim)
@@ -53,10 +53,13 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, cap: Tensor | None) -> Tensor:
-    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    score_mod = None if cap is None else _softcap_mod(cap)
+    is_grouped = q.shape[1] != k.shape[1]
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+
+
+def _softcap_mod(cap: Tensor) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)  # a tensor, as a captured float would be made symbolic, and refused
 
-    score_mod = None if cap is None else capped
-    return flex_attention(
-        q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return score_mod

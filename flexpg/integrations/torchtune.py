@@ -1,8 +1,8 @@
 """Shared-prefix forward and sampling for any torchtune TransformerDecoder.
 
-A model's attention modules get a `forward` of ours that looks at the mask: a TreeBlockMask or a SampleCache goes to this
-package's attention, with key/value heads unexpanded, and everything else goes to torchtune's own code. So ordinary calls
-(generation, evaluation, training without sharing) are what they were; and as the choice travels with the mask, it
+A model's attention modules get a `forward` of ours that looks at the mask: a TreeBlockMask or a SampleCache goes to
+this package's attention, with key/value heads unexpanded, and everything else goes to torchtune's own code. So ordinary
+calls (generation, evaluation, training without sharing) are what they were; and as the choice travels with the mask, it
 holds in the recomputation of activation checkpointing too.
 """
 
@@ -61,12 +61,12 @@ def decoder(model: TransformerDecoder, prompts: Sequence[Tensor], max_new_tokens
         max_new_tokens: longest completion.
 
     Raises:
-        ValueError: tokens beyond the vocabulary, or prompt + completion beyond the model's context.
+        ValueError: tokens beyond the vocabulary, prompt + completion beyond the model's context, or an empty prompt.
         TypeError: a model that is no TransformerDecoder of self-attention layers.
     """
     _prepare(model)
-    for prompt in prompts:
-        _check_fits(model, int(prompt.max()), len(prompt) + max_new_tokens, prompt.device)
+    tree = PrefixTree.from_sequences(prompts)
+    _check_fits(model, tree.max_token, tree.max_length + max_new_tokens, tree.end.device)
 
     def decode(tokens: Tensor, position_ids: Tensor, cache: SampleCache) -> Tensor:
         return _hidden(model, tokens, position_ids, cache)

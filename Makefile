@@ -1,0 +1,35 @@
+# Every target makes .venv on first use, and again when pyproject.toml or constraints.txt change.
+# Other interpreter: make PYTHON=python3.12. Some tests only: make test ARGS="-m 'not slow'".
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+# Tests and demo are meant for two cores; torchrun warns when this is unset.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED) ## train the tiny model on a CPU
+	@$(BIN)/tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml
+
+test: $(INSTALLED) ## run the tests and the examples in the docstrings
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean: ## remove .venv, caches and build products; runs/ stays
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing flexpg and its tools into .venv (a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,transformers,dev]'
+	@touch $@

@@ -1,0 +1,141 @@
+"""Pictures of a run: what it learned, the mask of a batch, and what sharing saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from flexpg.cost import dense_cost, shared_cost
+from flexpg.masks import block_mask, dense_mask
+from flexpg.tree import BLOCK, PrefixTree
+
+DENSE, SHARED, QUIET = "#b8b8b8", "#1f6fb4", "#9ecae1"
+
+
+def plot_reward(path: Path, rewards: Sequence[float], accuracies: dict[int, float]) -> None:
+    """The training reward of every step and the held-out accuracy, over steps.
+
+    Args:
+        path: picture to write.
+        rewards: mean reward of step 1, 2, ...
+        accuracies: step -> held-out accuracy, step 0 being before training.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(rewards) + 1)
+    axes.plot(steps, rewards, color=QUIET, linewidth=1.5, label="training reward, mean of the step's rollouts")
+    axes.plot(list(accuracies), list(accuracies.values()), "o-", color=SHARED, label="held-out accuracy, greedy")
+    axes.set(xlabel="GRPO step", ylabel="reward", ylim=(-0.02, 1.02), xlim=(0, max(len(rewards), 1)))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    _plain(axes)
+    figure.savefig(path, dpi=200)
+
+
+def plot_mask(path: Path, tree: PrefixTree) -> None:
+    """The mask of a packed row token by token, coloured by the segment that is seen, and as FlexAttention's blocks.
+
+    Args:
+        path: picture to write.
+        tree: the packed row; keep it to a few thousand tokens, as the picture shows all S x S pairs.
+    """
+    tree = tree.to("cpu")
+    figure = Figure(figsize=(10.4, 5.0), layout="constrained")
+    by_token, by_block = figure.subplots(1, 2)
+    _draw_tokens(by_token, tree)
+    _draw_blocks(by_block, tree)
+    figure.savefig(path, dpi=200)
+
+
+def plot_savings(path: Path, tree: PrefixTree, prompt_len: float, completion_len: float, group_size: int) -> None:
+    """Tokens and attention pairs of a batch with and without sharing, and how the saving grows with the group.
+
+    Args:
+        path: picture to write.
+        tree: the packed row of a real batch.
+        prompt_len: its mean prompt, in tokens.
+        completion_len: its mean completion, in tokens.
+        group_size: completions per prompt.
+    """
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    bars, curve = figure.subplots(1, 2)
+    dense, shared = dense_cost(tree), shared_cost(tree)
+    rows = [("tokens", dense.tokens, shared.tokens), ("attention pairs", dense.attention_pairs, shared.attention_pairs)]
+    for y, (_, unshared, packed) in enumerate(rows):
+        bars.barh(y - 0.19, 1, 0.36, color=DENSE, label="every prompt encoded per completion" if y == 0 else None)
+        bars.barh(y + 0.19, packed / unshared, 0.36, color=SHARED, label="encoded once" if y == 0 else None)
+        bars.text(0.98, y - 0.19, f"{unshared:,}", va="center", ha="right")
+        bars.text(packed / unshared + 0.02, y + 0.19, f"{packed:,}   ({unshared / packed:.1f} x fewer)", va="center")
+    bars.set(yticks=range(len(rows)), yticklabels=[name for name, _, _ in rows], xticks=[], ylim=(1.55, -0.95))
+    bars.legend(loc="upper left", frameon=False, ncols=2, fontsize="small")
+    bars.set_title("one batch of this run", fontsize="medium")
+    sizes = np.arange(1, max(2 * group_size, 8) + 1)
+    ratio = sizes * (prompt_len + completion_len) / (prompt_len + sizes * completion_len)
+    curve.plot(sizes, ratio, color=SHARED)
+    curve.plot(group_size, ratio[group_size - 1], "o", color=SHARED, label=f"this run, G = {group_size}")
+    curve.axhline(1 + prompt_len / completion_len, color=DENSE, linestyle="--", label="limit, 1 + P / R")
+    curve.set(xlabel="completions per prompt, G", ylabel="tokens, unshared / shared", ylim=(0, None))
+    curve.set_title(f"prompt P = {prompt_len:.0f}, completion R = {completion_len:.0f} tokens", fontsize="medium")
+    curve.grid(alpha=0.3)
+    curve.legend(loc="lower right", frameon=False)
+    for axes in (bars, curve):
+        _plain(axes)
+    bars.spines["bottom"].set_visible(False)
+    figure.savefig(path, dpi=200)
+
+
+def _draw_tokens(axes: Axes, tree: PrefixTree) -> None:
+    size = tree.num_tokens
+    segment = torch.zeros(size, dtype=torch.long)
+    segment[tree.segments[1:, 0]] = 1
+    colour = _segment_colours(tree)[segment.cumsum(0)]  # [size, 3], by key
+    visible = dense_mask(tree.end[:size])[..., None]
+    axes.imshow(np.where(visible, colour[None], 1.0), interpolation="nearest", extent=(0, size, size, 0))
+    pairs = int(visible.sum())
+    axes.set(xlabel="key", ylabel="query")
+    axes.set_title(f"{size:,} tokens, {pairs:,} pairs, coloured by the segment seen", fontsize="medium")
+
+
+def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
+    mask = block_mask(tree)
+    n = len(tree) // BLOCK
+    kind = np.zeros((n, n), dtype=int)
+    is_listed = torch.arange(n) < torch.stack([mask.kv_num_blocks, mask.full_kv_num_blocks])[:, 0, 0, :, None]
+    for value, (listed, columns) in enumerate(zip(is_listed, (mask.kv_indices, mask.full_kv_indices), strict=True), 1):
+        rows, ranks = listed.nonzero(as_tuple=True)
+        kind[rows, columns[0, 0, rows, ranks]] = value
+    palette = np.array([[1.0, 1.0, 1.0], [0.62, 0.79, 0.88], [0.12, 0.44, 0.71]])
+    axes.imshow(palette[kind], interpolation="nearest", extent=(0, n, n, 0))
+    axes.set(xlabel=f"key block of {BLOCK}", ylabel=f"query block of {BLOCK}", xticks=range(n + 1), yticks=range(n + 1))
+    axes.tick_params(labelbottom=n <= 24, labelleft=n <= 24)
+    axes.grid(color="#dddddd", linewidth=0.5)
+    names = ("skipped", "masked within", "full, no mask evaluated")
+    axes.legend(
+        handles=[
+            Patch(facecolor=palette[k], edgecolor="#999999", label=f"{name}: {int((kind == k).sum())}")
+            for k, name in enumerate(names)
+        ],
+        loc="upper right",
+        fontsize="small",
+    )
+    axes.set_title(f"the {n} x {n} blocks that FlexAttention reads", fontsize="medium")
+
+
+def _segment_colours(tree: PrefixTree) -> np.ndarray:
+    """[K, 3] RGB: segments with something under them dark, leaves in light hues that tell neighbours apart."""
+    _, stop, subtree_end = tree.segments.numpy().T
+    has_children = subtree_end > stop
+    leaf_hues = colormaps["tab20"](np.arange(len(stop)) * 2 % 20 + 1)[:, :3]
+    trunk_hues = colormaps["tab10"](np.cumsum(has_children) % 10)[:, :3] * 0.75
+    return np.where(has_children[:, None], trunk_hues, leaf_hues)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
