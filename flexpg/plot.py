@@ -107,6 +107,7 @@ def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
     mask = block_mask(tree)
     n = len(tree) // BLOCK
     kind = np.zeros((n, n), dtype=int)
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
     is_listed = torch.arange(n) < torch.stack([mask.kv_num_blocks, mask.full_kv_num_blocks])[:, 0, 0, :, None]
     for value, (listed, columns) in enumerate(zip(is_listed, (mask.kv_indices, mask.full_kv_indices), strict=True), 1):
         rows, ranks = listed.nonzero(as_tuple=True)
