@@ -5,6 +5,7 @@
 A recipe in torchtune's manner: every component comes from the YAML, and this file is yours to change.
 """
 
+import logging
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ from pkgutil import resolve_name
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torchtune import config, training, utils
+from torchtune.config._errors import InstantiationError
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
@@ -38,6 +41,9 @@ from flexpg import (
 )
 from flexpg.integrations import torchtune as flexpg_torchtune
 from flexpg.plot import plot_mask, plot_reward, plot_savings
+
+# What a mistake in the configuration, the data or the checkpoint raises, in this file or in a component.
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, AttributeError, InstantiationError, OmegaConfBaseException)
 
 
 @dataclass
@@ -61,9 +67,9 @@ class GRPORecipe(FTRecipeInterface):
         self.sharing = cfg.sharing
         self.temperature = cfg.sampling.get("temperature", 1.0)
         self.output_dir = Path(cfg.output_dir)
+        utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # we say what there is to say
         training.set_seed(cfg.seed)
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed)
-        utils.get_logger("WARNING")  # torchtune's own: one readable line per thing is for us to print
 
     def setup(self) -> None:
         """Makes every component, and finds what is wrong before anything is trained or written."""
@@ -140,9 +146,10 @@ class GRPORecipe(FTRecipeInterface):
             "score_s": scored - sampled,
             "train_s": trained - scored,
         }
-        unshared = sum((dense_cost(batch.tree) for batch in batches), Cost(0, 0))
-        shared = sum((shared_cost(batch.tree) for batch in batches), Cost(0, 0))
-        return Step(metrics, unshared, shared, batches[0].tree, rollouts)
+        trees = [batch.tree for batch in (batches if self.sharing else pack(rollouts, self.cfg.max_tokens))]
+        unshared = sum((dense_cost(tree) for tree in trees), Cost(0, 0))
+        shared = sum((shared_cost(tree) for tree in trees), Cost(0, 0))
+        return Step(metrics, unshared, shared, trees[0], rollouts)
 
     def update(
         self,
@@ -298,11 +305,11 @@ def unshared_logprobs(model: torch.nn.Module, rollouts: Rollouts, temperature: f
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Runs the recipe; a mistake in the configuration or the data ends it with one line."""
-    OmegaConf.resolve(cfg)
-    recipe = GRPORecipe(cfg)
     try:
+        OmegaConf.resolve(cfg)
+        recipe = GRPORecipe(cfg)
         recipe.setup()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except SETUP_ERRORS as error:
         sys.exit(f"error: {error}")
     recipe.train()
     recipe.save_checkpoint()

@@ -1,0 +1,188 @@
+"""Makes the tiny model of the GRPO demo: `python recipes/warm_start.py` (no download; minutes on two cores).
+
+The model learns three-digit addition from a sloppy teacher. The worked examples in its prompt are right, but the
+completion it is trained on loses most carries on the way to the next digit. So it can do the task and usually does
+not: what GRPO is for. Only the teacher's completions are trained, never the worked examples.
+
+Each row holds one set of worked examples and many questions behind it: a prefix tree, like the rows of GRPO itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchtune.generation import generate
+from torchtune.models.qwen2 import qwen2
+from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import local_kv_cache
+
+from flexpg.masks import dense_mask
+from flexpg.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward
+from flexpg.tasks.arithmetic import operands, worked, worked_examples
+from flexpg.tree import PrefixTree
+
+TOKENIZER = ByteTokenizer()
+SHAPE = dict(
+    vocab_size=TOKENIZER.vocab_size,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=128,
+    intermediate_dim=384,
+    max_seq_len=4096,
+    norm_eps=1e-6,
+    rope_base=10_000.0,
+    tie_word_embeddings=True,
+)
+HF_CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": SHAPE["vocab_size"],
+    "hidden_size": SHAPE["embed_dim"],
+    "intermediate_size": SHAPE["intermediate_dim"],
+    "num_hidden_layers": SHAPE["num_layers"],
+    "num_attention_heads": SHAPE["num_heads"],
+    "num_key_value_heads": SHAPE["num_kv_heads"],
+    "max_position_embeddings": SHAPE["max_seq_len"],
+    "rms_norm_eps": SHAPE["norm_eps"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": SHAPE["rope_base"]},
+    "tie_word_embeddings": SHAPE["tie_word_embeddings"],
+    "hidden_act": "silu",
+    "bos_token_id": TOKENIZER.bos_id,
+    "eos_token_id": TOKENIZER.eos_id,
+    "pad_token_id": TOKENIZER.pad_id,
+    "dtype": "bfloat16",
+}
+
+
+def main() -> None:
+    """Trains, reports held-out accuracy, saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--forget", type=float, default=0.65, help="probability that the teacher loses a carry")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("recipes/assets/tiny"))
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    model = tiny_model()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    held_out = arithmetic("test", size=128, seed=args.seed)
+    started = time.perf_counter()
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(step, args.steps)
+        loss = batch_loss(model, batch_of_trees(step, args.steps, args.forget, rng))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            greedy, sampled = accuracy(model, held_out, temperature=0.0), accuracy(model, held_out, temperature=1.0)
+            print(
+                f"step {step + 1:5d}  loss {loss.item():.4f}  held-out: greedy {greedy:.3f}  sampled {sampled:.3f}  "
+                f"{time.perf_counter() - started:4.0f} s",
+                flush=True,
+            )
+    save(model, args.output_dir)
+    print(f"saved to {args.output_dir}")
+
+
+def tiny_model() -> TransformerDecoder:
+    """An untrained Qwen2 of 0.8M parameters over bytes."""
+    model = qwen2(**SHAPE)
+    # The output layer is the embedding: PyTorch's N(0, 1) would start at logits of +-11.
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.05)
+    return model
+
+
+def lr_factor(step: int, steps: int, warmup: int = 30) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth."""
+    progress = step / steps
+    return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def batch_of_trees(step: int, steps: int, forget: float, rng: random.Random) -> list[tuple[PrefixTree, Tensor]]:
+    """Short contexts at first, which teach the digits quickly; then the eight worked examples of the task."""
+    if step < steps * 0.4:
+        return [training_tree(1, 8, forget, rng) for _ in range(6)]
+    return [training_tree(8, 16, forget, rng) for _ in range(2)]
+
+
+def training_tree(examples: int, questions: int, forget: float, rng: random.Random) -> tuple[PrefixTree, Tensor]:
+    """Worked examples with questions behind them, and the labels [S] of the teacher's completions, else -100."""
+    context = worked_examples(examples, rng)
+    asked = [operands("train", rng) for _ in range(questions)]
+    texts = [(f"{a}+{b}:", worked(a, b, forget, rng)) for a, b in asked]
+    tree = PrefixTree.from_groups(
+        [TOKENIZER.encode(context)], [[TOKENIZER.encode(question + completion) for question, completion in texts]]
+    )
+    labels = torch.full_like(tree.tokens, -100)
+    for node, (question, _) in zip(tree.node, texts, strict=True):
+        completion = node[len(context) + len(question) :]
+        completion = completion[completion >= 0]
+        labels[completion - 1] = tree.tokens[completion]  # inside a branch the packed neighbour is the parent
+    return tree, labels
+
+
+def batch_loss(model: TransformerDecoder, batch: list[tuple[PrefixTree, Tensor]]) -> Tensor:
+    """Mean cross-entropy over the teacher's tokens."""
+    size = max(len(tree) for tree, _ in batch)
+    batch = [(tree, labels) for tree, labels in batch if len(tree) == size]  # a shorter row is rare: leave it out
+    logits = model(
+        torch.stack([tree.tokens for tree, _ in batch]),
+        mask=torch.stack([dense_mask(tree.end) for tree, _ in batch]),
+        input_pos=torch.stack([tree.position_ids for tree, _ in batch]),
+    )  # [B, S, V]
+    return cross_entropy(logits.flatten(0, 1), torch.cat([labels for _, labels in batch]))
+
+
+def accuracy(model: TransformerDecoder, problems: list[Problem], temperature: float) -> float:
+    """Share of the problems whose completion earns the reward; temperature 0 is greedy."""
+    ids = [TOKENIZER.encode(problem.prompt) for problem in problems]
+    width = max(map(len, ids))
+    prompts = torch.tensor([[TOKENIZER.pad_id] * (width - len(row)) + row for row in ids])
+    with local_kv_cache(
+        model, batch_size=len(ids), device=prompts.device, dtype=torch.float32, decoder_max_seq_len=width + 40
+    ):
+        tokens, _ = generate(
+            model,
+            prompts,
+            max_generated_tokens=40,
+            pad_id=TOKENIZER.pad_id,
+            temperature=temperature,
+            stop_tokens=TOKENIZER.stop_tokens,
+        )
+    texts = [TOKENIZER.decode(row) for row in tokens[:, width:].tolist()]
+    return sum(arithmetic_reward(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
+
+
+def save(model: TransformerDecoder, output_dir: Path) -> None:
+    """config.json and model.safetensors in bf16, as Hugging Face and torchtune's FullModelHFCheckpointer read them."""
+    weights = qwen2_tune_to_hf(
+        {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()},
+        num_heads=SHAPE["num_heads"],
+        num_kv_heads=SHAPE["num_kv_heads"],
+        dim=SHAPE["embed_dim"],
+        tie_word_embeddings=True,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_file(weights, output_dir / "model.safetensors", metadata={"format": "pt"})
+    (output_dir / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
