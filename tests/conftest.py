@@ -1,0 +1,23 @@
+"""Fixtures that several files use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def pytest_configure():
+    # The tensors are small: handing them out to threads costs more than it saves, and ten times so on a busy machine.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=needs_cuda)])
+def cuda(request):
+    return request.param
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request):
+    return request.param

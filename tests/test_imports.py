@@ -1,0 +1,106 @@
+"""Importing flexpg is quick, quiet and free of side effects, and its files import in one direction only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flexpg
+
+PACKAGE = Path(flexpg.__file__).parent
+ORDER = [
+    "rollouts",
+    "tree",
+    "packing",
+    "masks",
+    "attention.dense",
+    "attention.flex",
+    "attention.split",
+    "attention",
+    "logprobs",
+    "losses",
+    "sampling",
+    "cost",
+    "plot",
+    "tasks",
+    "integrations",
+]
+INTEGRATED = {"torchtune", "transformers", "trl"}  # each imported by flexpg/integrations/<its name>.py alone
+
+ALONE = """
+import os, sys, time
+import numpy, torch
+environment = dict(os.environ)
+start = time.perf_counter()
+import flexpg
+seconds = time.perf_counter() - start
+assert dict(os.environ) == environment, "changed environment variables"
+unwanted = {"torchtune", "torchao", "transformers", "trl", "matplotlib", "datasets"} & set(sys.modules)
+assert not unwanted, unwanted
+assert "torch._inductor.compile_fx" not in sys.modules, "loaded the compiler"
+assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+assert seconds < 1, seconds
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def rank(module: str) -> int:
+    """The place of a module in the order; a module of a package that is not listed has its package's."""
+    while module not in ORDER:
+        module, dot, _ = module.rpartition(".")
+        assert dot, f"{module} has no place in the order"
+    return ORDER.index(module)
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by full name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names.add(node.module)
+    return names
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def test_importing_flexpg_needs_torch_and_numpy_alone_and_leaves_no_trace():
+    result = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_imports_only_from_files_above_it(path):
+    own = module_name(path)
+    for name in imported(path):
+        assert name != "flexpg", f"{own} imports from the package root"
+        if name.startswith("flexpg."):
+            other = name.removeprefix("flexpg.")
+            assert rank(other) < rank(own) or (rank(other) == rank(own) and other.startswith(own.split(".")[0] + "."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_package_is_imported_by_its_integration_alone(path):
+    packages = {name.split(".")[0] for name in imported(path)} & INTEGRATED
+    own = module_name(path)
+    assert packages <= ({own.split(".")[-1]} if own.startswith("integrations.") else set())
+
+
+def test_every_public_name_exists_and_is_listed_once():
+    assert len(set(flexpg.__all__)) == len(flexpg.__all__)
+    for name in flexpg.__all__:
+        assert getattr(flexpg, name) is not None
+    assert {"PrefixTree", "block_mask", "attention", "token_logprobs", "Rollouts", "grpo_loss", "sample"} <= set(
+        flexpg.__all__
+    )

@@ -1,0 +1,167 @@
+"""The unshared way, slow and honest: every sequence alone. And the sequences and models that tests run on.
+
+Nothing here goes through flexpg: models are called module by module as torchtune wrote them, attention is torch's.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.llama3 import llama3
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
+from torchtune.models.mistral import mistral
+from torchtune.models.phi3 import phi3
+from torchtune.models.qwen2 import qwen2
+from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings, TransformerDecoder
+
+VOCAB, MAX_SEQ_LEN = 50, 192
+SHAPE = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
+SHAPE |= {"intermediate_dim": 48, "max_seq_len": MAX_SEQ_LEN}
+BUILDERS = {
+    "llama3_2": lambda: llama3_2(**SHAPE),
+    "llama3_2_lora": lambda: lora_llama3_2(
+        ["q_proj", "v_proj"], apply_lora_to_mlp=True, **SHAPE, lora_rank=4, lora_alpha=8
+    ),
+    "llama3": lambda: llama3(**SHAPE),
+    "qwen2": lambda: qwen2(**SHAPE),
+    "qwen2_tied": lambda: qwen2(**SHAPE, tie_word_embeddings=True),
+    "mistral": lambda: mistral(**SHAPE),
+    "phi3": lambda: phi3(**SHAPE),
+    # A window shorter than the sequences, and softcaps that bend, as gemma2's own sizes would do nothing here.
+    "gemma2": lambda: gemma2(
+        **SHAPE, head_dim=8, hidden_capping_value=2.0, final_capping_value=2.0, sliding_window_size=7
+    ),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> TransformerDecoder:
+    """A small torchtune model whose every parameter matters: no norm weight of 1, no LoRA matrix of 0.
+
+    Its embeddings are small beside what attention adds, or a tied head would just repeat the last token.
+    """
+    torch.manual_seed(seed)
+    model = BUILDERS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.tok_embeddings.weight.mul_(0.2)
+    return model
+
+
+class Float64RoPE(nn.Module):
+    """The rotation of torchtune's RotaryPositionalEmbeddings and Llama3ScaledRoPE, without their round to float32."""
+
+    def __init__(self, rope: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("cache", rope.cache.double())  # [max_seq_len, D / 2, 2]
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        cache = self.cache[: x.shape[1]] if input_pos is None else self.cache[input_pos]
+        cos, sin = cache.unsqueeze(-3).unbind(-1)  # [(B,) T, 1, D / 2]
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+def in_float64(model: TransformerDecoder) -> TransformerDecoder:
+    """The model in float64 throughout: torchtune's RMSNorm and RoPE would compute in float32 all the same."""
+    model.double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, RMSNorm):
+                norm = nn.RMSNorm(child.normalized_shape, eps=child.eps)
+                norm.weight = child.scale
+                setattr(module, name, norm)
+            elif isinstance(child, RotaryPositionalEmbeddings | Llama3ScaledRoPE):
+                setattr(module, name, Float64RoPE(child))
+    return model
+
+
+def unshared_hidden(model: TransformerDecoder, tokens: list[int]) -> Tensor:
+    """[T, E] hidden states of one sequence, by the model's own modules. Not model(...), which rounds to float32."""
+    hidden = model.tok_embeddings(torch.tensor([tokens]))
+    for layer in model.layers:
+        hidden = layer(hidden)
+    return model.norm(hidden)[0]
+
+
+def unshared_logprobs(model: TransformerDecoder, sequences: list[list[int]], prompt_lens: list[int]) -> Tensor:
+    """[N, C] log-probabilities of the completions, 0 beyond their length: one sequence after the other."""
+    rows = []
+    for tokens, prompt_len in zip(sequences, prompt_lens, strict=True):
+        scores = model.output(unshared_hidden(model, tokens)).log_softmax(-1)  # [T, V]
+        targets = torch.tensor(tokens[prompt_len:])
+        rows.append(scores[prompt_len - 1 : -1].gather(-1, targets[:, None])[:, 0])
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def unshared_attention(
+    q: Tensor, k: Tensor, v: Tensor, node: Tensor, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """[1, Hq, S, D], each packed token's output from the first sequence that holds it; pads, which none holds, are 0.
+
+    Args:
+        q: [1, Hq, S, D].
+        k: [1, Hkv, S, D].
+        v: [1, Hkv, S, D].
+        node: [N, T] packed index of token t of sequence n, -1 beyond its length.
+        window: tokens that a token sees at most, itself among them.
+        softcap: of the scores.
+    """
+    seen, rows, pieces = torch.zeros(q.shape[2], dtype=torch.bool), [], []
+    for nodes in node:
+        nodes = nodes[nodes >= 0]
+        is_new = ~seen[nodes.cpu()]
+        seen[nodes.cpu()] = True
+        alone = (x[:, :, nodes] for x in (q, k, v))
+        if window is None and softcap is None:
+            out = F.scaled_dot_product_attention(*alone, is_causal=True, enable_gqa=True)
+        else:
+            out = _written_out(*alone, window, softcap)
+        rows.append(nodes[is_new.to(nodes.device)])
+        pieces.append(out[:, :, is_new.to(nodes.device)])
+    return torch.zeros_like(q).index_copy(2, torch.cat(rows), torch.cat(pieces, 2))
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if window is not None:
+        visible = visible.triu(1 - window)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator gives back."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)])
+        return result
+
+
+def random_sequences(rng: random.Random, count: int, longest_run: int, alphabet: int) -> list[list[int]]:
+    """Sequences that start as others do, equal them, are prefixes of them, or share nothing."""
+    sequences: list[list[int]] = []
+    for _ in range(count):
+        other = rng.choice(sequences) if sequences and rng.random() < 0.8 else []
+        kept = other[: rng.randint(0, len(other))]
+        run = rng.randint(0 if kept else 1, longest_run)
+        sequences.append(kept + [rng.randrange(alphabet) for _ in range(run)])
+    return sequences
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over the norm."""
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
