@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns when this is unset.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ demo: $(INSTALLED) ## train the tiny model on a CPU
 
 test: $(INSTALLED) ## run the tests and the examples in the docstrings
 	@$(BIN)/pytest $(ARGS)
+
+bench: $(INSTALLED) ## measure training with and without sharing, side by side
+	@$(BIN)/python -m benchmarks.sharing
 
 lint: $(INSTALLED) ## check style, formatting and types
 	@$(BIN)/ruff check

@@ -92,26 +92,15 @@ def plot_savings(path: Path, tree: PrefixTree, prompt_len: float, completion_len
 
 
 def _draw_tokens(axes: Axes, tree: PrefixTree) -> None:
-    size = tree.num_tokens
-    segment = torch.zeros(size, dtype=torch.long)
-    segment[tree.segments[1:, 0]] = 1
-    colour = _segment_colours(tree)[segment.cumsum(0)]  # [size, 3], by key
-    visible = dense_mask(tree.end[:size])[..., None]
-    axes.imshow(np.where(visible, colour[None], 1.0), interpolation="nearest", extent=(0, size, size, 0))
-    pairs = int(visible.sum())
+    size, pairs = tree.num_tokens, shared_cost(tree).attention_pairs
+    axes.imshow(_token_colours(tree), interpolation="nearest", extent=(0, size, size, 0))
     axes.set(xlabel="key", ylabel="query")
     axes.set_title(f"{size:,} tokens, {pairs:,} pairs, coloured by the segment seen", fontsize="medium")
 
 
 def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
-    mask = block_mask(tree)
-    n = len(tree) // BLOCK
-    kind = np.zeros((n, n), dtype=int)
-    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
-    is_listed = torch.arange(n) < torch.stack([mask.kv_num_blocks, mask.full_kv_num_blocks])[:, 0, 0, :, None]
-    for value, (listed, columns) in enumerate(zip(is_listed, (mask.kv_indices, mask.full_kv_indices), strict=True), 1):
-        rows, ranks = listed.nonzero(as_tuple=True)
-        kind[rows, columns[0, 0, rows, ranks]] = value
+    kind = _block_kinds(tree)
+    n = len(kind)
     palette = np.array([[1.0, 1.0, 1.0], [0.62, 0.79, 0.88], [0.12, 0.44, 0.71]])
     axes.imshow(palette[kind], interpolation="nearest", extent=(0, n, n, 0))
     axes.set(xlabel=f"key block of {BLOCK}", ylabel=f"query block of {BLOCK}", xticks=range(n + 1), yticks=range(n + 1))
@@ -127,6 +116,27 @@ def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
         fontsize="small",
     )
     axes.set_title(f"the {n} x {n} blocks that FlexAttention reads", fontsize="medium")
+
+
+def _token_colours(tree: PrefixTree) -> np.ndarray:
+    """[tokens, tokens, 3] RGB, white where the query (row) does not see the key (column)."""
+    size = tree.num_tokens
+    is_start = torch.zeros(size, dtype=torch.long)
+    is_start[tree.segments[1:, 0]] = 1
+    by_key = _segment_colours(tree)[is_start.cumsum(0)]
+    return np.where(dense_mask(tree.end[:size])[..., None], by_key[None], 1.0)
+
+
+def _block_kinds(tree: PrefixTree) -> np.ndarray:
+    """[n, n] int: 0 for blocks that are skipped, 1 masked, 2 full; read off the tables of the block mask."""
+    mask = block_mask(tree)
+    kind = np.zeros((len(tree) // BLOCK,) * 2, dtype=int)
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
+    tables = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    for value, (counts, columns) in enumerate(tables, 1):
+        rows, ranks = (torch.arange(len(kind)) < counts[0, 0, :, None]).nonzero(as_tuple=True)
+        kind[rows, columns[0, 0, rows, ranks]] = value
+    return kind
 
 
 def _segment_colours(tree: PrefixTree) -> np.ndarray:

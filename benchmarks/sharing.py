@@ -1,0 +1,101 @@
+"""The recipe with and without sharing, side by side in one process: are they the same, and what is faster?
+
+    python -m benchmarks.sharing
+
+Both runs start from one seed and take their steps in turn, so that whatever else the machine does hits both alike.
+Writes benchmarks/results/sharing.json, which README quotes.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+import flexpg
+from recipes.grpo import GRPORecipe, Step
+
+CONFIG = "recipes/configs/tiny_cpu.yaml"
+RESULT = Path(__file__).parent / "results" / "sharing.json"
+
+
+@dataclass
+class Pair:
+    """One step of both runs."""
+
+    shared: Step
+    unshared: Step
+
+    def difference(self, metric: str) -> float:
+        """How far the runs are apart, relative to the larger; to 0.01 where advantages cancel to next to nothing."""
+        a, b = self.shared.metrics[metric], self.unshared.metrics[metric]
+        return abs(a - b) / max(abs(a), abs(b), 0.01)
+
+
+def recipe(config: str, sharing: bool, output_dir: Path, overrides: list[str]) -> GRPORecipe:
+    """A recipe that is set up, as `tune run` would with these overrides."""
+    own = {"sharing": sharing, "output_dir": str(output_dir)}
+    cfg = OmegaConf.merge(OmegaConf.load(config), own, OmegaConf.from_dotlist(overrides))
+    OmegaConf.resolve(cfg)
+    made = GRPORecipe(cfg)
+    made.setup()
+    return made
+
+
+def run_both(shared: GRPORecipe, unshared: GRPORecipe, num_steps: int) -> list[Pair]:
+    """The same problems through both, step by step."""
+    size = shared.cfg.prompts_per_step
+    pairs = []
+    for number in range(num_steps):
+        chosen = [i % len(shared.prompts) for i in range(number * size, (number + 1) * size)]
+        pairs.append(Pair(shared.step(chosen), unshared.step(chosen)))
+    return pairs
+
+
+def parameter_difference(shared: GRPORecipe, unshared: GRPORecipe) -> float:
+    """Norm of the difference of all parameters over their norm."""
+    a, b = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in (shared, unshared))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def main() -> None:
+    """Runs, prints, and writes the result with machine, versions and commit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("overrides", nargs="*", help="key=value, as on the command line of the recipe")
+    args = parser.parse_args()
+    runs = [recipe(args.config, sharing, Path("runs/sharing"), args.overrides) for sharing in (True, False)]
+    pairs = run_both(*runs, args.steps)
+    train_s = [[getattr(pair, side).metrics["train_s"] for pair in pairs] for side in ("shared", "unshared")]
+    ratios = sorted(slow / fast for fast, slow in zip(*train_s, strict=True))
+    result = {
+        "command": "python -m benchmarks.sharing",
+        "steps": args.steps,
+        "train_s_shared": statistics.median(train_s[0]),
+        "train_s_unshared": statistics.median(train_s[1]),
+        "train_speedup": statistics.median(ratios),
+        "train_speedup_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+        "token_ratio": sum(p.shared.unshared.tokens for p in pairs) / sum(p.shared.shared.tokens for p in pairs),
+        "largest_loss_difference": max(pair.difference("loss") for pair in pairs),
+        "largest_grad_norm_difference": max(pair.difference("grad_norm") for pair in pairs),
+        "parameter_difference": parameter_difference(*runs),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {runs[0].device}",
+        "versions": {"flexpg": flexpg.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    for name, value in result.items():
+        print(f"{name:<30} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The recipe as its user runs it: it learns nothing new by sharing, it is faster, and it refuses what cannot work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import Qwen2ForCausalLM
+
+from benchmarks.sharing import parameter_difference, recipe, run_both
+from recipes.grpo import SETUP_ERRORS, GRPORecipe
+
+ROOT = Path(__file__).parent.parent
+TINY, GSM8K = "recipes/configs/tiny_cpu.yaml", "recipes/configs/gsm8k_bytes_cpu.yaml"
+SMALL = ["prompts_per_step=2", "group_size=8", "train_problems.size=64", "test_problems.size=8"]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def both(config, tmp_path, overrides, num_steps):
+    runs = [recipe(config, sharing, tmp_path / str(sharing), overrides) for sharing in (True, False)]
+    return runs, run_both(*runs, num_steps)
+
+
+@pytest.mark.slow
+def test_shared_and_unshared_runs_stay_together_for_20_steps_and_the_shared_one_is_faster(tmp_path, capsys):
+    runs, pairs = both(TINY, tmp_path, SMALL, 20)
+    assert max(pair.difference("loss") for pair in pairs) < 1e-4
+    assert max(pair.difference("grad_norm") for pair in pairs) < 1e-4
+    assert parameter_difference(*runs) < 1e-4
+    assert sum(abs(pair.shared.metrics["loss"]) for pair in pairs) > 0.1  # they did train
+    tokens = sum(p.shared.unshared.tokens for p in pairs) / sum(p.shared.shared.tokens for p in pairs)
+    seconds = sum(p.unshared.metrics["train_s"] for p in pairs) / sum(p.shared.metrics["train_s"] for p in pairs)
+    with capsys.disabled():
+        print(f"\nshared against unshared: {tokens:.1f} x fewer tokens, {seconds:.1f} x faster training")
+    assert seconds > 1.5
+
+
+def test_a_run_with_another_seed_does_not_stay_together(tmp_path):
+    runs = [recipe(TINY, True, tmp_path / str(seed), [*SMALL, f"seed={seed}"]) for seed in (0, 1)]
+    pairs = run_both(*runs, 3)
+    assert max(pair.difference("loss") for pair in pairs) > 1e-2
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_every_option_of_a_step_agrees_with_the_unshared_path(tmp_path, loss):
+    overrides = [
+        *SMALL,
+        f"loss.loss_type={loss}",
+        "loss.beta=0.1",
+        "loss.importance_sampling_level=sequence",
+        "num_iterations=2",
+        "max_tokens=600",  # a group of eight in several micro-batches
+        "scale_rewards=batch",
+    ]
+    runs, pairs = both(TINY, tmp_path, overrides, 2)
+    for metric in ("loss", "grad_norm", "kl", "entropy", "ratio"):
+        differences = [pair.difference(metric) for pair in pairs]
+        assert max(differences) < 2e-4, (metric, differences)
+    assert pairs[1].shared.metrics["kl"] > 0 and pairs[1].shared.metrics["ratio"] != 1
+    assert parameter_difference(*runs) < 1e-4
+
+
+def test_gsm8k_questions_give_the_same_loss_and_gradient_norm_shared_and_unshared(tmp_path):
+    runs, pairs = both(GSM8K, tmp_path, ["group_size=3", "sampling.max_new_tokens=32", "sampling.temperature=2.0"], 3)
+    assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
+    for pair in pairs:
+        assert pair.difference("loss") < 1e-4 and pair.difference("grad_norm") < 1e-4
+        assert pair.shared.metrics["grad_norm"] > 1e-4  # a step that trains something
+
+
+def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
+    overrides = [f"output_dir={tmp_path}", *SMALL, "num_steps=2", "eval_every_n_steps=1", "prompts_per_step=6"]
+    command = [
+        Path(sys.executable).parent / "tune",
+        "run",
+        "--nproc_per_node",
+        "1",
+        "recipes/grpo.py",
+        "--config",
+        TINY,
+    ]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, env=os.environ, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for line in ("step    2  held-out accuracy", "seconds per step", "x fewer", "reward,mask,savings"):
+        assert line in done.stdout
+    noise = [line for line in done.stderr.splitlines() if "torchao" not in line]  # tune imports it before we can speak
+    assert not noise, noise
+    for picture in ("reward.png", "mask.png", "savings.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "Step 2 | loss:" in next((tmp_path / "logs").iterdir()).read_text()
+    saved = tmp_path / "epoch_0"
+    cfg = OmegaConf.merge(OmegaConf.load(TINY), {"checkpointer": {"checkpoint_dir": str(saved)}})
+    cfg.checkpointer.checkpoint_files = [file.name for file in saved.glob("*.safetensors")]
+    cfg.output_dir = str(tmp_path / "again")
+    OmegaConf.resolve(cfg)
+    trained = GRPORecipe(cfg)
+    trained.setup()
+    tokens = trained.test_prompts[0][None]
+    theirs = Qwen2ForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trained.model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    before = recipe(TINY, True, tmp_path / "before", SMALL)
+    assert not torch.equal(before.model.tok_embeddings.weight, trained.model.tok_embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.loss_type=ppo"], "loss_type is 'ppo'; allowed are grpo, bnpo, dr_grpo, dapo"),
+        (["loss.importance_sampling_level=word"], "allowed are token, sequence"),
+        (["loss.epsilonn=0.1"], "unexpected keyword argument 'epsilonn'"),
+        (["scale_rewards=std"], "allowed are group, batch, none"),
+        (["num_steps=0"], "num_steps is 0; give a whole number, 1 or more"),
+        (["sharing=maybe"], "sharing is 'maybe'; give true or false"),
+        (["sampling.temperature=-1"], "temperature is -1"),
+        (["sampling.max_new_tokens=5000"], "longer than the model's max_seq_len=4096"),
+        (["model.max_seq_len=128"], "longer than the model's max_seq_len=128"),
+        (["model.vocab_size=40"], "beyond the model's vocabulary of 40"),
+        (["model.attn_dropout=0.1"], "attn_dropout=0.1"),
+        (["model.embed_dim=64"], "does not fit `model`"),
+        (["checkpointer.checkpoint_dir=recipes/nowhere"], "nowhere"),
+        (["reward=flexpg.tasks.no_such_reward"], "no_such_reward"),
+        (["model._component_=torchtune.models.no_such_model"], "no_such_model"),
+        (["train_problems._component_=flexpg.tasks.gsm8k", "~train_problems.split"], "gsm8k"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_trained(tmp_path, overrides, message):
+    output_dir = tmp_path / "out"
+    with pytest.raises(SETUP_ERRORS, match="(?s)" + message.replace("(", r"\(")):
+        recipe(TINY, True, output_dir, [o for o in overrides if not o.startswith("~")])
+    assert not list(output_dir.glob("*")) if output_dir.exists() else True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no GSM8K file at"), ('{"question": "q", "answer": "a #### 1"}\n{"question":', "line 2 is not JSON")],
+)
+def test_a_missing_or_broken_data_file_is_named(tmp_path, text, message):
+    path = tmp_path / "data.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SETUP_ERRORS, match=message):
+        recipe(GSM8K, True, tmp_path / "out", [f"train_problems.path={path}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_ends_with_one_line_for_a_mistake(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.grpo",
+        "--config",
+        TINY,
+        "loss.loss_type=ppo",
+        f"output_dir={tmp_path}/out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: loss_type is 'ppo'; allowed are grpo, bnpo, dr_grpo, dapo"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_before_the_update(tmp_path):
+    run = recipe(TINY, True, tmp_path, SMALL)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.reward = lambda completion, answer: float("nan")
+    with pytest.raises(ValueError, match="rollout 0 of 16 has reward nan"):
+        run.step([0, 1])
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_the_committed_benchmark_result_names_machine_versions_and_commit():
+    result = json.loads((ROOT / "benchmarks/results/sharing.json").read_text())
+    assert {"command", "machine", "versions", "commit", "train_speedup", "token_ratio"} <= set(result)
