@@ -57,6 +57,11 @@ def run_both(shared: GRPORecipe, unshared: GRPORecipe, num_steps: int) -> list[P
     return pairs
 
 
+def token_ratio(pairs: list[Pair], way: str) -> float:
+    """Tokens of the unshared run over those of encoding "prompts_once", or of what was trained on, "shared"."""
+    return sum(p.shared.unshared.tokens for p in pairs) / sum(getattr(p.shared, way).tokens for p in pairs)
+
+
 def parameter_difference(shared: GRPORecipe, unshared: GRPORecipe) -> float:
     """Norm of the difference of all parameters over their norm."""
     a, b = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in (shared, unshared))
@@ -81,7 +86,8 @@ def main() -> None:
         "train_s_unshared": statistics.median(train_s[1]),
         "train_speedup": statistics.median(ratios),
         "train_speedup_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
-        "token_ratio": sum(p.shared.unshared.tokens for p in pairs) / sum(p.shared.shared.tokens for p in pairs),
+        "token_ratio": token_ratio(pairs, "shared"),
+        "token_ratio_prompts_once": token_ratio(pairs, "prompts_once"),
         "largest_loss_difference": max(pair.difference("loss") for pair in pairs),
         "largest_grad_norm_difference": max(pair.difference("grad_norm") for pair in pairs),
         "parameter_difference": parameter_difference(*runs),

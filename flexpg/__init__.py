@@ -11,7 +11,7 @@ True means "counts" in every mask.
 """
 
 from flexpg.attention import attention
-from flexpg.cost import Cost, dense_cost, shared_cost
+from flexpg.cost import Cost, dense_cost, group_cost, shared_cost
 from flexpg.logprobs import token_logprobs, token_logprobs_and_entropies
 from flexpg.losses import grpo_loss, loss_normalizer
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
@@ -36,6 +36,7 @@ __all__ = [
     "dense_mask",
     "group_advantages",
     "group_block_mask",
+    "group_cost",
     "grpo_loss",
     "loss_normalizer",
     "pack",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
 
@@ -31,6 +32,14 @@ def shared_cost(tree: PrefixTree) -> Cost:
     Cost(tokens=5, attention_pairs=14)
     """
     return Cost(tree.num_tokens, int((tree.position_ids[: tree.num_tokens] + 1).sum()))
+
+
+def group_cost(rollouts: Rollouts) -> Cost:
+    """Every prompt once and every completion in full, even where completions begin alike and a tree merges them."""
+    suffix_lens: list[list[int]] = [[] for _ in rollouts.prompts]
+    for group, completion in zip(rollouts.group_ids.tolist(), rollouts.completions, strict=True):
+        suffix_lens[group].append(len(completion))
+    return shared_cost(PrefixTree.from_lengths([len(prompt) for prompt in rollouts.prompts], suffix_lens))
 
 
 def dense_cost(tree: PrefixTree) -> Cost:

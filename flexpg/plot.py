@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from flexpg.cost import dense_cost, shared_cost
+from flexpg.cost import Cost, dense_cost, group_cost, shared_cost
 from flexpg.masks import block_mask, dense_mask
+from flexpg.rollouts import Rollouts
 from flexpg.tree import BLOCK, PrefixTree
 
 DENSE, SHARED, QUIET = "#b8b8b8", "#1f6fb4", "#9ecae1"
@@ -31,7 +32,14 @@ def plot_reward(path: Path, rewards: Sequence[float], accuracies: dict[int, floa
     axes = figure.subplots()
     steps = np.arange(1, len(rewards) + 1)
     axes.plot(steps, rewards, color=QUIET, linewidth=1.5, label="training reward, mean of the step's rollouts")
-    axes.plot(list(accuracies), list(accuracies.values()), "o-", color=SHARED, label="held-out accuracy, greedy")
+    axes.plot(
+        list(accuracies),
+        list(accuracies.values()),
+        "o-",
+        color=SHARED,
+        clip_on=False,
+        label="held-out accuracy, greedy",
+    )
     axes.set(xlabel="GRPO step", ylabel="reward", ylim=(-0.02, 1.02), xlim=(0, max(len(rewards), 1)))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
@@ -54,41 +62,49 @@ def plot_mask(path: Path, tree: PrefixTree) -> None:
     figure.savefig(path, dpi=200)
 
 
-def plot_savings(path: Path, tree: PrefixTree, prompt_len: float, completion_len: float, group_size: int) -> None:
-    """Tokens and attention pairs of a batch with and without sharing, and how the saving grows with the group.
+def plot_savings(path: Path, rollouts: Rollouts) -> None:
+    """Tokens and attention pairs of a step with and without sharing, and how the saving grows with the group.
 
     Args:
         path: picture to write.
-        tree: the packed row of a real batch.
-        prompt_len: its mean prompt, in tokens.
-        completion_len: its mean completion, in tokens.
-        group_size: completions per prompt.
+        rollouts: a real step.
     """
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    bars, curve = figure.subplots(1, 2)
-    dense, shared = dense_cost(tree), shared_cost(tree)
-    rows = [("tokens", dense.tokens, shared.tokens), ("attention pairs", dense.attention_pairs, shared.attention_pairs)]
-    for y, (_, unshared, packed) in enumerate(rows):
-        bars.barh(y - 0.19, 1, 0.36, color=DENSE, label="every prompt encoded per completion" if y == 0 else None)
-        bars.barh(y + 0.19, packed / unshared, 0.36, color=SHARED, label="encoded once" if y == 0 else None)
-        bars.text(0.98, y - 0.19, f"{unshared:,}", va="center", ha="right")
-        bars.text(packed / unshared + 0.02, y + 0.19, f"{packed:,}   ({unshared / packed:.1f} x fewer)", va="center")
-    bars.set(yticks=range(len(rows)), yticklabels=[name for name, _, _ in rows], xticks=[], ylim=(1.55, -0.95))
-    bars.legend(loc="upper left", frameon=False, ncols=2, fontsize="small")
-    bars.set_title("one batch of this run", fontsize="medium")
+    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
+    bars, curve = figure.subplots(1, 2, width_ratios=(5, 4))
+    tree = PrefixTree.from_sequences(rollouts.sequences)
+    _draw_costs(bars, {"unshared": dense_cost(tree), "prompts once": group_cost(rollouts), "tree": shared_cost(tree)})
+    prompt, completion = rollouts.prompt_lens.float().mean().item(), rollouts.completion_lens.float().mean().item()
+    group_size = len(rollouts) / rollouts.num_groups
     sizes = np.arange(1, max(2 * group_size, 8) + 1)
-    ratio = sizes * (prompt_len + completion_len) / (prompt_len + sizes * completion_len)
-    curve.plot(sizes, ratio, color=SHARED)
-    curve.plot(group_size, ratio[group_size - 1], "o", color=SHARED, label=f"this run, G = {group_size}")
-    curve.axhline(1 + prompt_len / completion_len, color=DENSE, linestyle="--", label="limit, 1 + P / R")
+    curve.plot(sizes, _token_ratio(sizes, prompt, completion), color=SHARED, label="prompts once")
+    curve.plot(group_size, _token_ratio(group_size, prompt, completion), "o", color=SHARED, label=f"G = {group_size:g}")
+    curve.axhline(1 + prompt / completion, color=DENSE, linestyle="--", label="limit, 1 + P / R")
     curve.set(xlabel="completions per prompt, G", ylabel="tokens, unshared / shared", ylim=(0, None))
-    curve.set_title(f"prompt P = {prompt_len:.0f}, completion R = {completion_len:.0f} tokens", fontsize="medium")
+    curve.set_title(f"prompt P = {prompt:.0f}, completion R = {completion:.0f} tokens", fontsize="medium")
     curve.grid(alpha=0.3)
     curve.legend(loc="lower right", frameon=False)
-    for axes in (bars, curve):
-        _plain(axes)
-    bars.spines["bottom"].set_visible(False)
+    _plain(curve)
     figure.savefig(path, dpi=200)
+
+
+def _token_ratio(group_size: np.ndarray | float, prompt: float, completion: float) -> np.ndarray | float:
+    return group_size * (prompt + completion) / (prompt + group_size * completion)
+
+
+def _draw_costs(axes: Axes, costs: dict[str, Cost]) -> None:
+    """A bar for each way of encoding, relative to the first, for tokens and for attention pairs."""
+    labels = ("every prompt once per completion", "every prompt once", "every common prefix once")
+    for y, unit in enumerate(("tokens", "attention_pairs")):
+        counts = [getattr(cost, unit) for cost in costs.values()]
+        for row, (count, colour, label) in enumerate(zip(counts, (DENSE, QUIET, SHARED), labels, strict=True)):
+            middle = y + 0.26 * (row - 1)
+            axes.barh(middle, count / counts[0], 0.24, color=colour, label=None if y else label)
+            note = f"{count:,}" if row == 0 else f"{count:,}   ({counts[0] / count:.1f} x fewer)"
+            axes.text(count / counts[0] + 0.015, middle, note, va="center", fontsize="small")
+    axes.set(yticks=(0, 1), yticklabels=("tokens", "attention\npairs"), xticks=[], ylim=(1.45, -0.85), xlim=(0, 1.2))
+    axes.legend(loc="upper left", frameon=False, ncols=3, fontsize="x-small", columnspacing=1.0)
+    axes.set_title("one step of this run", fontsize="medium")
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def _draw_tokens(axes: Axes, tree: PrefixTree) -> None:

@@ -32,6 +32,7 @@ from flexpg import (
     Samples,
     dense_cost,
     group_advantages,
+    group_cost,
     grpo_loss,
     loss_normalizer,
     pack,
@@ -51,10 +52,10 @@ class Step:
     """What one step leaves for the log, the progress bar and the pictures."""
 
     metrics: dict[str, float]
-    unshared: Cost
-    shared: Cost
-    tree: PrefixTree
     rollouts: Rollouts
+    unshared: Cost  # every prompt once per completion
+    prompts_once: Cost
+    shared: Cost  # every common prefix once, those of completions too
 
 
 class GRPORecipe(FTRecipeInterface):
@@ -149,7 +150,7 @@ class GRPORecipe(FTRecipeInterface):
         trees = [batch.tree for batch in (batches if self.sharing else pack(rollouts, self.cfg.max_tokens))]
         unshared = sum((dense_cost(tree) for tree in trees), Cost(0, 0))
         shared = sum((shared_cost(tree) for tree in trees), Cost(0, 0))
-        return Step(metrics, unshared, shared, trees[0], rollouts)
+        return Step(metrics, rollouts, unshared, group_cost(rollouts), shared)
 
     def update(
         self,
@@ -219,20 +220,23 @@ class GRPORecipe(FTRecipeInterface):
         last = self.history[-1]
         count, group_size = len(self.history), self.cfg.group_size
         plot_reward(self.output_dir / "reward.png", [s.metrics["reward"] for s in self.history], self.accuracies)
-        prompts_shown = last.rollouts.prompts[:2]  # two groups, so that completions can be told apart
-        shown = last.rollouts.select(range(len(prompts_shown) * group_size))
+        rollouts = self.history[0].rollouts
+        shown = rollouts.select(range(min(2, rollouts.num_groups) * group_size))  # few, so that branches can be seen
         plot_mask(self.output_dir / "mask.png", PrefixTree.from_sequences(shown.sequences))
-        prompt_len, completion_len = (n.float().mean().item() for n in (shown.prompt_lens, shown.completion_lens))
-        plot_savings(self.output_dir / "savings.png", last.tree, prompt_len, completion_len, group_size)
-        unshared = sum(s.unshared.tokens for s in self.history) / count
-        shared = sum(s.shared.tokens for s in self.history) / count
+        plot_savings(self.output_dir / "savings.png", rollouts)
+        costs = [[getattr(s, way).tokens for s in self.history] for way in ("unshared", "prompts_once", "shared")]
+        unshared, prompts_once, shared = (sum(tokens) / count for tokens in costs)
         seconds = [sum(s.metrics[f"{part}_s"] for s in self.history) / count for part in ("sample", "score", "train")]
         first, final = self.accuracies[0], list(self.accuracies.values())[-1]
         print(f"held-out accuracy   {first:.3f} -> {final:.3f} in {count} steps")
         print(f"training reward     {self.history[0].metrics['reward']:.3f} -> {last.metrics['reward']:.3f}")
         print("seconds per step    {:.2f}: sample {:.2f}, score {:.2f}, train {:.2f}".format(sum(seconds), *seconds))
-        done = "trained on" if self.sharing else "sharing would train on"
-        print(f"tokens per step     {unshared:,.0f} unshared, {done} {shared:,.0f}: {unshared / shared:.1f} x fewer")
+        print(f"tokens per step     {unshared:,.0f} to encode every prompt once per completion")
+        print(
+            f"                    {prompts_once:,.0f} to encode every prompt once: {unshared / prompts_once:.1f} x fewer"
+        )
+        print(f"                    {shared:,.0f} to encode every common prefix once: {unshared / shared:.1f} x fewer")
+        print(f"                    {shared if self.sharing else unshared:,.0f} is what this run trained on")
         print(f"pictures            {self.output_dir}/{{reward,mask,savings}}.png")
 
     def cleanup(self) -> None:

@@ -4,13 +4,21 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 from flexpg.masks import block_mask, dense_mask
 from flexpg.plot import _block_kinds, _token_colours, plot_mask, plot_reward, plot_savings
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
 TREE = PrefixTree.from_lengths([150, 70], [[30, 40, 50], [20, 20]])
+ROLLOUTS = Rollouts(
+    [torch.arange(150), torch.arange(70)],
+    [torch.full((length,), length) for length in (30, 40, 50, 20, 20)],
+    torch.tensor([0, 0, 0, 1, 1]),
+    torch.ones(5),
+)
 
 
 def test_the_token_picture_is_white_exactly_where_the_mask_is_false():
@@ -40,7 +48,7 @@ def test_the_block_picture_shows_the_tables():
     [
         lambda path: plot_mask(path, TREE),
         lambda path: plot_reward(path, [0.1, 0.5], {0: 0.2, 2: 0.9}),
-        lambda path: plot_savings(path, TREE, 110, 32, 3),
+        lambda path: plot_savings(path, ROLLOUTS),
     ],
 )
 def test_pictures_are_written_without_a_display(tmp_path, draw):

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import Qwen2ForCausalLM
 
-from benchmarks.sharing import parameter_difference, recipe, run_both
+from benchmarks.sharing import parameter_difference, recipe, run_both, token_ratio
 from recipes.grpo import SETUP_ERRORS, GRPORecipe
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def test_shared_and_unshared_runs_stay_together_for_20_steps_and_the_shared_one_
     assert max(pair.difference("grad_norm") for pair in pairs) < 1e-4
     assert parameter_difference(*runs) < 1e-4
     assert sum(abs(pair.shared.metrics["loss"]) for pair in pairs) > 0.1  # they did train
-    tokens = sum(p.shared.unshared.tokens for p in pairs) / sum(p.shared.shared.tokens for p in pairs)
+    tokens = token_ratio(pairs, "shared")
     seconds = sum(p.unshared.metrics["train_s"] for p in pairs) / sum(p.shared.metrics["train_s"] for p in pairs)
     with capsys.disabled():
         print(f"\nshared against unshared: {tokens:.1f} x fewer tokens, {seconds:.1f} x faster training")
