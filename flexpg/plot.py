@@ -93,7 +93,7 @@ def _token_ratio(group_size: np.ndarray | float, prompt: float, completion: floa
 
 def _draw_costs(axes: Axes, costs: dict[str, Cost]) -> None:
     """A bar for each way of encoding, relative to the first, for tokens and for attention pairs."""
-    labels = ("every prompt once per completion", "every prompt once", "every common prefix once")
+    labels = ("every prompt once per completion", "every prompt once", "equal beginnings merged too")
     for y, unit in enumerate(("tokens", "attention_pairs")):
         counts = [getattr(cost, unit) for cost in costs.values()]
         for row, (count, colour, label) in enumerate(zip(counts, (DENSE, QUIET, SHARED), labels, strict=True)):

@@ -215,27 +215,30 @@ class GRPORecipe(FTRecipeInterface):
         """The trained weights, in the format that the checkpointer read."""
         self.checkpointer.save_checkpoint({training.MODEL_KEY: self.model.state_dict()}, epoch=0)
 
-    def summarize(self) -> None:
-        """Draws the pictures, and prints what was learned, where the time went and what sharing saved."""
-        last = self.history[-1]
-        count, group_size = len(self.history), self.cfg.group_size
+    def draw(self) -> None:
+        """Pictures of what was learned, of the first step's mask, and of what sharing saves on it."""
         plot_reward(self.output_dir / "reward.png", [s.metrics["reward"] for s in self.history], self.accuracies)
-        rollouts = self.history[0].rollouts
-        shown = rollouts.select(range(min(2, rollouts.num_groups) * group_size))  # few, so that branches can be seen
-        plot_mask(self.output_dir / "mask.png", PrefixTree.from_sequences(shown.sequences))
+        rollouts, size = self.history[0].rollouts, self.cfg.group_size
+        count = min(2, rollouts.num_groups)  # few groups, so that completions can be told apart
+        completions = [rollouts.completions[group * size : (group + 1) * size] for group in range(count)]
+        plot_mask(self.output_dir / "mask.png", PrefixTree.from_groups(rollouts.prompts[:count], completions))
         plot_savings(self.output_dir / "savings.png", rollouts)
-        costs = [[getattr(s, way).tokens for s in self.history] for way in ("unshared", "prompts_once", "shared")]
-        unshared, prompts_once, shared = (sum(tokens) / count for tokens in costs)
-        seconds = [sum(s.metrics[f"{part}_s"] for s in self.history) / count for part in ("sample", "score", "train")]
-        first, final = self.accuracies[0], list(self.accuracies.values())[-1]
-        print(f"held-out accuracy   {first:.3f} -> {final:.3f} in {count} steps")
-        print(f"training reward     {self.history[0].metrics['reward']:.3f} -> {last.metrics['reward']:.3f}")
+
+    def summarize(self) -> None:
+        """Prints what was learned, where the time went and what sharing saved."""
+        steps = len(self.history)
+        rewards = [step.metrics["reward"] for step in self.history]
+        accuracies = list(self.accuracies.values())
+        seconds = [sum(s.metrics[part] for s in self.history) / steps for part in ("sample_s", "score_s", "train_s")]
+        unshared = sum(step.unshared.tokens for step in self.history) / steps
+        prompts_once = sum(step.prompts_once.tokens for step in self.history) / steps
+        shared = sum(step.shared.tokens for step in self.history) / steps
+        print(f"held-out accuracy   {accuracies[0]:.3f} -> {accuracies[-1]:.3f} in {steps} steps")
+        print(f"training reward     {rewards[0]:.3f} -> {rewards[-1]:.3f}")
         print("seconds per step    {:.2f}: sample {:.2f}, score {:.2f}, train {:.2f}".format(sum(seconds), *seconds))
-        print(f"tokens per step     {unshared:,.0f} to encode every prompt once per completion")
-        print(
-            f"                    {prompts_once:,.0f} to encode every prompt once: {unshared / prompts_once:.1f} x fewer"
-        )
-        print(f"                    {shared:,.0f} to encode every common prefix once: {unshared / shared:.1f} x fewer")
+        print(f"tokens per step     {unshared:,.0f} with every prompt once per completion")
+        print(f"                    {prompts_once:,.0f} with every prompt once ({unshared / prompts_once:.1f} x fewer)")
+        print(f"                    {shared:,.0f} with equal beginnings merged too ({unshared / shared:.1f} x fewer)")
         print(f"                    {shared if self.sharing else unshared:,.0f} is what this run trained on")
         print(f"pictures            {self.output_dir}/{{reward,mask,savings}}.png")
 
@@ -317,6 +320,7 @@ def recipe_main(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
     recipe.train()
     recipe.save_checkpoint()
+    recipe.draw()
     recipe.summarize()
     recipe.cleanup()
 
