@@ -43,7 +43,8 @@ def token_logprobs(
         [N, C] float32 (float64 for float64 hidden), 0 where there is no trained token.
 
     Raises:
-        ValueError: shapes, lengths, temperature or chunk that do not fit.
+        ValueError: shapes, lengths, devices, temperature or chunk that do not fit.
+        TypeError: lengths that are not integers.
     """
     logprobs, _ = _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=False)
     return logprobs
@@ -81,6 +82,10 @@ def _scored(
         raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
     if hidden.dim() != 3 or hidden.shape[:2] != (1, len(tree)):
         raise ValueError(f"hidden is {tuple(hidden.shape)}; the tree's packed row needs [1, {len(tree)}, E]")
+    if hidden.device != tree.end.device:
+        raise ValueError(
+            f"hidden is on {hidden.device} and the tree on {tree.end.device}; move the tree with .to(device)"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; give a positive number (for greedy samples, 1)")
     if chunk_tokens < 1:
@@ -101,9 +106,10 @@ def _scored(
             entropies = -torch.special.xlogy(probabilities, probabilities).sum(-1)
         return scores.gather(-1, targets[:, None])[:, 0], entropies
 
+    rows = hidden[0].index_select(0, parent)  # [M, E], once: its backward fills an [S, E] gradient
     chunks = [
-        checkpoint(chunk_scores, hidden[0].index_select(0, parents), targets, use_reentrant=False)
-        for parents, targets in zip(parent.split(chunk_tokens), target.split(chunk_tokens), strict=True)
+        checkpoint(chunk_scores, row_chunk, target_chunk, use_reentrant=False)
+        for row_chunk, target_chunk in zip(rows.split(chunk_tokens), target.split(chunk_tokens), strict=True)
     ]
     scattered = []
     for flat in zip(*chunks, strict=True):
@@ -115,6 +121,8 @@ def _scored(
 def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
     if prompt_lens.shape != tree.lengths.shape:
         raise ValueError(f"prompt_lens is {tuple(prompt_lens.shape)}; the tree has {len(tree.lengths)} sequences")
+    if prompt_lens.is_floating_point():
+        raise TypeError(f"prompt_lens is {prompt_lens.dtype}; lengths are integers")
     prompt_lens = prompt_lens.to(tree.lengths)
     wrong = ((prompt_lens < 1) | (prompt_lens >= tree.lengths)).nonzero().flatten()
     if len(wrong):

@@ -118,6 +118,9 @@ def grpo_loss(
     tables = {"old_logprobs": old_logprobs, "mask": mask, "ref_logprobs": ref_logprobs, "entropies": entropies}
     _check_shapes(logprobs, advantages, tables)
     _check_mask(mask)
+    for name, value in (("beta", beta), ("epsilon", epsilon), ("epsilon_high", epsilon_high)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} is {value}; give 0 or more")
     if beta != 0.0 and ref_logprobs is None:
         raise ValueError(f"beta is {beta}, but the KL term needs ref_logprobs; give them or set beta to 0")
     if normalizer is None:
@@ -179,6 +182,8 @@ def _check_shapes(logprobs: Tensor, advantages: Tensor, tables: dict[str, Tensor
     for name, table in tables.items():
         if table is not None and table.shape != logprobs.shape:
             raise ValueError(f"{name} is {list(table.shape)}, logprobs {list(logprobs.shape)}; both must be [N, C]")
+        if table is not None and table.device != logprobs.device:
+            raise ValueError(f"{name} is on {table.device}, logprobs on {logprobs.device}; move all to one device")
     if advantages.shape != logprobs.shape[:1]:
         raise ValueError(
             f"advantages is {list(advantages.shape)}, logprobs {list(logprobs.shape)}; give one advantage per rollout"

@@ -165,6 +165,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: ScaleRew
     """
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards is {scale_rewards!r}; allowed are {', '.join(get_args(ScaleRewards))}")
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards are {rewards.dtype}; give floats")
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(f"rewards are {list(rewards.shape)}, group_ids {list(group_ids.shape)}; both must be [N]")
     group = group_ids.unique(return_inverse=True)[1]  # [N], 0 to the number of groups

@@ -292,6 +292,6 @@ def _regroup(flat: list, like: Sequence[Sequence]) -> list[list]:
 
 
 def _length(name: str, n: int) -> int:
-    if n < 1:
-        raise ValueError(f"{name} has length {n}; every prefix and suffix needs at least one token")
+    if int(n) != n or n < 1:
+        raise ValueError(f"{name} has length {n}; every prefix and suffix needs a whole number of tokens, 1 or more")
     return int(n)

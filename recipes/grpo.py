@@ -5,9 +5,11 @@
 A recipe in torchtune's manner: every component comes from the YAML, and this file is yours to change.
 """
 
+import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
+from torchtune.modules import MultiHeadAttention
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
@@ -30,6 +33,7 @@ from flexpg import (
     PrefixTree,
     Rollouts,
     Samples,
+    SamplingParams,
     dense_cost,
     group_advantages,
     group_cost,
@@ -43,16 +47,39 @@ from flexpg import (
 from flexpg.integrations import torchtune as flexpg_torchtune
 from flexpg.plot import plot_mask, plot_reward, plot_savings
 
-# What a mistake in the configuration, the data or the checkpoint raises, in this file or in a component.
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, AttributeError, InstantiationError, OmegaConfBaseException)
+# What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
+SETUP_ERRORS = (ValueError, TypeError, OSError, InstantiationError, OmegaConfBaseException)
+COMPONENTS = (
+    "tokenizer",
+    "model",
+    "checkpointer",
+    "train_problems",
+    "test_problems",
+    "sampling",
+    "optimizer",
+    "metric_logger",
+)
+COUNTS = ("num_steps", "prompts_per_step", "group_size", "num_iterations", "max_tokens", "eval_every_n_steps")
+OPTIONS = (
+    "output_dir",
+    "device",
+    "dtype",
+    "seed",
+    "add_bos",
+    "reward",
+    "test_reward",
+    "sharing",
+    "scale_rewards",
+    "loss",
+    "clip_grad_norm",
+)
 
 
 @dataclass
 class Step:
-    """What one step leaves for the log, the progress bar and the pictures."""
+    """What one step leaves for the log, the progress bar and the summary."""
 
     metrics: dict[str, float]
-    rollouts: Rollouts
     unshared: Cost  # every prompt once per completion
     prompts_once: Cost
     shared: Cost  # every common prefix once, those of completions too
@@ -62,13 +89,16 @@ class GRPORecipe(FTRecipeInterface):
     """One process, full fine-tuning; the policy, its old and its reference log-probabilities share prompts alike."""
 
     def __init__(self, cfg: DictConfig) -> None:
+        check_options(cfg)
         self.cfg = cfg
         self.device = utils.get_device(cfg.device)
+        if self.device.type != torch.device(cfg.device).type:
+            raise ValueError(f"device is {cfg.device} and this machine has none; set device to {self.device.type}")
         self.dtype = training.get_dtype(cfg.dtype, device=self.device)
         self.sharing = cfg.sharing
-        self.temperature = cfg.sampling.get("temperature", 1.0)
+        self.temperature = cfg.sampling.temperature
         self.output_dir = Path(cfg.output_dir)
-        utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # we say what there is to say
+        utils.get_logger().addFilter(is_warning)  # torchtune's own; what there is to say is said here
         training.set_seed(cfg.seed)
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed)
 
@@ -76,19 +106,19 @@ class GRPORecipe(FTRecipeInterface):
         """Makes every component, and finds what is wrong before anything is trained or written."""
         cfg = self.cfg
         self.loss = partial(grpo_loss, **cfg.loss)
-        self._check_options()
         self.tokenizer = config.instantiate(cfg.tokenizer)
-        self.reward = resolve_name(cfg.reward)
+        self.reward, self.test_reward = function("reward", cfg.reward), function("test_reward", cfg.test_reward)
         self.problems = config.instantiate(cfg.train_problems)
         self.test_problems = config.instantiate(cfg.test_problems)
         self.sampling = config.instantiate(cfg.sampling, stop_tokens=self.tokenizer.stop_tokens)
         self.greedy = replace(self.sampling, temperature=0)
         self.model = self._model(cfg.model)
+        self.decoder = flexpg_torchtune.decoder(self.model)
         self.prompts = self._tokenized("train", self.problems)
         self.test_prompts = self._tokenized("test", self.test_problems)
         weights = self.load_checkpoint()
         self._load(self.model, weights)
-        self.reference = None
+        self.first_rollouts = self.reference = None
         if cfg.loss.get("beta", 0.0) != 0.0:
             self.reference = self._model(cfg.model).requires_grad_(False)
             self._load(self.reference, weights)
@@ -126,20 +156,21 @@ class GRPORecipe(FTRecipeInterface):
 
     def step(self, chosen: list[int]) -> Step:
         """Samples a group for each chosen problem, scores the rollouts, and updates the model on them."""
-        started = time.perf_counter()
+        started = self._seconds()
         rollouts = self.sample(chosen)
-        sampled = time.perf_counter()
+        self.first_rollouts = self.first_rollouts or rollouts
+        sampled = self._seconds()
         batches = pack(rollouts, self.cfg.max_tokens, sharing=self.sharing)
         with torch.no_grad():
             needs_old = self.cfg.num_iterations > 1  # in the first iteration the old policy is the one in training
             old = [self.logprobs(self.model, batch)[0] if needs_old else None for batch in batches]
             ref = [self.logprobs(self.reference, batch)[0] if self.reference else None for batch in batches]
-        scored = time.perf_counter()
+        scored = self._seconds()
         advantages = group_advantages(rollouts.rewards, rollouts.group_ids, self.cfg.scale_rewards)
         normalizer = loss_normalizer(rollouts.trained, self.loss.keywords["loss_type"], self.sampling.max_new_tokens)
         for _ in range(self.cfg.num_iterations):
             metrics = self.update(batches, old, ref, advantages, normalizer)
-        trained = time.perf_counter()
+        trained = self._seconds()
         metrics |= {
             "reward": rollouts.rewards.mean().item(),
             "completion_tokens": rollouts.completion_lens.float().mean().item(),
@@ -150,7 +181,7 @@ class GRPORecipe(FTRecipeInterface):
         trees = [batch.tree for batch in (batches if self.sharing else pack(rollouts, self.cfg.max_tokens))]
         unshared = sum((dense_cost(tree) for tree in trees), Cost(0, 0))
         shared = sum((shared_cost(tree) for tree in trees), Cost(0, 0))
-        return Step(metrics, rollouts, unshared, group_cost(rollouts), shared)
+        return Step(metrics, unshared, group_cost(rollouts), shared)
 
     def update(
         self,
@@ -204,12 +235,13 @@ class GRPORecipe(FTRecipeInterface):
         samples = self._drawn(prompts, self.cfg.group_size, self.sampling)
         group_ids = torch.arange(len(prompts), device=self.device).repeat_interleave(self.cfg.group_size)
         answers = [self.problems[chosen[group]].answer for group in group_ids.tolist()]
-        return Rollouts(prompts, samples.completions, group_ids, self._rewards(samples, answers))
+        return Rollouts(prompts, samples.completions, group_ids, self._rewards(self.reward, samples, answers))
 
     def evaluate(self) -> float:
-        """Mean reward of the likeliest completion of every held-out problem."""
+        """Mean `test_reward` of the likeliest completion of every held-out problem."""
         samples = self._drawn(self.test_prompts, 1, self.greedy)
-        return self._rewards(samples, [problem.answer for problem in self.test_problems]).mean().item()
+        answers = [problem.answer for problem in self.test_problems]
+        return self._rewards(self.test_reward, samples, answers).mean().item()
 
     def save_checkpoint(self) -> None:
         """The trained weights, in the format that the checkpointer read."""
@@ -218,7 +250,7 @@ class GRPORecipe(FTRecipeInterface):
     def draw(self) -> None:
         """Pictures of what was learned, of the first step's mask, and of what sharing saves on it."""
         plot_reward(self.output_dir / "reward.png", [s.metrics["reward"] for s in self.history], self.accuracies)
-        rollouts, size = self.history[0].rollouts, self.cfg.group_size
+        rollouts, size = self.first_rollouts, self.cfg.group_size
         count = min(2, rollouts.num_groups)  # few groups, so that completions can be told apart
         completions = [rollouts.completions[group * size : (group + 1) * size] for group in range(count)]
         plot_mask(self.output_dir / "mask.png", PrefixTree.from_groups(rollouts.prompts[:count], completions))
@@ -246,55 +278,99 @@ class GRPORecipe(FTRecipeInterface):
         """Closes the log."""
         self.metric_logger.close()
 
-    def _check_options(self) -> None:
-        cfg, one = self.cfg, torch.ones(1, 1)
-        for name in (
-            "num_steps",
-            "prompts_per_step",
-            "group_size",
-            "max_tokens",
-            "num_iterations",
-            "eval_every_n_steps",
-        ):
-            if not isinstance(cfg[name], int) or cfg[name] < 1:
-                raise ValueError(f"{name} is {cfg[name]!r}; give a whole number, 1 or more")
-        if not isinstance(cfg.sharing, bool):
-            raise ValueError(f"sharing is {cfg.sharing!r}; give true or false")
-        if "loss_type" not in cfg.loss:
-            raise ValueError("loss has no loss_type; give grpo, bnpo, dr_grpo or dapo")
-        self.loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0)  # an unknown option speaks up here
-        group_advantages(one[0], one[0].long(), cfg.scale_rewards)
-
     def _model(self, model_cfg: DictConfig) -> torch.nn.Module:
         with training.set_default_dtype(self.dtype), self.device:
             return config.instantiate(model_cfg)
 
     def _load(self, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+        folder = Path(self.cfg.checkpointer.checkpoint_dir)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
-            raise ValueError(
-                f"the checkpoint in {self.cfg.checkpointer.checkpoint_dir} does not fit `model`: {first}"
-            ) from None
+            raise ValueError(f"the checkpoint in {folder} does not fit `model`: {first}") from None
+        theirs = json.loads((folder / "config.json").read_text())
+        heads = (theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"]))
+        attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention))
+        if heads != (attn.num_heads, attn.num_kv_heads):  # other heads may well have weights of the same shape
+            ours = (attn.num_heads, attn.num_kv_heads)
+            raise ValueError(f"the checkpoint in {folder} does not fit `model`: it has {heads} heads, the model {ours}")
 
     def _tokenized(self, name: str, problems: list) -> list[Tensor]:
-        """Every problem's prompt as tokens on the device, all of which the model can complete."""
-        prompts = [torch.tensor(self.tokenizer.encode(p.prompt, add_bos=False, add_eos=False)) for p in problems]
-        if not prompts:
+        """Every problem's prompt as tokens on the device; one that the model cannot complete is named."""
+        if not problems:
             raise ValueError(f"{name}_problems is empty; give at least one problem")
-        prompts = [prompt.to(self.device) for prompt in prompts]
-        flexpg_torchtune.decoder(self.model, prompts, self.sampling.max_new_tokens)
+        prompts = []
+        for number, problem in enumerate(problems):
+            tokens = self.tokenizer.encode(problem.prompt, add_bos=self.cfg.add_bos, add_eos=False)
+            try:
+                if not tokens:
+                    raise ValueError("its prompt is empty")
+                length = len(tokens) + self.sampling.max_new_tokens
+                if length > self.cfg.max_tokens:
+                    raise ValueError(
+                        f"prompt and completion of {length} tokens exceed max_tokens={self.cfg.max_tokens}"
+                    )
+                flexpg_torchtune.check_fits(self.model, max(tokens), length, self.device)
+            except ValueError as error:
+                raise ValueError(f"{name} problem {number} of {len(problems)}: {error}") from None
+            prompts.append(torch.tensor(tokens, device=self.device))
         return prompts
 
-    def _drawn(self, prompts: list[Tensor], group_size: int, params) -> Samples:
-        decoder = flexpg_torchtune.decoder(self.model, prompts, params.max_new_tokens)
-        return sample(decoder, flexpg_torchtune.output(self.model), prompts, group_size, params, self.generator)
+    def _drawn(self, prompts: list[Tensor], group_size: int, params: SamplingParams) -> Samples:
+        output = flexpg_torchtune.output(self.model)
+        return sample(self.decoder, output, prompts, group_size, params, self.generator)
 
-    def _rewards(self, samples: Samples, answers: list[str]) -> Tensor:
+    def _rewards(self, reward: Callable[[str, str], float], samples: Samples, answers: list[str]) -> Tensor:
         texts = [self.tokenizer.decode(tokens.tolist()) for tokens in samples.completions]
-        rewards = [self.reward(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        rewards = [reward(text, answer) for text, answer in zip(texts, answers, strict=True)]
         return torch.tensor(rewards, dtype=torch.float32, device=self.device)
+
+    def _seconds(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def check_options(cfg: DictConfig) -> None:
+    """Refuses options that are missing, unknown or out of range, before anything is made."""
+    known = {*COMPONENTS, *COUNTS, *OPTIONS}
+    for problem, names in (("unknown", set(cfg) - known), ("missing", known - set(cfg))):
+        if names:
+            raise ValueError(f"{problem} option {', '.join(sorted(names))}; the recipe has {', '.join(sorted(known))}")
+    for name in COUNTS:
+        if type(cfg[name]) is not int or cfg[name] < 1:
+            raise ValueError(f"{name} is {cfg[name]!r}; give a whole number, 1 or more")
+    for name in ("sharing", "add_bos"):
+        if not isinstance(cfg[name], bool):
+            raise ValueError(f"{name} is {cfg[name]!r}; give true or false")
+    if not isinstance(cfg.clip_grad_norm, int | float) or not cfg.clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm is {cfg.clip_grad_norm!r}; give a number above 0, .inf for no clipping")
+    if not cfg.sampling.temperature > 0:
+        raise ValueError(f"sampling.temperature is {cfg.sampling.temperature}; rollouts need a number above 0")
+    one = torch.ones(1, 1)
+    try:
+        grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **cfg.loss)
+        loss_normalizer(one.bool(), cfg.loss.loss_type, 1)
+    except (TypeError, ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"loss: {error}") from None
+    group_advantages(one[0], one[0].long(), cfg.scale_rewards)
+
+
+def function(name: str, dotpath: str) -> Callable[[str, str], float]:
+    """What a dotpath names: (completion text, answer) -> reward."""
+    try:
+        found = resolve_name(dotpath)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ValueError(f"{name} is {dotpath!r}, which cannot be imported: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{name} is {dotpath!r}, a {type(found).__name__}; name a function")
+    return found
+
+
+def is_warning(record: logging.LogRecord) -> bool:
+    """A filter of log records."""
+    return record.levelno >= logging.WARNING
 
 
 def unshared_logprobs(model: torch.nn.Module, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
@@ -320,8 +396,8 @@ def recipe_main(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
     recipe.train()
     recipe.save_checkpoint()
-    recipe.draw()
     recipe.summarize()
+    recipe.draw()
     recipe.cleanup()
 
 

@@ -341,9 +341,9 @@ def test_another_kind_of_mask_is_refused():
         attention(Q, K, V, torch.ones(256, 256, dtype=torch.bool))
 
 
-def test_a_device_that_no_backend_is_tested_on_is_refused():
+def test_a_device_without_a_chosen_backend_is_refused():
     inputs, mask = (x.to("meta") for x in (Q, K, V)), MASK.to("meta")
-    with pytest.raises(ValueError, match="no attention backend is tested on meta"):
+    with pytest.raises(ValueError, match="no attention backend is chosen on meta"):
         attention(*inputs, mask)
     with pytest.raises(ValueError, match='backend "split" runs on the CPU and q is on meta'):
         attention(Q.to("meta"), K.to("meta"), V.to("meta"), mask, backend="split")

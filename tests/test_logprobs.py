@@ -211,6 +211,7 @@ BEYOND[2, 1] = True
         ({"mask": BEYOND}, "mask trains sequence 2 beyond its 1 completion tokens"),
         ({"hidden": torch.randn(1, 255, E)}, "hidden is (1, 255, 8); the tree's packed row needs [1, 256, E]"),
         ({"hidden": torch.randn(256, E)}, "hidden is (256, 8)"),
+        ({"hidden": torch.randn(1, 256, E, device="meta")}, "hidden is on meta and the tree on cpu"),
         ({"tree": PrefixTree.from_lengths([4, 2], [[3, 5, 1], [2, 4]])}, "made from lengths and has no tokens"),
     ],
 )
@@ -219,3 +220,9 @@ def test_what_does_not_fit_is_refused_with_a_sentence(options, message):
     arguments = {"hidden": hidden, "output": output, "tree": TREE, "prompt_lens": PROMPT_LENS} | options
     with pytest.raises(ValueError, match=re.escape(message)):
         token_logprobs(**arguments)
+
+
+def test_lengths_that_are_not_integers_are_refused():
+    hidden, output = hidden_and_output()
+    with pytest.raises(TypeError, match=re.escape("prompt_lens is torch.float32; lengths are integers")):
+        token_logprobs(hidden, output, TREE, prompt_lens=PROMPT_LENS.float())

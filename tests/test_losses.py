@@ -437,6 +437,14 @@ def test_agrees_with_ligers_fused_loss(loss_type, level):
             {"loss_type": "dr_grpo"},
             "'dr_grpo' divides by max_completion_length; give the sampler's limit in tokens",
         ),
+        ({}, {"beta": -0.1}, r"beta is -0\.1; give 0 or more"),
+        ({}, {"epsilon": -1.0}, r"epsilon is -1\.0; give 0 or more"),
+        ({}, {"epsilon_high": float("nan")}, "epsilon_high is nan; give 0 or more"),
+        (
+            {"old_logprobs": torch.zeros(2, 2, device="meta")},
+            {},
+            "old_logprobs is on meta, logprobs on cpu; move all to one device",
+        ),
         ({}, {"normalizer": 0.0}, r"normalizer is 0\.0; a step without a trained token must be skipped"),
         (
             {},

@@ -288,3 +288,5 @@ def test_unknown_scaling_and_unequal_shapes_are_refused():
         group_advantages(torch.ones(2), torch.zeros(2).long(), "std")
     with pytest.raises(ValueError, match=r"rewards are \[2, 1\], group_ids \[2\]; both must be \[N\]"):
         group_advantages(torch.ones(2, 1), torch.zeros(2).long())
+    with pytest.raises(ValueError, match=r"rewards are torch\.int64; give floats"):
+        group_advantages(torch.tensor([1, 0]), torch.zeros(2).long())

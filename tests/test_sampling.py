@@ -20,7 +20,7 @@ PROMPTS = [torch.tensor(tokens) for tokens in ([5, 6, 7, 8, 9, 10, 11, 12, 13], 
 
 def drawn(model, params: SamplingParams, prompts=PROMPTS, group_size=G, seed=0) -> Samples:
     generator = torch.Generator().manual_seed(seed)
-    return sample(decoder(model, prompts, params.max_new_tokens), output(model), prompts, group_size, params, generator)
+    return sample(decoder(model), output(model), prompts, group_size, params, generator)
 
 
 def as_lists(samples: Samples) -> list[list[int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchtune.generation import generate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
@@ -27,6 +28,7 @@ from flexpg.logprobs import token_logprobs
 from flexpg.losses import grpo_loss
 from flexpg.masks import block_mask
 from flexpg.rollouts import group_advantages
+from flexpg.sampling import SamplingParams, sample
 from flexpg.tree import PrefixTree
 
 EXACT_MODELS = [name for name in BUILDERS if name != "gemma2"]  # its attention has a float32 softmax, also in float64
@@ -97,8 +99,11 @@ CASES = {
 
 
 def shared_logprobs(model, case: Case, **where) -> Tensor:
-    """[N, C] from one packed row; `where` replaces the tree or the mask, for mistakes."""
-    hidden = forward(model, where.get("tree", case.tree), where.get("mask"))
+    """[N, C] from one packed row; `where` replaces the tree or the mask, for mistakes that `forward` would refuse."""
+    hidden = forward(model, case.tree)
+    if where:
+        tree = where.get("tree", case.tree)
+        hidden = flexpg_torchtune._hidden(model, tree.tokens[None], tree.position_ids[None], where["mask"])
     return token_logprobs(hidden, output(model), case.tree, prompt_lens=torch.tensor(case.prompt_lens))
 
 
@@ -343,7 +348,7 @@ def test_tokens_and_lengths_that_the_model_cannot_hold_are_refused():
     )
     refuses(ValueError, "has no tokens; use from_groups", model, PrefixTree.from_lengths([3], [[2, 2]]))
     elsewhere = CASES["group"].tree.to("meta")
-    refuses(ValueError, "the tokens are on meta and the model on cpu; move the tree", model, elsewhere)
+    refuses(ValueError, "the tokens are on meta and the model on cpu; move them to one device", model, elsewhere)
 
 
 def test_dropout_is_refused_in_training_and_allowed_in_evaluation():
@@ -372,7 +377,44 @@ def test_models_of_another_kind_are_refused():
 
 
 def test_the_sampler_refuses_a_completion_that_would_not_fit():
-    prompt = torch.tensor(tokens(MAX_SEQ_LEN - 3, 1))
-    flexpg_torchtune.decoder(tiny_model("llama3"), [prompt], max_new_tokens=3)
+    model, prompt = tiny_model("llama3"), torch.tensor(tokens(MAX_SEQ_LEN - 3, 1))
+
+    def drawn(max_new_tokens):
+        params, generator = SamplingParams(max_new_tokens), torch.Generator().manual_seed(0)
+        output = flexpg_torchtune.output(model)
+        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, generator)
+
+    assert len(drawn(3).completions) == 2
     with pytest.raises(ValueError, match=f"{MAX_SEQ_LEN + 1} tokens is longer than the model's max_seq_len"):
-        flexpg_torchtune.decoder(tiny_model("llama3"), [prompt], max_new_tokens=4)
+        drawn(4)
+
+
+def test_another_trees_mask_is_refused_even_where_the_lengths_agree():
+    tree, other = CASES["group"].tree, PrefixTree.from_sequences([[1, 2, 3]])
+    with pytest.raises(ValueError, match="the mask was made for another tree"):
+        forward(tiny_model("llama3"), tree, block_mask(other))
+
+
+def test_a_forward_that_something_else_replaced_is_refused():
+    model = tiny_model("llama3")
+    attn = model.layers[0].attn
+    attn.forward = type(attn).forward.__get__(attn)
+    refuses(TypeError, "something else has replaced the forward of a MultiHeadAttention", model, CASES["group"].tree)
+
+
+def test_compiled_layers_sample_without_compiling_at_every_step():
+    model = tiny_model("llama3")
+    prompt = torch.tensor(tokens(20, 1))
+    params = SamplingParams(12, temperature=0)
+
+    def drawn():
+        output, generator = flexpg_torchtune.output(model), torch.Generator()
+        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, generator).completions[0]
+
+    plain = drawn()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for layer in model.layers:
+        layer.compile(backend=counter)
+    assert torch.equal(drawn(), plain)
+    assert counter.frame_count <= 4 * len(model.layers)  # prefill and decoding, before and after the graph break

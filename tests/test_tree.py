@@ -259,7 +259,8 @@ def test_groups_that_make_no_tree_are_refused(prompts, completions, error, messa
     ("prefix_lens", "suffix_lens", "message"),
     [
         ([], [], "no prefix length came; a tree needs at least one"),
-        ([0], [[1]], "prefix 0 has length 0; every prefix and suffix needs at least one token"),
+        ([0], [[1]], "prefix 0 has length 0; every prefix and suffix needs a whole number of tokens, 1 or more"),
+        ([2.7], [[1]], "prefix 0 has length 2.7"),
         ([3, 2], [[1], [4, -1]], "suffix 1 of group 1 has length -1"),
         ([3], [[]], "group 0 of 1 has no completion"),
         ([3, 4], [[1]], "2 prefix lengths came with 1 lists of suffixes; give each prefix one"),

@@ -35,8 +35,8 @@ def attention(
         scale: factor of the scores; None for 1 / sqrt(D).
         window: tokens that a query sees at most, itself among them, counted in positions; None for the mask's own.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for none.
-        backend: "flex", "split" or "dense" is used, or refused with a sentence. "auto" takes flex on CUDA and split on
-            CPU, or dense on CPU where there is a softcap or a window that hides something.
+        backend: "flex", "split" or "dense" is used, or refused with a sentence. "auto" takes flex on CUDA (dense for
+            float64) and split on CPU (dense where there is a softcap, or a window that hides something).
 
     Returns:
         [1, Hq, S, D] in q's dtype.
@@ -49,7 +49,7 @@ def attention(
     if window is not None and window != mask.window:
         mask = mask.for_window(window)
     is_windowed = mask.window is not None and mask.window < mask.tree.max_length
-    chosen = _chosen(backend, q.device.type, plain=not is_windowed and softcap is None)
+    chosen = _chosen(backend, q, plain=not is_windowed and softcap is None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "dense":
         return dense_attention(q, k, v, mask, scale, softcap)
@@ -72,16 +72,16 @@ def attention(
     return packed_flex_attention(q, k, v, mask, scale, softcap)
 
 
-def _chosen(backend: str, device: str, plain: bool) -> str:
+def _chosen(backend: str, q: Tensor, plain: bool) -> str:
     if backend not in get_args(Backend):
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend != "auto":
         return backend
-    if device == "cuda":
-        return "flex"
-    if device == "cpu":
+    if q.device.type == "cuda":
+        return "dense" if q.dtype == torch.float64 else "flex"
+    if q.device.type == "cpu":
         return "split" if plain else "dense"
-    raise ValueError(f'no attention backend is tested on {device}; ask for "flex" or "dense" by name')
+    raise ValueError(f'no attention backend is chosen on {q.device}; ask for "flex" or "dense" by name')
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float | None) -> None:

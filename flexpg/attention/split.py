@@ -46,8 +46,8 @@ class _SplitAttention(torch.autograd.Function):
         merged = torch.promote_types(q.dtype, torch.float32)
         heads, group, size, width = queries.shape
         # In memory [S, Hkv, group, D], which is what the output projection reads.
-        out = torch.empty(size, heads, group, width, dtype=merged).permute(1, 2, 0, 3)
-        lse = torch.empty(heads, group, size, dtype=merged)
+        out = q.new_empty(size, heads, group, width, dtype=merged).permute(1, 2, 0, 3)
+        lse = q.new_empty(heads, group, size, dtype=merged)
         segments = tree.segments.tolist()
         for start, stop, _ in segments:
             rows = slice(start, stop)
@@ -74,7 +74,7 @@ class _SplitAttention(torch.autograd.Function):
         grad_out = _dense_rows(grad)[0].unflatten(0, queries.shape[:2])
         total = lse.dtype
         grad_q = torch.zeros_like(queries, dtype=total)
-        grad_k, grad_v = torch.zeros(k.shape[1:], dtype=total), torch.zeros(v.shape[1:], dtype=total)
+        grad_k, grad_v = torch.zeros_like(k[0], dtype=total), torch.zeros_like(v[0], dtype=total)
 
         def add(rows: slice, columns: slice) -> None:
             piece_q, piece_k, piece_v = _flash_backward(

@@ -8,7 +8,7 @@ holds in the recomputation of activation checkpointing too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -36,13 +36,17 @@ def forward(model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | N
 
     Raises:
         ValueError: tokens beyond the vocabulary, sequences beyond the model's context, dropout in training, a tree
-            without tokens or on another device.
+            without tokens or on another device, another tree's mask.
         TypeError: a model that is no TransformerDecoder of self-attention layers.
     """
     if tree.tokens is None:
         raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+    if mask is not None and mask.tree is not tree:
+        raise ValueError(
+            f"the mask was made for another tree ({mask.tree}); give block_mask(tree) of this one ({tree})"
+        )
     _prepare(model)
-    _check_fits(model, tree.max_token, tree.max_length, tree.tokens.device)
+    check_fits(model, tree.max_token, tree.max_length, tree.tokens.device)
     mask = block_mask(tree) if mask is None else mask
     return _hidden(model, tree.tokens[None], tree.position_ids[None], mask)
 
@@ -52,26 +56,46 @@ def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
     return model.output
 
 
-def decoder(model: TransformerDecoder, prompts: Sequence[Tensor], max_new_tokens: int) -> Decoder:
-    """What `flexpg.sampling.sample` needs of a model, after a check that prompts and completions fit it.
+def decoder(model: TransformerDecoder) -> Decoder:
+    """What `flexpg.sampling.sample` needs of a model; caches that are set up in it are not touched.
 
     Args:
-        model: a torchtune decoder; no caches need to be set up, and none that are get touched.
-        prompts: the token sequences that will be sampled from.
-        max_new_tokens: longest completion.
+        model: a torchtune decoder. When called, prompts and completions that do not fit it are refused.
 
     Raises:
-        ValueError: tokens beyond the vocabulary, prompt + completion beyond the model's context, or an empty prompt.
+        ValueError: dropout in training.
         TypeError: a model that is no TransformerDecoder of self-attention layers.
     """
     _prepare(model)
-    tree = PrefixTree.from_sequences(prompts)
-    _check_fits(model, tree.max_token, tree.max_length + max_new_tokens, tree.end.device)
 
     def decode(tokens: Tensor, position_ids: Tensor, cache: SampleCache) -> Tensor:
+        check_fits(model, cache.tree.max_token, cache.tree.max_length + cache.max_new_tokens, tokens.device)
         return _hidden(model, tokens, position_ids, cache)
 
     return decode
+
+
+def check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device) -> None:
+    """Refuses what the model has no embedding or no position for.
+
+    Args:
+        model: a torchtune decoder.
+        max_token: the largest token id.
+        max_length: tokens of the longest sequence, prompt and completion.
+        device: where the tokens are.
+
+    Raises:
+        ValueError: a token beyond the vocabulary, a sequence beyond the model's context, or another device.
+    """
+    vocab_size, weight = model.tok_embeddings.num_embeddings, model.tok_embeddings.weight
+    if max_token >= vocab_size:
+        raise ValueError(f"token id {max_token} is beyond the model's vocabulary of {vocab_size}; check the tokenizer")
+    if max_length > model.max_seq_len:
+        raise ValueError(
+            f"a sequence of {max_length} tokens is longer than the model's max_seq_len={model.max_seq_len}"
+        )
+    if device != weight.device:
+        raise ValueError(f"the tokens are on {device} and the model on {weight.device}; move them to one device")
 
 
 def _hidden(
@@ -97,23 +121,17 @@ def _prepare(model: TransformerDecoder) -> None:
             raise ValueError(f"the model has attn_dropout={module.attn_dropout}; sharing is exact without: set it to 0")
         if not module.is_causal:
             raise TypeError("the model has attention that is not causal; a prefix can be shared in causal models only")
-        if "forward" not in vars(module):
+        own = vars(module).get("forward")
+        if own is None:
             module.forward = MethodType(_forward, module)
+        elif getattr(own, "__func__", None) is not _forward:
+            raise TypeError(f"something else has replaced the forward of a {type(module).__name__}; undo that first")
     layers = sum(isinstance(module, TransformerSelfAttentionLayer) for module in model.modules())
     if layers != len(model.layers):
         raise TypeError(f"{len(model.layers) - layers} of the model's layers are not plain self-attention layers")
 
 
-def _check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device) -> None:
-    vocab_size, weight = model.tok_embeddings.num_embeddings, model.tok_embeddings.weight
-    if max_token >= vocab_size:
-        raise ValueError(f"token id {max_token} is beyond the model's vocabulary of {vocab_size}; check the tokenizer")
-    if max_length > model.max_seq_len:
-        raise ValueError(
-            f"a sequence of {max_length} tokens is longer than the model's max_seq_len={model.max_seq_len}"
-        )
-    if device != weight.device:
-        raise ValueError(f"the tokens are on {device} and the model on {weight.device}; move the tree with .to(device)")
+_attend_cached = torch.compiler.disable(SampleCache.attend)  # a compiled layer would recompile at every step
 
 
 def _forward(
@@ -137,7 +155,7 @@ def _forward(
     if isinstance(attn, Gemma2Attention):
         scale, window, softcap = attn.scaling, attn.sliding_window_size, attn.softcapping
     if isinstance(mask, SampleCache):
-        out = mask.attend(attn, q, k, v, scale=scale, window=window, softcap=softcap)
+        out = _attend_cached(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
     else:
         out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
     return attn.output_proj(out.transpose(1, 2).flatten(2))

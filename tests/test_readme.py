@@ -1,0 +1,35 @@
+"""The README's snippets run, and its numbers are those of the committed benchmark."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["mask", "torchtune"])
+def test_snippets_run(snippet):
+    exec(snippet, {})
+
+
+def test_the_table_quotes_the_committed_benchmark():
+    result = json.loads((ROOT / "benchmarks/results/sharing.json").read_text())
+    for quoted in (
+        f"| {result['token_ratio']:.1f} x | 1 |",
+        f"| {result['train_s_unshared']:.2f} | {result['train_s_shared']:.2f} |",
+        f"| {result['largest_loss_difference']:.0e} |",
+        f"| {result['parameter_difference']:.0e} |",
+        f"Training is {result['train_speedup']:.1f} times as fast",
+        f"accounts for {result['token_ratio_prompts_once']:.1f} of the {result['token_ratio']:.1f}",
+    ):
+        assert quoted in README, quoted
+    assert {"command", "machine", "versions", "commit"} <= set(result)
+
+
+def test_every_file_that_is_named_exists():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
