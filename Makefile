@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns when this is unset.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,10 @@ test: $(INSTALLED) ## run the tests and the examples in the docstrings
 
 bench: $(INSTALLED) ## measure training with and without sharing, side by side
 	@$(BIN)/python -m benchmarks.sharing
+
+gpu: $(INSTALLED) ## on a machine with a CUDA GPU: the tests that need one, then the benchmark on it
+	@$(BIN)/pytest -k cuda -rs
+	@$(BIN)/python -m benchmarks.sharing device=cuda dtype=bf16
 
 lint: $(INSTALLED) ## check style, formatting and types
 	@$(BIN)/ruff check

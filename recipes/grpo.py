@@ -289,6 +289,8 @@ class GRPORecipe(FTRecipeInterface):
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise ValueError(f"the checkpoint in {folder} does not fit `model`: {first}") from None
+        if not (folder / "config.json").exists():  # not a checkpoint in Hugging Face's format
+            return
         theirs = json.loads((folder / "config.json").read_text())
         heads = (theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"]))
         attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention))

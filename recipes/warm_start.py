@@ -4,7 +4,7 @@ The model learns three-digit addition from a sloppy teacher. The worked examples
 completion it is trained on loses most carries on the way to the next digit. So it can do the task and usually does
 not: what GRPO is for. Only the teacher's completions are trained, never the worked examples.
 
-Each row holds one set of worked examples and many questions behind it: a prefix tree, like the rows of GRPO itself.
+Many questions stand behind one set of worked examples: prefix trees, trained with the forward that GRPO uses.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchtune.generation import generate
 from torchtune.models.qwen2 import qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.common_utils import local_kv_cache
 
-from flexpg.masks import dense_mask
+from flexpg import PrefixTree, SamplingParams, sample, token_logprobs
+from flexpg.integrations import torchtune as flexpg_torchtune
 from flexpg.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward
 from flexpg.tasks.arithmetic import operands, worked, worked_examples
-from flexpg.tree import PrefixTree
 
 TOKENIZER = ByteTokenizer()
 SHAPE = dict(
@@ -85,7 +82,7 @@ def main() -> None:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * lr_factor(step, args.steps)
-        loss = batch_loss(model, batch_of_trees(step, args.steps, args.forget, rng))
+        loss = teacher_loss(model, *batch(step, args.steps, args.forget, rng))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,58 +112,36 @@ def lr_factor(step: int, steps: int, warmup: int = 30) -> float:
     return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def batch_of_trees(step: int, steps: int, forget: float, rng: random.Random) -> list[tuple[PrefixTree, Tensor]]:
-    """Short contexts at first, which teach the digits quickly; then the eight worked examples of the task."""
-    if step < steps * 0.4:
-        return [training_tree(1, 8, forget, rng) for _ in range(6)]
-    return [training_tree(8, 16, forget, rng) for _ in range(2)]
+def batch(step: int, steps: int, forget: float, rng: random.Random) -> tuple[PrefixTree, Tensor]:
+    """A packed row of worked examples with questions and the teacher's completions behind them, and prompt_lens [N].
+
+    Short contexts at first, which teach the digits quickly; then the eight worked examples of the task.
+    """
+    groups, examples, questions = (6, 1, 8) if step < steps * 0.4 else (2, 8, 16)
+    contexts, answers, prompt_lens = [], [], []
+    for _ in range(groups):
+        context = worked_examples(examples, rng)
+        asked = [operands("train", rng) for _ in range(questions)]
+        texts = [(f"{a}+{b}:", worked(a, b, forget, rng)) for a, b in asked]
+        contexts.append(TOKENIZER.encode(context))
+        answers.append([TOKENIZER.encode(question + completion) for question, completion in texts])
+        prompt_lens += [len(context) + len(question) for question, _ in texts]
+    return PrefixTree.from_groups(contexts, answers), torch.tensor(prompt_lens)
 
 
-def training_tree(examples: int, questions: int, forget: float, rng: random.Random) -> tuple[PrefixTree, Tensor]:
-    """Worked examples with questions behind them, and the labels [S] of the teacher's completions, else -100."""
-    context = worked_examples(examples, rng)
-    asked = [operands("train", rng) for _ in range(questions)]
-    texts = [(f"{a}+{b}:", worked(a, b, forget, rng)) for a, b in asked]
-    tree = PrefixTree.from_groups(
-        [TOKENIZER.encode(context)], [[TOKENIZER.encode(question + completion) for question, completion in texts]]
-    )
-    labels = torch.full_like(tree.tokens, -100)
-    for node, (question, _) in zip(tree.node, texts, strict=True):
-        completion = node[len(context) + len(question) :]
-        completion = completion[completion >= 0]
-        labels[completion - 1] = tree.tokens[completion]  # inside a branch the packed neighbour is the parent
-    return tree, labels
-
-
-def batch_loss(model: TransformerDecoder, batch: list[tuple[PrefixTree, Tensor]]) -> Tensor:
+def teacher_loss(model: TransformerDecoder, tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
     """Mean cross-entropy over the teacher's tokens."""
-    size = max(len(tree) for tree, _ in batch)
-    batch = [(tree, labels) for tree, labels in batch if len(tree) == size]  # a shorter row is rare: leave it out
-    logits = model(
-        torch.stack([tree.tokens for tree, _ in batch]),
-        mask=torch.stack([dense_mask(tree.end) for tree, _ in batch]),
-        input_pos=torch.stack([tree.position_ids for tree, _ in batch]),
-    )  # [B, S, V]
-    return cross_entropy(logits.flatten(0, 1), torch.cat([labels for _, labels in batch]))
+    hidden, output = flexpg_torchtune.forward(model, tree), flexpg_torchtune.output(model)
+    return -token_logprobs(hidden, output, tree, prompt_lens=prompt_lens).sum() / (tree.lengths - prompt_lens).sum()
 
 
 def accuracy(model: TransformerDecoder, problems: list[Problem], temperature: float) -> float:
     """Share of the problems whose completion earns the reward; temperature 0 is greedy."""
-    ids = [TOKENIZER.encode(problem.prompt) for problem in problems]
-    width = max(map(len, ids))
-    prompts = torch.tensor([[TOKENIZER.pad_id] * (width - len(row)) + row for row in ids])
-    with local_kv_cache(
-        model, batch_size=len(ids), device=prompts.device, dtype=torch.float32, decoder_max_seq_len=width + 40
-    ):
-        tokens, _ = generate(
-            model,
-            prompts,
-            max_generated_tokens=40,
-            pad_id=TOKENIZER.pad_id,
-            temperature=temperature,
-            stop_tokens=TOKENIZER.stop_tokens,
-        )
-    texts = [TOKENIZER.decode(row) for row in tokens[:, width:].tolist()]
+    prompts = [TOKENIZER.encode(problem.prompt) for problem in problems]
+    params = SamplingParams(36, temperature, stop_tokens=TOKENIZER.stop_tokens)
+    decoder, output = flexpg_torchtune.decoder(model), flexpg_torchtune.output(model)
+    samples = sample(decoder, output, prompts, 1, params, torch.Generator().manual_seed(0))
+    texts = [TOKENIZER.decode(tokens.tolist()) for tokens in samples.completions]
     return sum(arithmetic_reward(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def pytest_configure():
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants to download is wrong
     # The tensors are small: handing them out to threads costs more than it saves, and ten times so on a busy machine.
     torch.set_num_threads(1)
 

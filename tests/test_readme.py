@@ -17,7 +17,7 @@ def test_snippets_run(snippet):
 
 
 def test_the_table_quotes_the_committed_benchmark():
-    result = json.loads((ROOT / "benchmarks/results/sharing.json").read_text())
+    result = json.loads((ROOT / "benchmarks/results/sharing_cpu.json").read_text())
     for quoted in (
         f"| {result['token_ratio']:.1f} x | 1 |",
         f"| {result['train_s_unshared']:.2f} | {result['train_s_shared']:.2f} |",
