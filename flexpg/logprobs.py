@@ -60,7 +60,7 @@ def token_logprobs_and_entropies(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, with the entropy (nats, no gradient) of the distribution that each token was drawn from.
+    """As `token_logprobs`, with the entropy (nats, no gradient) of each token's distribution at `temperature`.
 
     Returns:
         Log-probabilities [N, C] and entropies [N, C], 0 where there is no trained token.

@@ -92,6 +92,7 @@ class TreeBlockMask(BlockMask):
 def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
     """The FlexAttention mask of a tree: tables equal to `create_block_mask`'s, in O(blocks^2) booleans.
 
+    With a window the tables may list a block that holds nothing visible, or evaluate one that is full; never one less.
     Made on the tree's device, on CUDA without a synchronisation, and fit for training even if made in inference mode.
 
     Args:

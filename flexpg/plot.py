@@ -41,7 +41,9 @@ def plot_reward(path: Path, rewards: Sequence[float], accuracies: dict[int, floa
         clip_on=False,
         label="held-out accuracy, greedy",
     )
-    axes.set(xlabel="GRPO step", ylabel="reward", ylim=(-0.02, 1.02), xlim=(0, max(len(rewards), 1)))
+    axes.set(xlabel="GRPO step", ylabel="reward", xlim=(0, max(len(rewards), 1)))
+    if all(0 <= value <= 1 for value in (*rewards, *accuracies.values())):
+        axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     _plain(axes)
@@ -132,7 +134,7 @@ def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
         loc="upper right",
         fontsize="small",
     )
-    axes.set_title(f"the {n} x {n} blocks that FlexAttention reads", fontsize="medium")
+    axes.set_title(f"FlexAttention's {n} x {n} blocks of {BLOCK}", fontsize="medium")
 
 
 def _token_colours(tree: PrefixTree) -> np.ndarray:

@@ -36,14 +36,14 @@ class SamplingParams:
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; give 0 for greedy or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; give 1 or more, or None for all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a probability above 0, up to 1 for all tokens")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; give a whole number, 1 or more")
+        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature!r}; give 0 for greedy or a positive number")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k is {self.top_k!r}; give a whole number, 1 or more, or None for all tokens")
+        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; give a probability above 0, up to 1 for all tokens")
 
 
 @dataclass(frozen=True, eq=False)

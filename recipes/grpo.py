@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
@@ -48,7 +50,7 @@ from flexpg.integrations import torchtune as flexpg_torchtune
 from flexpg.plot import plot_mask, plot_reward, plot_savings
 
 # What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
-SETUP_ERRORS = (ValueError, TypeError, OSError, InstantiationError, OmegaConfBaseException)
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)
 COMPONENTS = (
     "tokenizer",
     "model",
@@ -106,13 +108,12 @@ class GRPORecipe(FTRecipeInterface):
         """Makes every component, and finds what is wrong before anything is trained or written."""
         cfg = self.cfg
         self.loss = partial(grpo_loss, **cfg.loss)
-        self.tokenizer = config.instantiate(cfg.tokenizer)
+        self.tokenizer = component("tokenizer", cfg)
         self.reward, self.test_reward = function("reward", cfg.reward), function("test_reward", cfg.test_reward)
-        self.problems = config.instantiate(cfg.train_problems)
-        self.test_problems = config.instantiate(cfg.test_problems)
-        self.sampling = config.instantiate(cfg.sampling, stop_tokens=self.tokenizer.stop_tokens)
+        self.problems, self.test_problems = component("train_problems", cfg), component("test_problems", cfg)
+        self.sampling = component("sampling", cfg, stop_tokens=self.tokenizer.stop_tokens)
         self.greedy = replace(self.sampling, temperature=0)
-        self.model = self._model(cfg.model)
+        self.model = self._model()
         self.decoder = flexpg_torchtune.decoder(self.model)
         self.prompts = self._tokenized("train", self.problems)
         self.test_prompts = self._tokenized("test", self.test_problems)
@@ -120,16 +121,19 @@ class GRPORecipe(FTRecipeInterface):
         self._load(self.model, weights)
         self.first_rollouts = self.reference = None
         if cfg.loss.get("beta", 0.0) != 0.0:
-            self.reference = self._model(cfg.model).requires_grad_(False)
+            self.reference = self._model().requires_grad_(False)
             self._load(self.reference, weights)
-        self.optimizer = config.instantiate(cfg.optimizer, self.model.parameters())
-        self.metric_logger = config.instantiate(cfg.metric_logger)
+        self.optimizer = component("optimizer", cfg, self.model.parameters())
+        self.metric_logger = component("metric_logger", cfg)
         self.metric_logger.log_config(cfg)
 
     def load_checkpoint(self) -> dict[str, Tensor]:
         """The checkpoint's weights, in torchtune's names."""
-        self.checkpointer = config.instantiate(self.cfg.checkpointer)
-        return self.checkpointer.load_checkpoint()[training.MODEL_KEY]
+        self.checkpointer = component("checkpointer", self.cfg)
+        try:
+            return self.checkpointer.load_checkpoint()[training.MODEL_KEY]
+        except Exception as error:  # of a model_type that is not the checkpoint's, torchtune raises no narrower one
+            raise ValueError(f"checkpointer: {type(error).__name__}: {error}") from error
 
     def train(self) -> None:
         """Steps until `num_steps`, with held-out accuracy before the first, every so often, and after the last."""
@@ -155,7 +159,10 @@ class GRPORecipe(FTRecipeInterface):
         bar.close()
 
     def step(self, chosen: list[int]) -> Step:
-        """Samples a group for each chosen problem, scores the rollouts, and updates the model on them."""
+        """Samples a group for each chosen problem, scores the rollouts, and updates the model on them.
+
+        With several iterations the loss, its gradient and its metrics are those of the last.
+        """
         started = self._seconds()
         rollouts = self.sample(chosen)
         self.first_rollouts = self.first_rollouts or rollouts
@@ -248,10 +255,13 @@ class GRPORecipe(FTRecipeInterface):
         self.checkpointer.save_checkpoint({training.MODEL_KEY: self.model.state_dict()}, epoch=0)
 
     def draw(self) -> None:
-        """Pictures of what was learned, of the first step's mask, and of what sharing saves on it."""
+        """Pictures of what was learned, of the mask of the first step's first two groups, and of what sharing saves.
+
+        In the mask equal beginnings of completions are not merged, as training does, so that all can be seen.
+        """
         plot_reward(self.output_dir / "reward.png", [s.metrics["reward"] for s in self.history], self.accuracies)
         rollouts, size = self.first_rollouts, self.cfg.group_size
-        count = min(2, rollouts.num_groups)  # few groups, so that completions can be told apart
+        count = min(2, rollouts.num_groups)
         completions = [rollouts.completions[group * size : (group + 1) * size] for group in range(count)]
         plot_mask(self.output_dir / "mask.png", PrefixTree.from_groups(rollouts.prompts[:count], completions))
         plot_savings(self.output_dir / "savings.png", rollouts)
@@ -278,9 +288,9 @@ class GRPORecipe(FTRecipeInterface):
         """Closes the log."""
         self.metric_logger.close()
 
-    def _model(self, model_cfg: DictConfig) -> torch.nn.Module:
+    def _model(self) -> torch.nn.Module:
         with training.set_default_dtype(self.dtype), self.device:
-            return config.instantiate(model_cfg)
+            return component("model", self.cfg)
 
     def _load(self, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
         folder = Path(self.cfg.checkpointer.checkpoint_dir)
@@ -293,7 +303,7 @@ class GRPORecipe(FTRecipeInterface):
             return
         theirs = json.loads((folder / "config.json").read_text())
         heads = (theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"]))
-        attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention))
+        attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention | Gemma2Attention))
         if heads != (attn.num_heads, attn.num_kv_heads):  # other heads may well have weights of the same shape
             ours = (attn.num_heads, attn.num_kv_heads)
             raise ValueError(f"the checkpoint in {folder} does not fit `model`: it has {heads} heads, the model {ours}")
@@ -343,13 +353,21 @@ def check_options(cfg: DictConfig) -> None:
     for name in COUNTS:
         if type(cfg[name]) is not int or cfg[name] < 1:
             raise ValueError(f"{name} is {cfg[name]!r}; give a whole number, 1 or more")
+    for name in COMPONENTS:
+        if not isinstance(cfg[name], DictConfig) or not isinstance(cfg[name].get("_component_"), str):
+            raise ValueError(f"{name} is {cfg[name]!r}; give a _component_ and its arguments")
+    if type(cfg.seed) is not int or cfg.seed < 0:
+        raise ValueError(f"seed is {cfg.seed!r}; give a whole number, 0 or more")
+    if str(cfg.device).partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device is {cfg.device!r}; give cpu or cuda")
     for name in ("sharing", "add_bos"):
         if not isinstance(cfg[name], bool):
             raise ValueError(f"{name} is {cfg[name]!r}; give true or false")
-    if not isinstance(cfg.clip_grad_norm, int | float) or not cfg.clip_grad_norm > 0:
+    if type(cfg.clip_grad_norm) not in (int, float) or not cfg.clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm is {cfg.clip_grad_norm!r}; give a number above 0, .inf for no clipping")
-    if not cfg.sampling.temperature > 0:
-        raise ValueError(f"sampling.temperature is {cfg.sampling.temperature}; rollouts need a number above 0")
+    temperature = cfg.sampling.get("temperature")
+    if type(temperature) not in (int, float) or not temperature > 0:
+        raise ValueError(f"sampling.temperature is {temperature!r}; rollouts need a number above 0")
     one = torch.ones(1, 1)
     try:
         grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **cfg.loss)
@@ -357,6 +375,16 @@ def check_options(cfg: DictConfig) -> None:
     except (TypeError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"loss: {error}") from None
     group_advantages(one[0], one[0].long(), cfg.scale_rewards)
+
+
+def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """The component that the YAML describes under `name`; its own complaints are prefixed with that name."""
+    try:
+        return config.instantiate(cfg[name], *args, **kwargs)
+    except KeyError as error:
+        raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def function(name: str, dotpath: str) -> Callable[[str, str], float]:
@@ -383,7 +411,8 @@ def unshared_logprobs(model: torch.nn.Module, rollouts: Rollouts, temperature: f
     at = at.clamp(max=rows.shape[1] - 1)
     scores = scores.gather(1, (at - 1)[..., None].expand(-1, -1, scores.shape[-1]))  # [n, C, V]
     logprobs = scores.gather(-1, rows.gather(1, at)[..., None])[..., 0]
-    entropies = -(scores.exp() * scores).sum(-1).detach()
+    probabilities = scores.detach().exp()
+    entropies = -torch.special.xlogy(probabilities, probabilities).sum(-1)
     return logprobs.where(rollouts.trained, 0), entropies.where(rollouts.trained, 0)
 
 

@@ -46,6 +46,13 @@ def test_a_group_that_fits_is_not_torn_apart():
             assert len(holders) == 1 or not fits
 
 
+def test_groups_share_a_micro_batch_while_they_fit():
+    completions = [torch.tensor([n, n]) for n in range(4)]
+    rollouts = Rollouts([torch.arange(5)] * 2, completions, torch.tensor([0, 0, 1, 1]), torch.ones(4))
+    assert [b.indices for b in pack(rollouts, 18)] == [[0, 1, 2, 3]]
+    assert [b.indices for b in pack(rollouts, 17)] == [[0, 1], [2, 3]]
+
+
 def test_an_oversized_group_is_split_and_its_prompt_encoded_once_per_part():
     completions = [torch.tensor([10 * n, 1]) for n in range(4)]
     rollouts = Rollouts([torch.arange(5)], completions, torch.zeros(4, dtype=torch.long), torch.ones(4))

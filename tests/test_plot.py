@@ -27,6 +27,13 @@ def test_the_token_picture_is_white_exactly_where_the_mask_is_false():
     assert ((picture == 1).all(-1) == ~visible).all()
 
 
+def test_a_long_row_is_shown_by_tokens_from_all_of_it():
+    tree = PrefixTree.from_lengths([1500], [[800, 700]])
+    shown = torch.linspace(0, 2999, 2048).round().long()
+    visible = dense_mask(tree.end)[shown][:, shown].numpy()
+    assert ((_token_colours(tree) == 1).all(-1) == ~visible).all()
+
+
 def test_the_token_picture_tells_neighbouring_segments_apart():
     picture = _token_colours(TREE)
     starts = TREE.segments[:, 0].tolist()
@@ -48,6 +55,7 @@ def test_the_block_picture_shows_the_tables():
     [
         lambda path: plot_mask(path, TREE),
         lambda path: plot_reward(path, [0.1, 0.5], {0: 0.2, 2: 0.9}),
+        lambda path: plot_reward(path, [-3.0, 7.0], {0: 0.2, 2: 0.9}),
         lambda path: plot_savings(path, ROLLOUTS),
     ],
 )

@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 
 from benchmarks.sharing import parameter_difference, recipe, run_both, token_ratio
-from recipes.grpo import SETUP_ERRORS, GRPORecipe
+from flexpg import group_advantages, grpo_loss
+from recipes.grpo import SETUP_ERRORS, GRPORecipe, unshared_logprobs
 
 ROOT = Path(__file__).parent.parent
 TINY, GSM8K = "recipes/configs/tiny_cpu.yaml", "recipes/configs/gsm8k_bytes_cpu.yaml"
@@ -40,6 +43,32 @@ def test_shared_and_unshared_runs_stay_together_for_20_steps_and_the_shared_one_
     with capsys.disabled():
         print(f"\nshared against unshared: {tokens:.1f} x fewer tokens, {seconds:.1f} x faster training")
     assert seconds > 1.5
+
+
+def test_a_step_is_the_update_written_out_by_hand(tmp_path):
+    """Shared and unshared runs would agree on a temperature, a reference or a gradient that the recipe forgot."""
+    options = ["sampling.temperature=1.5", "loss.beta=0.5", "num_iterations=2", "scale_rewards=batch"]
+    run = recipe(TINY, True, tmp_path, [*SMALL, *options, "clip_grad_norm=0.1"])
+    policy, reference, sample, drawn = deepcopy(run.model), deepcopy(run.model), run.sample, []
+    run.sample = lambda chosen: drawn.append(sample(chosen)) or drawn[-1]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0.0)
+    for chosen in ([0, 1], [2, 3], [4, 5]):
+        run.step(chosen)
+        rollouts = drawn[-1]
+        with torch.no_grad():
+            old, ref = (unshared_logprobs(model, rollouts, 1.5)[0] for model in (policy, reference))
+        advantages = group_advantages(rollouts.rewards, rollouts.group_ids, "batch")
+        for _ in range(2):
+            optimizer.zero_grad()
+            logprobs, _ = unshared_logprobs(policy, rollouts, 1.5)
+            kwargs = {"ref_logprobs": ref, "beta": 0.5, "epsilon_high": 0.28}
+            grpo_loss(logprobs, old, advantages, rollouts.trained, **kwargs)[0].backward()
+            clip_grad_norm_(policy.parameters(), 0.1)
+            optimizer.step()
+    ours, by_hand, start = (
+        torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (run.model, policy, reference)
+    )
+    assert (ours - by_hand).norm() < 1e-3 * (ours - start).norm()
 
 
 @pytest.mark.slow
@@ -133,6 +162,18 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
         (["clip_grad_norm=-1"], "clip_grad_norm is -1; give a number above 0"),
         (["loss.epsilon=-1"], "loss: epsilon is -1; give 0 or more"),
         (["groupsize=4"], "unknown option groupsize"),
+        (["seed=abc"], "seed is 'abc'; give a whole number, 0 or more"),
+        (["device=gpu"], "device is 'gpu'; give cpu or cuda"),
+        (["dtype=fp12"], "fp12"),
+        (["clip_grad_norm=true"], "clip_grad_norm is True"),
+        (["sampling.temperature=warm"], "sampling.temperature is 'warm'; rollouts need a number above 0"),
+        (["sampling.max_new_tokens=36.5"], r"sampling: max_new_tokens is 36\.5; give a whole number"),
+        (["sampling.top_k=ten"], "sampling: top_k is 'ten'; give a whole number"),
+        (["optimizer.lr=fast"], "optimizer: "),
+        (["checkpointer=null"], "checkpointer is None; give a _component_ and its arguments"),
+        (["checkpointer.model_type=LAMA3"], "checkpointer: .*FullModelHFCheckpointer does not know 'LAMA3'"),
+        (["checkpointer.model_type=LLAMA3"], "checkpointer: "),
+        (["checkpointer.checkpoint_files=[nothing.safetensors]"], r"nothing\.safetensors"),
         (["max_tokens=200"], "train problem 0 of 4096: prompt and completion of .* tokens exceed max_tokens=200"),
         (["model.num_heads=8", "model.num_kv_heads=4"], r"it has \(4, 2\) heads, the model \(8, 4\)"),
         (["reward=flexpg.tasks"], "reward is 'flexpg.tasks', a module; name a function"),

@@ -183,12 +183,13 @@ def test_ordinary_calls_stay_bitwise_what_they_were():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; give 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; give a whole number, 1 or more"),
         ({"temperature": -1.0}, "temperature is -1.0; give 0 for greedy or a positive number"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0; give 1 or more, or None for all tokens"),
+        ({"top_k": 0}, "top_k is 0; give a whole number, 1 or more, or None for all tokens"),
         ({"top_p": 0.0}, "top_p is 0.0; give a probability above 0, up to 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": 2.5}, "top_k is 2.5; give a whole number"),
     ],
 )
 def test_parameters_that_draw_nothing_are_refused(params, message):
