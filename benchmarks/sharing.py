@@ -25,7 +25,7 @@ CONFIG = "recipes/configs/tiny_cpu.yaml"
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pair:
     """One step of both runs."""
 

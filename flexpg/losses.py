@@ -11,6 +11,8 @@ Names, formulas and defaults are TRL's (1.16). What departs from it:
 - Metrics are means over trained tokens; with sequence-level ratios TRL takes means over rollouts.
 """
 
+from __future__ import annotations
+
 from typing import Literal, get_args
 
 import torch

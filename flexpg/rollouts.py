@@ -7,6 +7,8 @@ Departs from TRL: rollouts of a group need not stand together, groups may differ
 give advantages of exactly 0, where TRL's mean leaves a rounding error that the division by 1e-4 blows up.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +105,7 @@ class Rollouts:
         groups = self.group_ids.tolist()
         return [torch.cat([self.prompts[g], tokens]) for g, tokens in zip(groups, self.completions, strict=True)]
 
-    def select(self, indices: Sequence[int] | Tensor) -> "Rollouts":
+    def select(self, indices: Sequence[int] | Tensor) -> Rollouts:
         """The rollouts at `indices`, in that order; groups are renumbered by first appearance and the others dropped.
 
         [N, C] tensors keep their rows and are cut to the longest completion that remains.

@@ -240,7 +240,7 @@ def _sorted_order(arrays: list[np.ndarray]) -> list[int]:
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     shortest = min(len(a), len(b))
     differs = a[:shortest] != b[:shortest]
-    first = int(differs.argmax()) if shortest else 0
+    first = int(differs.argmax())
     return first if differs[first] else shortest
 
 

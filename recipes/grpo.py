@@ -77,7 +77,7 @@ OPTIONS = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """What one step leaves for the log, the progress bar and the summary."""
 

@@ -43,7 +43,7 @@ def packed_flex_attention(
     if torch.compiler.is_compiling():
         return _flex(q, k, v, mask, scale, cap)
     # Dynamic in the length alone: the kernels want heads and head size static, and a head count that happened to equal
-    # the number of blocks would be taken for it. (Left to itself torch compiles twice, and on CPU fails to.)
+    # the number of blocks would be taken for it. (By default torch compiles a second time, on CPU in vain.)
     for x in (q, k, v):
         for dim in (0, 1, 3):
             torch._dynamo.mark_static(x, dim)
