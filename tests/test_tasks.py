@@ -1,19 +1,23 @@
-"""Tasks, rewards, the byte tokenizer, and the committed tiny model."""
+"""Tasks, the byte tokenizer, and the committed tiny model."""
 
 from __future__ import annotations
 
 import json
+import logging
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flexpg.tasks import ByteTokenizer, arithmetic, arithmetic_reward, gsm8k, gsm8k_reward
+from flexpg.tasks import ByteTokenizer, arithmetic, arithmetic_reward, gsm8k, problems
 from flexpg.tasks.arithmetic import worked
 
-ASSETS = Path(__file__).parents[1] / "recipes" / "assets"
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "recipes" / "assets"
+REAL = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 SAMPLE = str(ASSETS / "gsm8k_sample.jsonl")
 
 
@@ -138,71 +142,237 @@ def test_arithmetic_reward_is_for_the_final_answer(completion, reward):
     assert arithmetic_reward(completion, "643") == reward
 
 
-# --- GSM8K
+# --- problems of any data set
+
+ROWS = [{"q": f"{n}+{n}", "a": 2 * n} for n in range(6)]
 
 
-def test_gsm8k_prompts_are_few_shot_and_do_not_ask_their_own_examples():
-    problems = gsm8k(SAMPLE)
-    assert len(problems) == 12
-    for problem in problems:
-        assert len(problem.prompt.encode()) >= 2000
-        assert problem.prompt.count("Question: ") == 9 and problem.prompt.endswith("\nAnswer:")
-        assert problem.prompt.count(problem.prompt.rpartition("Question: ")[2]) == 1
-    assert len(gsm8k(SAMPLE, shots_path=SAMPLE, shots=2)) == 20
-    assert len(gsm8k(SAMPLE, size=3)) == 3
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The `datasets` library, with a cache that goes with the test."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "reward"),
-    [
-        (" 2+70000 = <<2+70000=70002>>70,002\n#### 70,002", "70002", 1.0),
-        ("#### $1,234.00", "1,234", 1.0),
-        ("so she pays $18.50.", "18.5", 1.0),
-        ("#### 5\n\nQuestion: next? Answer: 7", "5", 1.0),
-        ("it is 5.\n\nQuestion: next? Answer: 7", "5", 1.0),
-        ("#### -3", "-3", 1.0),
-        ("10-3", "3", 1.0),
-        ("#### 5 apples out of 9", "5", 1.0),
-        ("#### 6", "5", 0.0),
-        ("5 ####", "5", 0.0),
-        ("none", "5", 0.0),
-        ("", "5", 0.0),
-    ],
-)
-def test_gsm8k_reward_reads_numbers_tolerantly(completion, answer, reward):
-    assert gsm8k_reward(completion, answer) == reward
+def jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
 
 
-def test_a_missing_gsm8k_file_is_named_with_the_working_directory():
-    with pytest.raises(FileNotFoundError, match=r"no GSM8K file at 'nowhere.jsonl' \(working directory /"):
-        gsm8k("nowhere.jsonl")
+def asked(found: list) -> list[str]:
+    return [problem.prompt.rpartition("\n")[2] for problem in found]
 
 
-ROW = json.dumps({"question": "1+1?", "answer": "2\n#### 2"})
+def test_a_row_becomes_a_prompt_and_an_answer(tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", [{"q": "2020-01-01?", "options": ["no", "yes"], "a": "007"}, ROWS[1]])
+    (problem,) = problems(file, "{{A}} {q} {options[1]}", "{a}", size=1)
+    assert (problem.prompt, problem.answer) == ("{A} 2020-01-01? yes", "007")
+    assert problems(file, "{q}", lambda row: f"<{row['a']}>")[1].answer == "<2>"
+
+
+def test_worked_examples_are_the_first_rows_and_are_not_asked(tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", ROWS)
+    found = problems(file, "{q} =", "{a}", shots=2)
+    assert [problem.prompt for problem in found[:1]] == ["0+0 = 0\n\n1+1 = 2\n\n2+2 ="]
+    assert asked(found) == ["2+2 =", "3+3 =", "4+4 =", "5+5 ="]
+    assert asked(problems(file, "{q} =", "{a}", shots=2, skip=1, size=2)) == ["3+3 =", "4+4 ="]
+    assert found == problems(file, "{q} =", "{a}", shots=2, shots_source=file)  # the same data by name
+    (problem,) = problems(file, "{q} =", "{a}", shots=1, shot_template="{q} is {a}!\n", size=1)
+    assert problem.prompt == "0+0 is 0!\n1+1 ="
+
+
+def test_worked_examples_of_other_data_leave_every_row_to_be_asked(tmp_path):
+    file, other = jsonl(tmp_path / "rows.jsonl", ROWS), jsonl(tmp_path / "other.jsonl", [{"q": "9+9", "a": 18}])
+    found = problems(file, "{q} =", "{a}", shots=1, shots_source=other)
+    assert len(found) == 6 and found[0].prompt == "9+9 = 18\n\n0+0 ="
+    with pytest.raises(ValueError, match=r"other.jsonl has 1 rows, too few for 2 shots; lower `shots`"):
+        problems(file, "{q} =", "{a}", shots=2, shots_source=other)
+
+
+@pytest.mark.parametrize("kind", ["json list", "json lines", "json list with a byte-order mark", "parquet", "csv"])
+def test_every_kind_of_file_gives_the_same_problems(cache, tmp_path, kind):
+    data = cache.Dataset.from_list(ROWS)
+    file = tmp_path / {"parquet": "rows.parquet", "csv": "rows.csv"}.get(kind, "rows.json")
+    if kind.startswith("json list"):
+        file.write_text("\ufeff" * ("mark" in kind) + json.dumps(ROWS, indent=1))
+    elif kind == "parquet":
+        data.to_parquet(file)
+    elif kind == "csv":
+        data.to_csv(file)
+    else:
+        file.write_text("\n".join(map(json.dumps, ROWS)))
+    assert [(p.prompt, p.answer) for p in problems(str(file), "{q}", "{a}")] == [(r["q"], str(r["a"])) for r in ROWS]
+
+
+@pytest.fixture
+def directory(cache, tmp_path):
+    """Parquet files of a train and a test split."""
+    (tmp_path / "data").mkdir()
+    cache.Dataset.from_list(ROWS[:4]).to_parquet(tmp_path / "data" / "train.parquet")
+    cache.Dataset.from_list(ROWS[4:]).to_parquet(tmp_path / "data" / "test.parquet")
+    return tmp_path / "data"
+
+
+def test_a_directory_has_splits_and_worked_examples_may_come_from_another(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent)
+    assert asked(problems("data", "{q} =", "{a}")) == ["0+0 =", "1+1 =", "2+2 =", "3+3 ="]
+    found = problems("./data", "{q} =", "{a}", split="test", shots=1, shots_split="train")
+    assert [problem.prompt for problem in found] == ["0+0 = 0\n\n4+4 =", "0+0 = 0\n\n5+5 ="]
+    other = jsonl(directory.parent / "other.jsonl", [{"q": "9+9", "a": 18}])
+    found = problems("data", "{q} =", "{a}", split="test", shots=1, shots_source=other)
+    assert [problem.prompt for problem in found] == ["9+9 = 18\n\n4+4 =", "9+9 = 18\n\n5+5 ="]
+    with pytest.raises(ValueError, match="data has no split 'dev'; it has 'train', 'test'"):
+        problems("data", "{q}", "{a}", split="dev")
+    with pytest.raises(ValueError, match="could not load 'data': ValueError: BuilderConfig 'main' not found"):
+        problems("data", "{q}", "{a}", subset="main")
+
+
+def test_reading_is_quiet_and_leaves_nothing_beside_the_data(cache, directory, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # so that caplog sees it
+    (directory / "broken.csv").write_text("q,a\n1,2\n1,2,3,4\n")
+    before = sorted(directory.iterdir()), cache.are_progress_bars_disabled(), cache.logging.get_verbosity()
+    problems(str(directory / "train.parquet"), "{q}", "{a}")
+    with pytest.raises(ValueError, match=r"could not load '.*broken.csv': ParserError: .*Expected 2 fields in line 3"):
+        problems(str(directory / "broken.csv"), "{q}", "{a}")
+    assert before == (sorted(directory.iterdir()), cache.are_progress_bars_disabled(), cache.logging.get_verbosity())
+    assert not before[1]
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_a_name_on_the_hub_without_network_fails_quickly_and_says_what_to_do(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.perf_counter()
+    for call in (gsm8k, lambda: problems("no_such_owner/no_such_data", "{q}", "{a}")):
+        with pytest.raises(
+            ValueError, match=r"could not load '.*/.*': .*Couldn't reach .* no such file .* in /.*download"
+        ):
+            call()
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "data/nowhere.parquet", "/nowhere", "a/b/c", "~/nowhere/no"])
+def test_a_missing_file_is_named_with_the_working_directory(source):
+    with pytest.raises(FileNotFoundError, match=rf"no file or directory '{source}' \(working directory /"):
+        problems(source, "{q}", "{a}")
+
+
+def test_a_file_of_another_kind_and_a_split_of_a_file_are_refused(tmp_path):
+    (tmp_path / "rows.txt").touch()
+    with pytest.raises(ValueError, match=r"rows.txt is not a .jsonl, .json, .parquet, .csv file; convert it"):
+        problems(str(tmp_path / "rows.txt"), "{q}", "{a}")
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl is one file, whose split is 'train', not 'test'; leave the split"
+    ):
+        problems(jsonl(tmp_path / "rows.jsonl", ROWS), "{q}", "{a}", split="test")
 
 
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("{broken", "line 2 is not JSON"),
-        ("[1]", "line 2 has no text under 'question'"),
-        ('{"question": "1+1?"}', "line 2 has no text under 'answer'"),
-        ('{"question": "1+1?", "answer": "2"}', "line 2: the answer has no number after '####'"),
+        ("{broken", "rows.jsonl line 3 is not JSON: Expecting property name"),
+        ("\udcff", "rows.jsonl line 3 is not JSON: 'utf-8' codec can't decode"),
+        ("[1]", r"rows.jsonl line 3 is '\[1\]'; a row is an object"),
+        ('{"q": "1+1"}', "rows.jsonl line 3 has nothing under 'a', which `answer` needs; it has q"),
+        ('{"q": null, "a": 2}', "rows.jsonl line 3 has nothing under 'q', which `template` needs; it has a"),
+        ("{}", "rows.jsonl line 3 has nothing under 'q', which `template` needs; it has no columns"),
     ],
 )
-def test_a_bad_gsm8k_line_is_named_by_its_number(tmp_path, line, error):
+def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path, line, error):
     file = tmp_path / "rows.jsonl"
-    file.write_text(f"{ROW}\n{line}\n")
+    file.write_bytes(f"{json.dumps(ROWS[0])}\n\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=error):
-        gsm8k(str(file), shots=1)
+        problems(str(file), "{q}", "{a}")
 
 
-def test_too_few_gsm8k_rows_are_counted(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(f"{ROW}\n\n{ROW}\n")
-    assert len(gsm8k(str(file), shots=1)) == 1
-    with pytest.raises(ValueError, match="has 2 rows, too few for 2 shots and a question; lower `shots`"):
-        gsm8k(str(file), shots=2)
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("Question: {question}", "line 1 has nothing under 'question', which `template` needs; it has q, a"),
+        ("{q", "line 1: template '{q' cannot be filled: expected '}' before end of string"),
+        ("{}", "line 1: template '{}' cannot be filled: Format string contains positional fields"),
+        ("{q.size}", "line 1: template '{q.size}' cannot be filled: 'str' object has no attribute 'size'"),
+        ("{q[9]}", r"line 1: template '{q\[9\]}' cannot be filled: string index out of range"),
+        ("{q:d}", "line 1: template '{q:d}' cannot be filled: Unknown format code 'd'"),
+    ],
+)
+def test_a_template_that_does_not_fit_the_columns_says_which_there_are(tmp_path, template, error):
+    with pytest.raises(ValueError, match=error):
+        problems(jsonl(tmp_path / "rows.jsonl", ROWS), template, "{a}")
+
+
+def test_a_broken_list_and_too_few_rows_are_refused(tmp_path):
+    (tmp_path / "rows.json").write_text("[{}\n,")
+    with pytest.raises(ValueError, match=r"rows.json is not JSON: .* line 2 column 2"):
+        problems(str(tmp_path / "rows.json"), "{q}", "{a}")
+    file = jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"has 6 rows, too few for a question behind 6 \(`shots` and `skip`\)"):
+        problems(file, "{q}", "{a}", shots=2, skip=4)
+    with pytest.raises(ValueError, match=r"empty.jsonl has 0 rows, too few for a question"):
+        problems(jsonl(tmp_path / "empty.jsonl", []), "{q}", "{a}")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "least"), [("size", 0, 1), ("skip", -1, 0), ("shots", 1.5, 0), ("size", True, 1)]
+)
+def test_counts_are_whole_numbers(name, count, least):
+    with pytest.raises(ValueError, match=f"{name} is {count}; give a whole number, {least} or more"):
+        problems("unread.jsonl", "{q}", "{a}", **{name: count})
+
+
+# --- GSM8K
+
+
+def test_gsm8k_prompts_are_few_shot_and_do_not_ask_their_own_examples():
+    found = gsm8k(SAMPLE)
+    assert len(found) == 12
+    for problem in found:
+        assert len(problem.prompt.encode()) >= 2000
+        assert problem.prompt.count("Question: ") == 9 and problem.prompt.endswith("\nAnswer:")
+        assert problem.prompt.count(problem.prompt.rpartition("Question: ")[2]) == 1
+    assert len(gsm8k(SAMPLE, size=3)) == 3
+    assert gsm8k(SAMPLE, skip=1) == found[1:]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(Path(SAMPLE), id="sample"),
+        pytest.param(
+            REAL, id="real", marks=pytest.mark.skipif(not REAL.exists(), reason="GSM8K's train.jsonl is not beside us")
+        ),
+    ],
+)
+def test_a_gsm8k_prompt_shows_whole_answers_and_its_answer_is_what_follows_the_mark(file):
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    shown = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows[:8])
+    expected = [(f"{shown}Question: {r['question']}\nAnswer:", r["answer"].split("#### ")[1]) for r in rows[8:]]
+    assert [(problem.prompt, problem.answer) for problem in gsm8k(str(file))] == expected
+
+
+def test_a_directory_with_gsm8ks_rows_gives_the_prompts_of_the_file(cache, tmp_path):
+    rows = [json.loads(line) for line in Path(SAMPLE).read_text().splitlines()]
+    cache.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    assert gsm8k(str(tmp_path), subset=None) == gsm8k(SAMPLE)
+
+
+def test_a_gsm8k_answer_is_what_follows_the_last_mark(tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": "#### is a mark\n#### 1,002 "}])
+    assert gsm8k(file, shots=0)[0].answer == "1,002"
+
+
+def test_gsm8k_takes_another_template():
+    problem = gsm8k(SAMPLE, shots=1, size=1, template="Q: {question} A:")[0]
+    assert problem.prompt.startswith("Q: ") and problem.prompt.count(" A:") == 2 and "####" in problem.prompt
+
+
+@pytest.mark.parametrize("answer", ["2", "2 ####", "2 #### two", "2 #### 2 of 3"])
+@pytest.mark.parametrize("shots", [0, 1, 2])
+def test_a_gsm8k_answer_without_a_final_number_is_named_also_in_a_worked_example(tmp_path, answer, shots):
+    good, bad = {"question": "1+1?", "answer": "2\n#### 2"}, {"question": "1+1?", "answer": answer}
+    file = jsonl(tmp_path / "rows.jsonl", [good, bad, good])
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2: the answer has no number after '####'"):
+        gsm8k(file, shots=shots)
 
 
 # --- the committed model

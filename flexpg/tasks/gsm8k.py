@@ -1,97 +1,64 @@
-"""GSM8K from a local JSONL file, with a few-shot prompt long enough to be worth sharing."""
+"""GSM8K, with a few-shot prompt long enough to be worth sharing (arXiv 2110.14168)."""
 
 from __future__ import annotations
 
-import json
 import re
-from decimal import Decimal
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
+from flexpg.tasks.dataset import problems
 from flexpg.tasks.problem import Problem
 
-_NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_FINAL_ANSWER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
-def gsm8k(path: str, size: int | None = None, shots: int = 8, shots_path: str | None = None) -> list[Problem]:
-    """Each problem's prompt is the same worked examples and then its question.
+def gsm8k(
+    source: str = "openai/gsm8k",
+    split: str = "train",
+    subset: str | None = "main",
+    size: int | None = None,
+    skip: int = 0,
+    shots: int = 8,
+    template: str = "Question: {question}\nAnswer:",
+    shots_source: str | None = None,
+    shots_split: str | None = None,
+) -> list[Problem]:
+    """Each problem's prompt is the same worked examples, with all their steps, and then its question.
+
+    The arguments are those of `problems`; rows have "question" and "answer", which ends in `####` and a number.
 
     Args:
-        path: JSONL with "question" and "answer" on each line, the final answer after `####`; relative to the
-            working directory.
-        size: how many problems to take from the start; None for all.
-        shots: worked examples, the first rows of `shots_path`; 8 make 2,000 bytes and more.
-        shots_path: file of the worked examples; None for `path`, whose first rows are then not asked.
+        source: GSM8K on the hub, or a copy of it: a file or a directory.
+        split: "train" or "test"; leave it out for a file.
+        subset: "main", as on the hub; None for a directory that has no subsets. Files have none.
+        size: take this many problems at most; None for all.
+        skip: rows to leave out before the first that is asked.
+        shots: worked examples, the first rows of their data; 8 make 2,000 bytes and more.
+        template: of the prompt; a worked example is the prompt, a space, the row's whole answer and an empty line.
+        shots_source: data of the worked examples; None for `source`.
+        shots_split: their split; None for `split`, whose first rows are then not asked.
 
     Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: for a line that is not such a row, or when too few rows are left.
+        FileNotFoundError: when the source looks like a path and nothing is there.
+        ValueError: for data that cannot be loaded, a row that is not such a row, or too few rows.
     """
-    rows = _rows(path)
-    example_rows = rows if shots_path is None else _rows(shots_path)
-    examples = example_rows[:shots]
-    asked = (rows[shots:] if shots_path is None else rows)[:size]
-    if len(examples) < shots or not asked:
-        few = f"{shots_path or path} has {len(example_rows)} rows"
-        raise ValueError(f"{few}, too few for {shots} shots and a question; lower `shots`")
-    context = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
-    return [Problem(f"{context}Question: {q}\nAnswer:", a.rpartition("####")[2].strip()) for q, a in asked]
+    return problems(
+        source,
+        template,
+        _final_answer,
+        split=split,
+        subset=subset,
+        size=size,
+        skip=skip,
+        shots=shots,
+        shot_template=template + " {answer}\n\n",
+        shots_source=shots_source,
+        shots_split=shots_split,
+    )
 
 
-def gsm8k_reward(completion: str, answer: str) -> float:
-    """1.0 when the completion's final number equals the answer's, else 0.0.
-
-    The final number is the one after `####`, or without that mark the last one; commas, a dollar sign and trailing
-    zeros do not matter. What follows where the completion starts a new `Question:` does not count.
-    """
-    return float(_final_number(completion) == _value(answer))
-
-
-def gsm8k_closeness(completion: str, answer: str) -> float:
-    """1.0 when the final number is right, less the further off it is relative to the answer, 0.0 without a number.
-
-    For models that are right too rarely to learn from `gsm8k_reward` alone.
-
-    >>> gsm8k_closeness("so #### 50", "100")
-    0.6666666666666666
-    """
-    number, right = _final_number(completion), _value(answer)
-    if number is None:
-        return 0.0
-    return float(1 / (1 + abs(number - right) / max(abs(right), Decimal(1))))
-
-
-def _final_number(completion: str) -> Decimal | None:
-    text = completion.split("\nQuestion:", 1)[0]
-    if "####" in text:
-        numbers = _NUMBER.findall(text.partition("####")[2])[:1]
-    else:
-        numbers = _NUMBER.findall(text)[-1:]
-    return _value(numbers[0]) if numbers else None
-
-
-def _value(number: str) -> Decimal:
-    return Decimal(re.sub(r"[$,\s]", "", number))
-
-
-def _rows(path: str) -> list[tuple[str, str]]:
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no GSM8K file at {path!r} (working directory {Path.cwd()}); give its path as `path`")
-    return [
-        _row(line, f"{path} line {number}")
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1)
-        if line.strip()
-    ]
-
-
-def _row(line: str, where: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    for key in ("question", "answer"):
-        if not isinstance(row, dict) or not isinstance(row.get(key), str):
-            raise ValueError(f"{where} has no text under {key!r}; a row needs 'question' and 'answer'")
-    if _NUMBER.fullmatch(row["answer"].rpartition("####")[2].strip()) is None or "####" not in row["answer"]:
-        raise ValueError(f"{where}: the answer has no number after '####'")
-    return row["question"], row["answer"]
+def _final_answer(row: Mapping[str, Any]) -> str:
+    _, mark, answer = str(row["answer"]).rpartition("####")
+    if not mark or not _FINAL_ANSWER.fullmatch(answer.strip()):
+        raise ValueError("the answer has no number after '####'")
+    return answer.strip()
