@@ -140,7 +140,10 @@ def accuracy(model: TransformerDecoder, problems: list[Problem], temperature: fl
     prompts = [TOKENIZER.encode(problem.prompt) for problem in problems]
     params = SamplingParams(36, temperature, stop_tokens=TOKENIZER.stop_tokens)
     decoder, output = flexpg_torchtune.decoder(model), flexpg_torchtune.output(model)
-    samples = sample(decoder, output, prompts, 1, params, torch.Generator().manual_seed(0))
+    uniforms = torch.rand(
+        len(prompts), params.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    samples = sample(decoder, output, prompts, 1, params, uniforms)
     texts = [TOKENIZER.decode(tokens.tolist()) for tokens in samples.completions]
     return sum(arithmetic_reward(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
 
