@@ -1,0 +1,128 @@
+"""What a step did, in numbers: for loggers, and in words for the end of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flexpg.cost import dense_cost, group_cost
+from flexpg.packing import MicroBatch
+from flexpg.rollouts import Rollouts
+
+
+def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]:
+    """Rewards and lengths of a step's rollouts.
+
+    Args:
+        rollouts: the whole step's.
+        is_finished: [N] bool, False where the sampler's limit cut a completion off.
+
+    Returns:
+        "reward", the mean; "reward_std", the mean over groups of their standard deviation; "groups_without_spread", the
+        share of groups whose rewards are equal, which teach nothing; "completion_tokens", the mean; "truncated", the
+        share of completions that were cut off.
+    """
+    groups = [rollouts.rewards[rollouts.group_ids == group] for group in range(rollouts.num_groups)]
+    return {
+        "reward": rollouts.rewards.mean().item(),
+        "reward_std": sum(rewards.std(correction=min(1, len(rewards) - 1)).item() for rewards in groups) / len(groups),
+        "groups_without_spread": sum(bool((rewards == rewards[0]).all()) for rewards in groups) / len(groups),
+        "completion_tokens": rollouts.completion_lens.float().mean().item(),
+        "truncated": (~is_finished).float().mean().item(),
+    }
+
+
+def cost_metrics(batches: Sequence[MicroBatch], sharing: bool) -> dict[str, float]:
+    """What micro-batches cost, as sums, which can be added up over processes.
+
+    Args:
+        batches: of one process, or of all.
+        sharing: whether they are trained on as packed rows; else as padded rows of whole sequences.
+
+    Returns:
+        "tokens_unshared" with every prompt once per completion, "tokens_prompts_once" with every prompt once per
+        micro-batch, "tokens_trained" that the model encodes, and "pads" beside them. Micro-batches that train
+        nothing count in the last two alone.
+    """
+    busy = [batch for batch in batches if batch.rollouts.trained.any()]
+    trees = [batch.tree for batch in batches]
+    if sharing:
+        trained, padded = sum(tree.num_tokens for tree in trees), sum(len(tree) for tree in trees)
+    else:
+        trained = sum(dense_cost(tree).tokens for tree in trees)
+        padded = sum(len(tree.lengths) * tree.max_length for tree in trees)
+    return {
+        "tokens_unshared": sum(dense_cost(batch.tree).tokens for batch in busy),
+        "tokens_prompts_once": sum(group_cost(batch.rollouts).tokens for batch in busy),
+        "tokens_trained": trained,
+        "pads": padded - trained,
+    }
+
+
+def rates(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Shares and ratios of a step's sums.
+
+    Args:
+        metrics: the step's, with `cost_metrics` and the seconds "sample_s", "score_s" and "train_s".
+
+    Returns:
+        "sample_fraction" of the seconds; "token_ratio", how many times fewer tokens were encoded than without sharing;
+        "tokens_per_s", unshared ones by all seconds; "pad_waste", the share of pads in what was encoded.
+    """
+    seconds = metrics["sample_s"] + metrics["score_s"] + metrics["train_s"]
+    return {
+        "sample_fraction": metrics["sample_s"] / seconds,
+        "token_ratio": metrics["tokens_unshared"] / metrics["tokens_trained"],
+        "tokens_per_s": metrics["tokens_unshared"] / seconds,
+        "pad_waste": metrics["pads"] / (metrics["pads"] + metrics["tokens_trained"]),
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far: of tensors on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def summary(history: Sequence[Mapping[str, float]], accuracies: Mapping[int, float]) -> str:
+    """A table of what was learned, where the time went and what sharing saved.
+
+    Args:
+        history: every step's metrics, with the names above, "sample_s", "score_s" and "train_s".
+        accuracies: held-out accuracy by step.
+    """
+
+    def mean(name: str) -> float:
+        return sum(metrics[name] for metrics in history) / len(history)
+
+    sample, score, train = (mean(name) for name in ("sample_s", "score_s", "train_s"))
+    unshared, once, trained = (mean(f"tokens_{name}") for name in ("unshared", "prompts_once", "trained"))
+    seconds = f"{sample + score + train:.2f}: sample {sample:.2f}, score {score:.2f}, train {train:.2f}"
+    rows = [
+        ("seconds per step", seconds),
+        ("tokens per step", f"{unshared:,.0f} with every prompt once per completion"),
+        ("", f"{once:,.0f} with every prompt once ({unshared / once:.1f} x fewer)"),
+        ("", f"{trained:,.0f} is what this run trained on ({unshared / trained:.1f} x fewer)"),
+        ("peak memory", f"{max(metrics['peak_memory_gib'] for metrics in history):.2f} GiB"),
+    ]
+    return "\n".join([*_evaluations(history, accuracies), *(f"{name:<20}{value}" for name, value in rows)])
+
+
+def _evaluations(history: Sequence[Mapping[str, float]], accuracies: Mapping[int, float]) -> list[str]:
+    """A line for each evaluation; reward and length are means over the steps since the one before."""
+    lines = [f"{'step':>6}{'held-out accuracy':>20}{'reward':>9}{'completion tokens':>20}"]
+    before = 0
+    for step in sorted(accuracies):
+        line = f"{step:>6}{accuracies[step]:>20.3f}"
+        if since := history[before:step]:
+            reward, tokens = (sum(m[name] for m in since) / len(since) for name in ("reward", "completion_tokens"))
+            line += f"{reward:>9.3f}{tokens:>20.1f}"
+        lines.append(line)
+        before = step
+    return lines
