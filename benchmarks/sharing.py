@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 import flexpg
-from recipes.grpo import GRPORecipe, Step
+from recipes.grpo import GRPORecipe
 
 CONFIG = "recipes/configs/tiny_cpu.yaml"
 RESULTS = Path(__file__).parent / "results"
@@ -27,14 +27,14 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Pair:
-    """One step of both runs."""
+    """The metrics of one step of both runs."""
 
-    shared: Step
-    unshared: Step
+    shared: dict[str, float]
+    unshared: dict[str, float]
 
     def difference(self, metric: str) -> float:
         """How far the runs are apart, relative to the larger; to 0.01 where advantages cancel to next to nothing."""
-        a, b = self.shared.metrics[metric], self.unshared.metrics[metric]
+        a, b = self.shared[metric], self.unshared[metric]
         return abs(a - b) / max(abs(a), abs(b), 0.01)
 
 
@@ -50,17 +50,12 @@ def recipe(config: str, sharing: bool, output_dir: Path, overrides: list[str]) -
 
 def run_both(shared: GRPORecipe, unshared: GRPORecipe, num_steps: int) -> list[Pair]:
     """The same problems through both, step by step."""
-    size = shared.cfg.prompts_per_step
-    pairs = []
-    for number in range(num_steps):
-        chosen = [i % len(shared.prompts) for i in range(number * size, (number + 1) * size)]
-        pairs.append(Pair(shared.step(chosen), unshared.step(chosen)))
-    return pairs
+    return [Pair(shared.step(number), unshared.step(number)) for number in range(1, num_steps + 1)]
 
 
 def token_ratio(pairs: list[Pair], way: str) -> float:
-    """Tokens of the unshared run over those of encoding "prompts_once", or of what was trained on, "shared"."""
-    return sum(p.shared.unshared.tokens for p in pairs) / sum(getattr(p.shared, way).tokens for p in pairs)
+    """Tokens of the unshared run over those of encoding "prompts_once", or of what was "trained" on."""
+    return sum(p.shared["tokens_unshared"] for p in pairs) / sum(p.shared[f"tokens_{way}"] for p in pairs)
 
 
 def parameter_difference(shared: GRPORecipe, unshared: GRPORecipe) -> float:
@@ -88,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = [recipe(args.config, sharing, Path("runs/sharing"), args.overrides) for sharing in (True, False)]
     pairs = run_both(*runs, args.steps)
-    train_s = [[getattr(pair, side).metrics["train_s"] for pair in pairs] for side in ("shared", "unshared")]
+    train_s = [[getattr(pair, side)["train_s"] for pair in pairs] for side in ("shared", "unshared")]
     ratios = sorted(slow / fast for fast, slow in zip(*train_s, strict=True))
     result = {
         "command": " ".join(["python -m benchmarks.sharing", *sys.argv[1:]]),
@@ -97,19 +92,19 @@ def main() -> None:
         "train_s_unshared": statistics.median(train_s[1]),
         "train_speedup": statistics.median(ratios),
         "train_speedup_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
-        "token_ratio": token_ratio(pairs, "shared"),
+        "token_ratio": token_ratio(pairs, "trained"),
         "token_ratio_prompts_once": token_ratio(pairs, "prompts_once"),
         "largest_loss_difference": max(pair.difference("loss") for pair in pairs),
         "largest_grad_norm_difference": max(pair.difference("grad_norm") for pair in pairs),
         "parameter_difference": parameter_difference(*runs),
-        "machine": machine(runs[0].device),
+        "machine": machine(runs[0].world.device),
         "versions": {"flexpg": flexpg.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"sharing_{runs[0].device.type}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"sharing_{runs[0].world.device.type}.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
         print(f"{name:<30} {value}")
 

@@ -1,6 +1,7 @@
 """The recipe as its user runs it: it learns nothing new by sharing, it is faster, and it refuses what cannot work."""
 
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -14,10 +15,19 @@ from transformers import Qwen2ForCausalLM
 
 from benchmarks.sharing import parameter_difference, recipe, run_both, token_ratio
 from flexpg import group_advantages, grpo_loss
-from recipes.grpo import SETUP_ERRORS, GRPORecipe, unshared_logprobs
+from flexpg.integrations.torchtune import unshared_logprobs
+from flexpg.rewards import RewardError
+from recipes.grpo import SETUP_ERRORS, GRPORecipe
 
 ROOT = Path(__file__).parent.parent
 TINY, GSM8K = "recipes/configs/tiny_cpu.yaml", "recipes/configs/gsm8k_bytes_cpu.yaml"
+LORA = [
+    "model._component_=torchtune.models.qwen2.lora_qwen2",
+    "model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",
+    "model.apply_lora_to_mlp=true",
+    "model.lora_rank=16",
+    "model.lora_alpha=32",
+]
 SMALL = ["prompts_per_step=2", "group_size=8", "train_problems.size=64", "test_problems.size=8"]
 
 
@@ -37,9 +47,9 @@ def test_shared_and_unshared_runs_stay_together_for_20_steps_and_the_shared_one_
     assert max(pair.difference("loss") for pair in pairs) < 1e-4
     assert max(pair.difference("grad_norm") for pair in pairs) < 1e-4
     assert parameter_difference(*runs) < 1e-4
-    assert sum(abs(pair.shared.metrics["loss"]) for pair in pairs) > 0.1  # they did train
-    tokens = token_ratio(pairs, "shared")
-    seconds = sum(p.unshared.metrics["train_s"] for p in pairs) / sum(p.shared.metrics["train_s"] for p in pairs)
+    assert sum(abs(pair.shared["loss"]) for pair in pairs) > 0.1  # they did train
+    tokens = token_ratio(pairs, "trained")
+    seconds = sum(p.unshared["train_s"] for p in pairs) / sum(p.shared["train_s"] for p in pairs)
     with capsys.disabled():
         print(f"\nshared against unshared: {tokens:.1f} x fewer tokens, {seconds:.1f} x faster training")
     assert seconds > 1.5
@@ -50,11 +60,11 @@ def test_a_step_is_the_update_written_out_by_hand(tmp_path):
     options = ["sampling.temperature=1.5", "loss.beta=0.5", "num_iterations=2", "scale_rewards=batch"]
     run = recipe(TINY, True, tmp_path, [*SMALL, *options, "clip_grad_norm=0.1"])
     policy, reference, sample, drawn = deepcopy(run.model), deepcopy(run.model), run.sample, []
-    run.sample = lambda chosen: drawn.append(sample(chosen)) or drawn[-1]
+    run.sample = lambda number: drawn.append(sample(number)) or drawn[-1]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0.0)
-    for chosen in ([0, 1], [2, 3], [4, 5]):
-        run.step(chosen)
-        rollouts = drawn[-1]
+    for number in (1, 2, 3):
+        run.step(number)
+        rollouts = drawn[-1][0]
         with torch.no_grad():
             old, ref = (unshared_logprobs(model, rollouts, 1.5)[0] for model in (policy, reference))
         advantages = group_advantages(rollouts.rewards, rollouts.group_ids, "batch")
@@ -101,8 +111,93 @@ def test_every_option_of_a_step_agrees_with_the_unshared_path(tmp_path, loss):
     for metric in ("loss", "grad_norm", "kl", "entropy", "ratio"):
         differences = [pair.difference(metric) for pair in pairs]
         assert max(differences) < 2e-4, (metric, differences)
-    assert pairs[1].shared.metrics["kl"] > 0 and pairs[1].shared.metrics["ratio"] != 1
+    assert pairs[1].shared["kl"] > 0 and pairs[1].shared["ratio"] != 1
     assert parameter_difference(*runs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "activation_checkpointing=true",
+        "max_tokens=600",
+        "max_cache_tokens=2500",
+        pytest.param("compile=true", marks=pytest.mark.slow),
+    ],
+)
+def test_what_changes_memory_or_speed_does_not_change_the_update(tmp_path, option):
+    plain, other = (recipe(TINY, True, tmp_path / str(n), [*SMALL, *more]) for n, more in enumerate(([], [option])))
+    pairs = run_both(other, plain, 2)
+    for metric in ("reward", "loss", "grad_norm", "entropy"):
+        assert max(pair.difference(metric) for pair in pairs) < 1e-4, metric
+    assert pairs[1].unshared["grad_norm"] > 1e-3
+
+
+def test_bf16_computes_nearly_the_same_and_keeps_parameters_in_float32(tmp_path):
+    runs = [recipe(TINY, True, tmp_path / dtype, [*SMALL, f"dtype={dtype}"]) for dtype in ("bf16", "fp32")]
+    rollouts = runs[1].sample(1)[0]
+    (batch,) = runs[1].packed(rollouts)[0]
+    low, full = (run.logprobs(run.model, batch)[0] for run in runs)
+    assert low.dtype == torch.float32
+    assert 0 < (low - full).abs().mean() < 0.02
+    assert {p.dtype for p in runs[0].model.parameters()} == {torch.float32}
+    runs[0].step(1)
+    assert all(p.grad.dtype == torch.float32 for p in runs[0].trained)
+
+
+def test_every_problem_is_asked_once_before_any_is_asked_again(tmp_path):
+    run = recipe(TINY, True, tmp_path, [*SMALL, "train_problems.size=5", "prompts_per_step=3"])
+    asked = [problem for number in range(1, 11) for problem in run.chosen(number)]
+    rounds = [asked[i : i + 5] for i in range(0, 30, 5)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+    assert run.chosen(7) == asked[18:21]  # whatever was asked before
+
+
+def test_a_resumed_run_takes_bitwise_the_steps_of_one_left_alone(tmp_path):
+    overrides = [*SMALL, "num_steps=4", "eval_every_n_steps=2", "minibatches=2", "num_iterations=2"]
+    overrides += ["lr_scheduler.factor=0.5", "lr_scheduler.total_iters=3"]  # half of the rate for three steps
+    alone = recipe(TINY, True, tmp_path / "alone", overrides)
+    alone.train()
+    stopped = recipe(TINY, True, tmp_path / "run", [*overrides, "checkpoint_every_n_steps=1"])
+    update = stopped.update
+    stopped.update = lambda *args: setattr(stopped, "is_told_to_stop", stopped.steps_done == 1) or update(*args)
+    stopped.train()
+    assert stopped.steps_done == 2
+    resumed = recipe(TINY, True, tmp_path / "run", [*overrides, "resume=true"])
+    resumed.train()
+    for name in ("loss", "grad_norm", "reward", "entropy", "lr"):
+        assert [metrics[name] for metrics in resumed.history] == [metrics[name] for metrics in alone.history]
+    assert resumed.accuracies == alone.accuracies
+    for ours, theirs in zip(resumed.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"holds .*step_000001 of an earlier run; set resume=true or another output_dir"),
+        (["resume=true", "seed=3"], r"step_000001 was made with seed=0; resume with that, or start anew"),
+        (["resume=true", "prompts_per_step=4"], r"was made with prompts_per_step=2; resume with that"),
+        (["resume=true", *LORA], r"step_000001 does not fit this model and optimizer"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, overrides, message):
+    run = recipe(TINY, True, tmp_path, [*SMALL, "num_steps=2", "checkpoint_every_n_steps=1"])
+    run.steps_done, run.checkpointer = 1, None
+    run.save_progress()
+    with pytest.raises(ValueError, match=message):
+        recipe(TINY, True, tmp_path, [*SMALL, *overrides])
+
+
+def test_the_docs_explain_every_metric(tmp_path):
+    metrics = recipe(TINY, True, tmp_path, [*SMALL, "loss.beta=0.1"]).step(1)
+    table = (ROOT / "docs/recipes.md").read_text().partition("## Metrics")[2]
+    explained = {
+        name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    }
+    assert {"reward/NAME" if name.startswith("reward/") else name for name in metrics} == explained - {
+        "held_out_accuracy"
+    }
 
 
 def test_gsm8k_questions_give_the_same_loss_and_gradient_norm_shared_and_unshared(tmp_path):
@@ -110,7 +205,7 @@ def test_gsm8k_questions_give_the_same_loss_and_gradient_norm_shared_and_unshare
     assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
     for pair in pairs:
         assert pair.difference("loss") < 1e-4 and pair.difference("grad_norm") < 1e-4
-        assert pair.shared.metrics["grad_norm"] > 1e-4  # a step that trains something
+        assert pair.shared["grad_norm"] > 1e-4  # a step that trains something
 
 
 def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
@@ -132,7 +227,7 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
     assert not noise, noise
     for picture in ("reward.png", "mask.png", "savings.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert "Step 2 | loss:" in next((tmp_path / "logs").iterdir()).read_text()
+    assert "Step 2 | reward:" in next((tmp_path / "logs").iterdir()).read_text()
     saved = tmp_path / "epoch_0"
     cfg = OmegaConf.merge(OmegaConf.load(TINY), {"checkpointer": {"checkpoint_dir": str(saved)}})
     cfg.checkpointer.checkpoint_files = [file.name for file in saved.glob("*.safetensors")]
@@ -154,9 +249,9 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
         (["loss.loss_type=ppo"], "loss_type is 'ppo'; allowed are grpo, bnpo, dr_grpo, dapo"),
         (["loss.importance_sampling_level=word"], "allowed are token, sequence"),
         (["loss.epsilonn=0.1"], "unexpected keyword argument 'epsilonn'"),
-        (["scale_rewards=std"], "allowed are group, batch, none"),
+        (["scale_rewards=std"], "scale_rewards is 'std'; allowed are group, batch, none"),
         (["num_steps=0"], "num_steps is 0; give a whole number, 1 or more"),
-        (["sharing=maybe"], "sharing is 'maybe'; give true or false"),
+        (["sharing=maybe"], "sharing is 'maybe'; allowed are true, false"),
         (["num_steps=true"], "num_steps is True; give a whole number, 1 or more"),
         (["sampling.temperature=0"], "sampling.temperature is 0; rollouts need a number above 0"),
         (["clip_grad_norm=-1"], "clip_grad_norm is -1; give a number above 0"),
@@ -164,7 +259,16 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
         (["groupsize=4"], "unknown option groupsize"),
         (["seed=abc"], "seed is 'abc'; give a whole number, 0 or more"),
         (["device=gpu"], "device is 'gpu'; give cpu or cuda"),
-        (["dtype=fp12"], "fp12"),
+        (["dtype=fp12"], "dtype is 'fp12'; allowed are fp32, bf16"),
+        (["group_size=1"], "group_size is 1, which makes every advantage zero; give 2 or more"),
+        (["minibatches=3"], "prompts_per_step=8 in minibatches=3 for 1 processes: give a multiple of minibatches"),
+        (["prompt_format=prose"], "prompt_format is 'prose'; allowed are plain, bos, chat"),
+        (["rewards=null"], "rewards is None; give at least one"),
+        (["rewards.correct.weight=much"], "rewards.correct|reward 'correct'"),
+        (["rewards.correct.digits=3"], "digits"),
+        (["max_cache_tokens=0"], "max_cache_tokens is 0; give a whole number, 1 or more"),
+        (["model.use_dora=true", *LORA], "use_dora and quantize_base are not supported"),
+        (["lr_scheduler.factorr=2"], "lr_scheduler: .*factorr"),
         (["clip_grad_norm=true"], "clip_grad_norm is True"),
         (["sampling.temperature=warm"], "sampling.temperature is 'warm'; rollouts need a number above 0"),
         (["sampling.max_new_tokens=36.5"], r"sampling: max_new_tokens is 36\.5; give a whole number"),
@@ -176,14 +280,14 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
         (["checkpointer.checkpoint_files=[nothing.safetensors]"], r"nothing\.safetensors"),
         (["max_tokens=200"], "train problem 0 of 4096: prompt and completion of .* tokens exceed max_tokens=200"),
         (["model.num_heads=8", "model.num_kv_heads=4"], r"it has \(4, 2\) heads, the model \(8, 4\)"),
-        (["reward=flexpg.tasks"], "reward is 'flexpg.tasks', a module; name a function"),
+        (["rewards.correct.function=flexpg.tasks"], "reward 'correct'.*flexpg.tasks"),
         (["sampling.max_new_tokens=5000"], "train problem 0 of 4096: .* longer than the model's max_seq_len=4096"),
         (["model.max_seq_len=128"], "train problem 0 of 4096: .* longer than the model's max_seq_len=128"),
         (["model.vocab_size=40"], "train problem 0 of 4096: token id .* is beyond the model's vocabulary of 40"),
         (["model.attn_dropout=0.1"], "attn_dropout=0.1"),
         (["model.embed_dim=64"], "does not fit `model`"),
         (["checkpointer.checkpoint_dir=recipes/nowhere"], "nowhere"),
-        (["reward=flexpg.tasks.no_such_reward"], "no_such_reward"),
+        (["test_reward.function=flexpg.tasks.no_such_reward"], "no_such_reward"),
         (["model._component_=torchtune.models.no_such_model"], "no_such_model"),
         (["train_problems.splitt=train"], "unexpected keyword argument 'splitt'"),
         (["device=cuda"], "device is cuda and this machine has none; set device to cpu"),
@@ -198,14 +302,17 @@ def test_a_mistake_is_named_before_anything_is_trained(tmp_path, overrides, mess
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no GSM8K file at"), ('{"question": "q", "answer": "a #### 1"}\n{"question":', "line 2 is not JSON")],
+    [
+        (None, "no file or directory .*data.jsonl"),
+        ('{"question": "q", "answer": "a #### 1"}\n{"question":', "line 2 is not JSON"),
+    ],
 )
 def test_a_missing_or_broken_data_file_is_named(tmp_path, text, message):
     path = tmp_path / "data.jsonl"
     if text is not None:
         path.write_text(text)
     with pytest.raises(SETUP_ERRORS, match=message):
-        recipe(GSM8K, True, tmp_path / "out", [f"train_problems.path={path}"])
+        recipe(GSM8K, True, tmp_path / "out", [f"train_problems.source={path}"])
     assert not (tmp_path / "out").exists()
 
 
@@ -225,10 +332,13 @@ def test_the_command_line_ends_with_one_line_for_a_mistake(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def not_a_number(completion: str, answer: str) -> float:
+    return float("nan")
+
+
 def test_a_reward_that_is_not_a_number_stops_the_run_before_the_update(tmp_path):
-    run = recipe(TINY, True, tmp_path, SMALL)
+    run = recipe(TINY, True, tmp_path, [*SMALL, "rewards.correct.function=tests.test_recipe.not_a_number"])
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.reward = lambda completion, answer: float("nan")
-    with pytest.raises(ValueError, match="rollout 0 of 16 has reward nan"):
-        run.step([0, 1])
+    with pytest.raises(RewardError, match="rollout 0 of 16"):
+        run.step(1)
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())

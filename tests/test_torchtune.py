@@ -22,6 +22,7 @@ from unshared import (
     unshared_logprobs,
 )
 
+from flexpg import sampling
 from flexpg.integrations import torchtune as flexpg_torchtune
 from flexpg.integrations.torchtune import forward, output
 from flexpg.logprobs import token_logprobs
@@ -380,9 +381,8 @@ def test_the_sampler_refuses_a_completion_that_would_not_fit():
     model, prompt = tiny_model("llama3"), torch.tensor(tokens(MAX_SEQ_LEN - 3, 1))
 
     def drawn(max_new_tokens):
-        params, generator = SamplingParams(max_new_tokens), torch.Generator().manual_seed(0)
-        output = flexpg_torchtune.output(model)
-        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, generator)
+        params, output = SamplingParams(max_new_tokens, temperature=0), flexpg_torchtune.output(model)
+        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, None)
 
     assert len(drawn(3).completions) == 2
     with pytest.raises(ValueError, match=f"{MAX_SEQ_LEN + 1} tokens is longer than the model's max_seq_len"):
@@ -402,14 +402,14 @@ def test_a_forward_that_something_else_replaced_is_refused():
     refuses(TypeError, "something else has replaced the forward of a MultiHeadAttention", model, CASES["group"].tree)
 
 
-def test_compiled_layers_sample_without_compiling_at_every_step():
+def test_compiled_layers_sample_without_compiling_at_every_step(monkeypatch):
     model = tiny_model("llama3")
     prompt = torch.tensor(tokens(20, 1))
     params = SamplingParams(12, temperature=0)
 
-    def drawn():
-        output, generator = flexpg_torchtune.output(model), torch.Generator()
-        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, generator).completions[0]
+    def drawn(**options):
+        output = flexpg_torchtune.output(model)
+        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, None, **options).completions[0]
 
     plain = drawn()
     torch._dynamo.reset()
@@ -418,3 +418,7 @@ def test_compiled_layers_sample_without_compiling_at_every_step():
         layer.compile(backend=counter)
     assert torch.equal(drawn(), plain)
     assert counter.frame_count <= 4 * len(model.layers)  # prefill and decoding, before and after the graph break
+    assert torch.equal(drawn(max_cache_tokens=20 + 12), plain)  # one sample after the other
+    step = torch.compile(sampling._step, fullgraph=True, dynamic=False, backend="eager")
+    monkeypatch.setattr(sampling, "_compiled_step", lambda mode: step)
+    assert torch.equal(drawn(compiled=True), plain)  # compiled layers within a compiled step

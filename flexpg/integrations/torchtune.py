@@ -1,4 +1,4 @@
-"""Shared-prefix forward and sampling for any torchtune TransformerDecoder.
+"""Shared-prefix forward, log-probabilities and sampling for any torchtune TransformerDecoder, sharded by FSDP2 or not.
 
 A model's attention modules get a `forward` of ours that looks at the mask: a TreeBlockMask or a SampleCache goes to
 this package's attention, with key/value heads unexpanded, and everything else goes to torchtune's own code. So ordinary
@@ -8,19 +8,28 @@ holds in the recomputation of activation checkpointing too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.utils.rnn import pad_sequence
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
 from flexpg.attention import attention
+from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask, block_mask
-from flexpg.sampling import Decoder, SampleCache
+from flexpg.packing import MicroBatch
+from flexpg.rollouts import Rollouts
+from flexpg.sample_cache import SampleCache
+from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
+
+T = TypeVar("T")
 
 
 def forward(model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None = None) -> Tensor:
@@ -39,21 +48,71 @@ def forward(model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | N
             without tokens or on another device, another tree's mask.
         TypeError: a model that is no TransformerDecoder of self-attention layers.
     """
-    if tree.tokens is None:
-        raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
-    if mask is not None and mask.tree is not tree:
-        raise ValueError(
-            f"the mask was made for another tree ({mask.tree}); give block_mask(tree) of this one ({tree})"
-        )
-    _prepare(model)
-    check_fits(model, tree.max_token, tree.max_length, tree.tokens.device)
-    mask = block_mask(tree) if mask is None else mask
-    return _hidden(model, tree.tokens[None], tree.position_ids[None], mask)
+    row = _packed_row(model, tree, mask)
+    return _within(model, lambda model: _hidden(model, *row))
 
 
 def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
-    """The model's output layer: rows [M, E] -> logits [M, V], tied or not, in the model's dtype."""
+    """The model's output layer: rows [M, E] -> logits [M, V], tied or not, in the model's dtype.
+
+    Of a model that FSDP2 has sharded, `logprobs` or `unsharded` must be around its use.
+    """
     return model.output
+
+
+def logprobs(model: TransformerDecoder, batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of a micro-batch's trained tokens, in one forward of the model.
+
+    Under FSDP2 the output layer's weights are whole in the root's forward alone, so they are computed inside it.
+
+    Args:
+        model: as in `forward`.
+        batch: rollouts and their packed row, on the model's device.
+        temperature: divides the logits.
+
+    Returns:
+        [n, C] and [n, C], as `flexpg.token_logprobs_and_entropies`.
+
+    Raises:
+        ValueError: as `forward`.
+        TypeError: as `forward`.
+    """
+    tree, rollouts = batch.tree, batch.rollouts
+    row = _packed_row(model, tree, None)
+
+    def scored(model: TransformerDecoder) -> tuple[Tensor, Tensor]:
+        return token_logprobs_and_entropies(
+            _hidden(model, *row),
+            output(model),
+            tree,
+            prompt_lens=rollouts.prompt_lens,
+            mask=rollouts.trained,
+            temperature=temperature,
+        )
+
+    return _within(model, scored)
+
+
+def unshared_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What sharing is compared with: each prompt once per completion, in padded rows, and logits of every token.
+
+    Args:
+        model: any causal model, tokens [n, T] -> logits [n, T, V].
+        rollouts: on the model's device.
+        temperature: divides the logits.
+
+    Returns:
+        As `logprobs`.
+    """
+    rows = pad_sequence(rollouts.sequences, batch_first=True)  # [n, T], padded on the right: causal rows never see it
+    scores = (model(rows) / temperature).log_softmax(-1)  # [n, T, V]
+    at = rollouts.prompt_lens[:, None] + torch.arange(rollouts.trained.shape[1], device=rows.device)  # [n, C]
+    at = at.clamp(max=rows.shape[1] - 1)
+    scores = scores.gather(1, (at - 1)[..., None].expand(-1, -1, scores.shape[-1]))  # [n, C, V]
+    picked = scores.gather(-1, rows.gather(1, at)[..., None])[..., 0]
+    probabilities = scores.detach().exp()
+    entropies = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    return picked.where(rollouts.trained, 0), entropies.where(rollouts.trained, 0)
 
 
 def decoder(model: TransformerDecoder) -> Decoder:
@@ -69,20 +128,39 @@ def decoder(model: TransformerDecoder) -> Decoder:
     _prepare(model)
 
     def decode(tokens: Tensor, position_ids: Tensor, cache: SampleCache) -> Tensor:
-        check_fits(model, cache.tree.max_token, cache.tree.max_length + cache.max_new_tokens, tokens.device)
-        return _hidden(model, tokens, position_ids, cache)
+        if not cache.is_filled:
+            check_fits(model, cache.tree.max_token, cache.tree.max_length + cache.max_new_tokens, tokens.device)
+        return _within(model, lambda model: _hidden(model, tokens, position_ids, cache))
 
     return decode
 
 
-def check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device) -> None:
+@contextmanager
+def unsharded(model: TransformerDecoder) -> Iterator[None]:
+    """Inside, each process holds all of the model's weights, and calls the model as often as it likes, without others.
+
+    For sampling, where processes take different numbers of steps. A model that is not sharded is left as it is.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
+        shard.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(True, recurse=False)
+            shard.reshard()
+
+
+def check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device | None = None) -> None:
     """Refuses what the model has no embedding or no position for.
 
     Args:
         model: a torchtune decoder.
         max_token: the largest token id.
         max_length: tokens of the longest sequence, prompt and completion.
-        device: where the tokens are.
+        device: where the tokens are; None does not compare it with the model's.
 
     Raises:
         ValueError: a token beyond the vocabulary, a sequence beyond the model's context, or another device.
@@ -94,8 +172,34 @@ def check_fits(model: TransformerDecoder, max_token: int, max_length: int, devic
         raise ValueError(
             f"a sequence of {max_length} tokens is longer than the model's max_seq_len={model.max_seq_len}"
         )
-    if device != weight.device:
+    if device not in (None, weight.device):
         raise ValueError(f"the tokens are on {device} and the model on {weight.device}; move them to one device")
+
+
+def _packed_row(
+    model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None
+) -> tuple[Tensor, Tensor, TreeBlockMask]:
+    """Tokens [1, S], position ids [1, S] and mask, when they fit the model."""
+    if tree.tokens is None:
+        raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+    if mask is not None and mask.tree is not tree:
+        raise ValueError(
+            f"the mask was made for another tree ({mask.tree}); give block_mask(tree) of this one ({tree})"
+        )
+    _prepare(model)
+    check_fits(model, tree.max_token, tree.max_length, tree.tokens.device)
+    return tree.tokens[None], tree.position_ids[None], block_mask(tree) if mask is None else mask
+
+
+def _within(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:
+    """`function(model)`, under FSDP2 as a forward of the model, which gathers the root's weights and frees them."""
+    if not isinstance(model, FSDPModule):
+        return function(model)
+    return cast(T, vars(model)["_flexpg_call"](function))
+
+
+def _call(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:
+    return function(model)
 
 
 def _hidden(
@@ -129,9 +233,12 @@ def _prepare(model: TransformerDecoder) -> None:
     layers = sum(isinstance(module, TransformerSelfAttentionLayer) for module in model.modules())
     if layers != len(model.layers):
         raise TypeError(f"{len(model.layers) - layers} of the model's layers are not plain self-attention layers")
+    if isinstance(model, FSDPModule) and "_flexpg_call" not in vars(model):
+        vars(model)["_flexpg_call"] = MethodType(_call, model)
+        register_fsdp_forward_method(cast(nn.Module, model), "_flexpg_call")
 
 
-_attend_cached = torch.compiler.disable(SampleCache.attend)  # a compiled layer would recompile at every step
+_attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers would recompile, each and every step
 
 
 def _forward(
@@ -155,7 +262,8 @@ def _forward(
     if isinstance(attn, Gemma2Attention):
         scale, window, softcap = attn.scaling, attn.sliding_window_size, attn.softcapping
     if isinstance(mask, SampleCache):
-        out = _attend_cached(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
+        attend = SampleCache.attend if mask.is_filled and mask.compiled else _attend_cached  # a step is one graph
+        out = attend(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
     else:
         out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
     return attn.output_proj(out.transpose(1, 2).flatten(2))

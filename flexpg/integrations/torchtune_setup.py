@@ -1,0 +1,119 @@
+"""What a torchtune recipe sets up: options and components of a YAML, texts as tokens and tokens as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+from torchtune import config
+from torchtune.data import Message
+
+NO_TEXT = (KeyError, TypeError, ValueError)  # what tokenizers raise of an id that they do not know
+
+
+def check_keys(
+    cfg: DictConfig,
+    components: Sequence[str],
+    at_least: Mapping[str, int],
+    choices: Mapping[str, Sequence[Any]],
+    others: Sequence[str],
+) -> None:
+    """Refuses options that are missing, unknown or out of range.
+
+    Args:
+        cfg: the whole configuration; it has the keys below, and no other.
+        components: keys that hold a `_component_`.
+        at_least: keys that hold a whole number, and the smallest.
+        choices: keys that hold one of some strings or bools.
+        others: keys whose values are not looked at here.
+
+    Raises:
+        ValueError: the first that is wrong, named.
+    """
+    known = {*components, *at_least, *choices, *others}
+    for problem, names in (("unknown", set(cfg) - known), ("missing", known - set(cfg))):
+        if names:
+            raise ValueError(f"{problem} option {', '.join(sorted(names))}; the recipe has {', '.join(sorted(known))}")
+    for name, least in at_least.items():
+        if type(cfg[name]) is not int or cfg[name] < least:
+            raise ValueError(f"{name} is {cfg[name]!r}; give a whole number, {least} or more")
+    for name, allowed in choices.items():
+        if not any(type(cfg[name]) is type(value) and cfg[name] == value for value in allowed):
+            words = ", ".join(str(value).lower() for value in allowed)
+            raise ValueError(f"{name} is {cfg[name]!r}; allowed are {words}")
+    for name in components:
+        if not isinstance(cfg[name], DictConfig) or not isinstance(cfg[name].get("_component_"), str):
+            raise ValueError(f"{name} is {cfg[name]!r}; give a _component_ and its arguments")
+
+
+def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """The component that the YAML describes under `name`; its own complaints are prefixed with that name.
+
+    Args:
+        name: a key of `cfg` that holds a `_component_` and its arguments.
+        cfg: the whole configuration.
+        args: given to the component before its arguments in the YAML.
+        kwargs: given over its arguments in the YAML.
+
+    Raises:
+        ValueError: the component does not take what it is given.
+        InstantiationError: torchtune cannot import it.
+    """
+    try:
+        return config.instantiate(cfg[name], *args, **kwargs)
+    except KeyError as error:
+        raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "bos", "chat"]) -> list[int]:
+    """A prompt's tokens: as it is, behind the beginning-of-sequence token, or as a user's message before its answer.
+
+    Args:
+        tokenizer: torchtune's, or one with its methods.
+        prompt: the text.
+        prompt_format: "chat" is the format of the tokenizer's model, with no system message, where the chat templates
+            of Qwen2.5 and Llama 3.2 would add one of their own.
+
+    Raises:
+        ValueError: the tokenizer's max_seq_len leaves no room for an answer.
+    """
+    if prompt_format == "chat":
+        # What two answers have in common: of an empty one, torchtune 0.6.1 ends Qwen's message and Phi's all the same.
+        answers = [Message(role="assistant", content=answer) for answer in ("a", "b")]
+        user = Message(role="user", content=prompt)
+        first, second = (tokenizer.tokenize_messages([user, answer])[0] for answer in answers)
+        end = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+        if end is None:
+            raise ValueError(f"the tokenizer's max_seq_len={tokenizer.max_seq_len} cuts the prompt; set it to null")
+        return list(first[:end])
+    return list(tokenizer.encode(prompt, add_bos=prompt_format == "bos", add_eos=False))
+
+
+def completion_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """A completion as rewards read it: without the stop token that ends it.
+
+    An id that no text belongs to (a model's vocabulary is often padded beyond its tokenizer's) becomes U+FFFD.
+
+    Args:
+        tokenizer: torchtune's, or one with its methods.
+        tokens: of one completion.
+    """
+    text = tokens[:-1] if tokens[-1] in tokenizer.stop_tokens else tokens
+    try:
+        return str(tokenizer.decode(list(text)))
+    except NO_TEXT:
+        runs = [(known, list(run)) for known, run in groupby(text, key=partial(_has_text, tokenizer))]
+        return "".join(tokenizer.decode(run) if known else "\ufffd" * len(run) for known, run in runs)
+
+
+def _has_text(tokenizer: Any, token: int) -> bool:
+    try:
+        tokenizer.decode([token])
+    except NO_TEXT:
+        return False
+    return True

@@ -1,0 +1,188 @@
+"""The recipe on several processes: the same update on any number of them, and a run that is killed loses nothing."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from benchmarks.sharing import recipe
+from flexpg.checkpoints import checkpoints
+from flexpg.integrations.torchtune_models import WHOLE
+from recipes.grpo import SETUP_ERRORS
+from tests.processes import run_processes
+from tests.test_recipe import LORA, TINY
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["prompts_per_step=8", "group_size=4", "train_problems.size=64", "test_problems.size=6", "num_steps=2"]
+TUNE = [Path(sys.executable).parent / "tune", "run"]
+RUN = ["recipes/grpo.py", "--config", TINY]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def trained(rank: int, output_dir: str, overrides: list[str]) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
+    """Two steps of the recipe in one of several processes: metrics, the whole model's weights, and accuracies."""
+    run = recipe(TINY, True, Path(output_dir), [*SMALL, *overrides])
+    run.train()
+    weights = get_model_state_dict(run.model, options=WHOLE)
+    run.save_checkpoint()
+    run.cleanup()
+    return run.history, weights, run.accuracies
+
+
+def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    a, b = (torch.cat([weights[name].flatten() for name in sorted(theirs)]) for weights in (ours, theirs))
+    return ((a - b).norm() / b.norm()).item()
+
+
+OPTIONS = {
+    "plain": [],
+    "every option": ["num_iterations=2", "minibatches=2", "loss.beta=0.1", "max_tokens=450", "loss.loss_type=grpo"],
+    "LoRA": [*LORA, "loss.beta=0.1", "num_iterations=2", "activation_checkpointing=true"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_two_and_four_processes_give_the_same_update(tmp_path, options):
+    """With max_tokens=450 processes have different numbers of micro-batches, and some are idle in the last."""
+    runs = {}
+    for count in (1, 2, 4):
+        runs[count] = run_processes(count, trained, str(tmp_path / str(count)), OPTIONS[options])[0]
+    history, weights, accuracies = runs[1]
+    start = recipe(TINY, True, tmp_path / "start", [*SMALL, *OPTIONS[options]]).model.state_dict()
+    assert relative_difference(start, weights) > 1e-4  # there was something to differ in
+    for count in (2, 4):
+        assert relative_difference(runs[count][1], weights) < 1e-5
+        assert runs[count][2] == accuracies
+        for ours, theirs in zip(runs[count][0], history, strict=True):
+            for name in ("reward", "reward_std", "completion_tokens", "truncated", "tokens_unshared"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+            for name in ("loss", "grad_norm", "entropy", "ratio", *(["kl"] if "kl" in theirs else [])):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
+
+
+def without_scaling(rank: int, output_dir: str) -> float:
+    """The gradient's norm when each process normalizes by its own tokens, as if it were alone."""
+    run = recipe(TINY, True, Path(output_dir), SMALL)
+    update = run.update
+    run.update = lambda batches, normalizer, advantages: update(
+        batches, sum(batch.rollouts.trained.sum() for batch, *_ in batches), advantages
+    )
+    norm = run.step(1)["grad_norm"]
+    run.cleanup()
+    return norm
+
+
+def test_a_normalizer_of_each_process_alone_would_give_another_update(tmp_path):
+    right = recipe(TINY, True, tmp_path / "right", SMALL).step(1)["grad_norm"]
+    wrong = run_processes(2, without_scaling, str(tmp_path / "wrong"))[0]
+    assert abs(wrong / right - 1) > 0.1
+
+
+def refused(rank: int, output_dir: str, overrides: list[str]) -> str:
+    with pytest.raises(SETUP_ERRORS) as error:
+        recipe(TINY, True, Path(output_dir), overrides)
+    return str(error.value)
+
+
+def test_more_processes_than_groups_are_refused(tmp_path):
+    messages = run_processes(2, refused, str(tmp_path), [*SMALL, "minibatches=8"])
+    assert messages[0].startswith("prompts_per_step=8 in minibatches=8 for 2 processes: give a multiple")
+    assert messages[0] == messages[1]
+
+
+def metrics_of(output_dir: Path) -> list[dict[str, float]]:
+    """What a run's log says of its steps, without times."""
+    lines = max((output_dir / "logs").iterdir(), key=os.path.getmtime).read_text().splitlines()
+    steps = [dict(pair.split(":") for pair in line.split(" | ")[1].split()) for line in lines if " loss:" in line]
+    kept = ("reward", "loss", "grad_norm", "entropy", "tokens_unshared")
+    return [{name: float(step[name]) for name in kept} for step in steps]
+
+
+@pytest.mark.slow
+def test_two_launchers_as_two_nodes_give_the_update_of_one_process(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "flexpg"]
+    nodes += ["--rdzv_endpoint", f"localhost:{port}"]
+    command = [*TUNE, *nodes, *RUN, *SMALL, f"output_dir={tmp_path / 'nodes'}"]
+    launchers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    outputs = [launcher.communicate(timeout=240)[0].decode() for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(outputs)
+    assert sum("held-out accuracy" in output for output in outputs) == 1  # the first process alone speaks
+    alone = recipe(TINY, True, tmp_path / "alone", SMALL)
+    for step, metrics in enumerate(metrics_of(tmp_path / "nodes"), start=1):
+        expected = alone.step(step)
+        for name, value in metrics.items():
+            assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-7), name
+
+
+LONG = [*SMALL, "num_steps=8", "eval_every_n_steps=4", "checkpoint_every_n_steps=1", "num_iterations=2"]
+SCHEDULE = ["lr_scheduler._component_=torch.optim.lr_scheduler.LinearLR", "~lr_scheduler.factor"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
+    alone = recipe(TINY, True, tmp_path / "alone", [*LONG, "checkpoint_every_n_steps=0"])
+    alone.train()
+    command = [*TUNE, "--nproc_per_node", "2", *RUN, *LONG, f"output_dir={tmp_path / 'killed'}"]
+    for kills in range(2):
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        steps = 2 * (kills + 1)
+        wait_until(lambda: newest(tmp_path / "killed") >= steps, run)  # noqa: B023
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        if "resume=true" not in command:
+            refused_start = subprocess.run([*command, "num_steps=1"], capture_output=True, text=True)
+            assert "set resume=true or another output_dir" in refused_start.stderr
+            command.append("resume=true")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    progress = json.loads((checkpoints(tmp_path / "killed/checkpoints")[-1] / "progress.json").read_text())
+    assert dict(progress["accuracies"]) == alone.accuracies
+    for ours, theirs in zip(progress["history"], alone.history, strict=True):
+        for name in ("reward", "loss", "grad_norm", "entropy", "tokens_unshared", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_the_run(tmp_path):
+    command = [sys.executable, "-m", "recipes.grpo", "--config", TINY, *SMALL, f"output_dir={tmp_path}"]
+    run = subprocess.Popen([*command, "num_steps=1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: any("loss:" in log.read_text() for log in tmp_path.glob("logs/*")), run)
+    run.terminate()
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    step = newest(tmp_path)
+    assert step >= 1
+    assert f"stopped after step {step} of 1000; resume=true goes on from there" in output
+    assert not (tmp_path / "epoch_0").exists()  # weights are written when the run is done
+
+
+def newest(output_dir: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    found = checkpoints(output_dir / "checkpoints")
+    return int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def wait_until(condition, run: subprocess.Popen, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
