@@ -17,7 +17,7 @@ demo: $(INSTALLED) ## train the tiny model on a CPU
 	@$(BIN)/tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml
 
 test: $(INSTALLED) ## run the tests and the examples in the docstrings
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(INSTALLED) ## measure training with and without sharing, side by side
 	@$(BIN)/python -m benchmarks.sharing

@@ -81,15 +81,6 @@ def test_a_step_is_the_update_written_out_by_hand(tmp_path):
     assert (ours - by_hand).norm() < 1e-3 * (ours - start).norm()
 
 
-@pytest.mark.slow
-def test_the_demo_lifts_held_out_accuracy_from_under_a_half_to_over_nine_tenths(tmp_path):
-    run = recipe(TINY, True, tmp_path, ["num_steps=16", "eval_every_n_steps=16"])
-    run.train()
-    run.cleanup()
-    assert run.accuracies[0] < 0.5
-    assert run.accuracies[16] > 0.9
-
-
 def test_a_run_with_another_seed_does_not_stay_together(tmp_path):
     runs = [recipe(TINY, True, tmp_path / str(seed), [*SMALL, f"seed={seed}"]) for seed in (0, 1)]
     pairs = run_both(*runs, 3)
@@ -201,7 +192,7 @@ def test_the_docs_explain_every_metric(tmp_path):
 
 
 def test_gsm8k_questions_give_the_same_loss_and_gradient_norm_shared_and_unshared(tmp_path):
-    runs, pairs = both(GSM8K, tmp_path, [], 3)
+    runs, pairs = both(GSM8K, tmp_path, [], 2)
     assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
     for pair in pairs:
         assert pair.difference("loss") < 1e-4 and pair.difference("grad_norm") < 1e-4
