@@ -14,6 +14,7 @@ def pytest_configure():
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants to download is wrong
     # The tensors are small: handing them out to threads costs more than it saves, and ten times so on a busy machine.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=needs_cuda)])

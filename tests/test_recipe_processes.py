@@ -30,7 +30,6 @@ RUN = ["recipes/grpo.py", "--config", TINY]
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def trained(rank: int, output_dir: str, overrides: list[str]) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
