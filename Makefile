@@ -22,9 +22,11 @@ test: $(INSTALLED) ## run the tests and the examples in the docstrings
 bench: $(INSTALLED) ## measure training with and without sharing, side by side
 	@$(BIN)/python -m benchmarks.sharing
 
-gpu: $(INSTALLED) ## on a machine with a CUDA GPU: the tests that need one, then the benchmark on it
+gpu: $(INSTALLED) ## on a machine with CUDA GPUs: the tests that need one, the benchmark, the recipe on all of them
 	@$(BIN)/pytest -k cuda -rs
 	@$(BIN)/python -m benchmarks.sharing device=cuda dtype=bf16
+	@$(BIN)/tune run --nproc_per_node gpu recipes/grpo.py --config recipes/configs/tiny_lora_cpu.yaml \
+		device=cuda dtype=bf16 output_dir=runs/gpu num_steps=10
 
 lint: $(INSTALLED) ## check style, formatting and types
 	@$(BIN)/ruff check

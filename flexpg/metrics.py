@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -73,13 +74,20 @@ def rates(metrics: Mapping[str, float]) -> dict[str, float]:
         "sample_fraction" of the seconds; "token_ratio", how many times fewer tokens were encoded than without sharing;
         "tokens_per_s", unshared ones by all seconds; "pad_waste", the share of pads in what was encoded.
     """
-    seconds = metrics["sample_s"] + metrics["score_s"] + metrics["train_s"]
+    total = metrics["sample_s"] + metrics["score_s"] + metrics["train_s"]
     return {
-        "sample_fraction": metrics["sample_s"] / seconds,
+        "sample_fraction": metrics["sample_s"] / total,
         "token_ratio": metrics["tokens_unshared"] / metrics["tokens_trained"],
-        "tokens_per_s": metrics["tokens_unshared"] / seconds,
+        "tokens_per_s": metrics["tokens_unshared"] / total,
         "pad_waste": metrics["pads"] / (metrics["pads"] + metrics["tokens_trained"]),
     }
+
+
+def seconds(device: torch.device) -> float:
+    """The time, when the device has done what it was given; differences of two count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -103,9 +111,9 @@ def summary(history: Sequence[Mapping[str, float]], accuracies: Mapping[int, flo
 
     sample, score, train = (mean(name) for name in ("sample_s", "score_s", "train_s"))
     unshared, once, trained = (mean(f"tokens_{name}") for name in ("unshared", "prompts_once", "trained"))
-    seconds = f"{sample + score + train:.2f}: sample {sample:.2f}, score {score:.2f}, train {train:.2f}"
+    times = f"{sample + score + train:.2f}: sample {sample:.2f}, score {score:.2f}, train {train:.2f}"
     rows = [
-        ("seconds per step", seconds),
+        ("seconds per step", times),
         ("tokens per step", f"{unshared:,.0f} with every prompt once per completion"),
         ("", f"{once:,.0f} with every prompt once ({unshared / once:.1f} x fewer)"),
         ("", f"{trained:,.0f} is what this run trained on ({unshared / trained:.1f} x fewer)"),

@@ -11,7 +11,6 @@ import logging
 import random
 import signal
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from flexpg.distributed import World
 from flexpg.integrations import torchtune as shared
 from flexpg.integrations import torchtune_models as models
 from flexpg.integrations import torchtune_setup as tune
-from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, summary
+from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, seconds, summary
 from flexpg.plot import plot_mask, plot_reward, plot_savings
 from flexpg.rewards import reward, score
 from flexpg.tasks import Problem
@@ -170,12 +169,12 @@ class GRPORecipe(FTRecipeInterface):
 
         Returns the metrics, means over the updates where there are several; None when told to stop before the first.
         """
-        started = self._seconds()
+        started = seconds(self.world.device)
         rollouts, metrics = self.sample(number)
-        sampled = self._seconds()
+        sampled = seconds(self.world.device)
         batches = self.packed(rollouts)
         scored_batches = [[(batch, *self.score(batch)) for batch in minibatch] for minibatch in batches]
-        scored = self._seconds()
+        scored = seconds(self.world.device)
         if self.is_stopping():
             return None
         advantages = group_advantages(rollouts.rewards, rollouts.group_ids, self.cfg.scale_rewards)
@@ -188,7 +187,7 @@ class GRPORecipe(FTRecipeInterface):
         metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
         metrics["lr"] = training.get_lr(self.optimizer)
         self.lr_scheduler.step()
-        finished = self._seconds()
+        finished = seconds(self.world.device)
         metrics |= {"sample_s": sampled - started, "score_s": scored - sampled, "train_s": finished - scored}
         metrics |= self.world.total(cost_metrics([batch for part in batches for batch in part], self.cfg.sharing))
         metrics["peak_memory_gib"] = self.world.largest(peak_memory_gib(self.world.device))
@@ -349,8 +348,8 @@ class GRPORecipe(FTRecipeInterface):
 
     def tokenized(self, name: str, problems: list[Problem]) -> list[Tensor]:
         """Every problem's prompt as tokens on the device; one that the model cannot complete is named."""
-        if not problems:
-            raise ValueError(f"{name}_problems is empty; give at least one problem")
+        if len(problems) < self.world.size:
+            raise ValueError(f"{name}_problems has {len(problems)} problems; give one or more for each process")
         prompts = []
         for number, problem in enumerate(problems):
             tokens = tune.prompt_tokens(self.tokenizer, problem.prompt, self.cfg.prompt_format)
@@ -358,10 +357,9 @@ class GRPORecipe(FTRecipeInterface):
                 if not tokens:
                     raise ValueError("its prompt is empty")
                 length = len(tokens) + self.sampling.max_new_tokens
-                if length > self.cfg.max_tokens:
-                    raise ValueError(
-                        f"prompt and completion of {length} tokens exceed max_tokens={self.cfg.max_tokens}"
-                    )
+                for budget in ("max_tokens", "max_cache_tokens"):
+                    if length > self.cfg[budget]:
+                        raise ValueError(f"prompt and completion of {length} tokens exceed {budget}={self.cfg[budget]}")
                 shared.check_fits(self.model, max(tokens + list(self.sampling.stop_tokens)), length)
             except ValueError as error:
                 raise ValueError(f"{name} problem {number} of {len(problems)}: {error}") from None
@@ -394,11 +392,6 @@ class GRPORecipe(FTRecipeInterface):
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(random.Random(f"{self.cfg.seed} {purpose}").getrandbits(63))
-
-    def _seconds(self) -> float:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def check_options(cfg: DictConfig) -> None:

@@ -135,6 +135,14 @@ def test_bf16_computes_nearly_the_same_and_keeps_parameters_in_float32(tmp_path)
     assert all(p.grad.dtype == torch.float32 for p in runs[0].trained)
 
 
+@pytest.mark.parametrize(("option", "bound"), [("compile=false", 1e-3), ("compile=true", 1e-3), ("dtype=bf16", 0.1)])
+def test_on_a_gpu_shared_and_unshared_runs_stay_together(cuda, tmp_path, option, bound):
+    _, pairs = both(TINY, tmp_path, [*SMALL, f"device={cuda}", option], 3)
+    for metric in ("loss", "grad_norm"):
+        assert max(pair.difference(metric) for pair in pairs) < bound, metric
+    assert pairs[1].shared["grad_norm"] > 1e-3
+
+
 def test_every_problem_is_asked_once_before_any_is_asked_again(tmp_path):
     run = recipe(TINY, True, tmp_path, [*SMALL, "train_problems.size=5", "prompts_per_step=3"])
     asked = [problem for number in range(1, 11) for problem in run.chosen(number)]
@@ -257,6 +265,7 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
         (["rewards=null"], "rewards is None; give at least one"),
         (["rewards.correct.weight=much"], "rewards.correct|reward 'correct'"),
         (["rewards.correct.digits=3"], "digits"),
+        (["max_cache_tokens=200"], "train problem 0 of 4096: prompt and completion .* exceed max_cache_tokens=200"),
         (["max_cache_tokens=0"], "max_cache_tokens is 0; give a whole number, 1 or more"),
         (["model.use_dora=true", *LORA], "use_dora and quantize_base are not supported"),
         (["lr_scheduler.factorr=2"], "lr_scheduler: .*factorr"),

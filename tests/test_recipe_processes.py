@@ -115,9 +115,16 @@ def refused(rank: int, output_dir: str, overrides: list[str]) -> str:
     return str(error.value)
 
 
-def test_more_processes_than_groups_are_refused(tmp_path):
-    messages = run_processes(2, refused, str(tmp_path), [*SMALL, "minibatches=8"])
-    assert messages[0].startswith("prompts_per_step=8 in minibatches=8 for 2 processes: give a multiple")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("minibatches=8", "prompts_per_step=8 in minibatches=8 for 2 processes: give a multiple"),
+        ("test_problems.size=1", "test_problems has 1 problems; give one or more for each process"),
+    ],
+)
+def test_more_processes_than_groups_or_test_problems_are_refused(tmp_path, option, message):
+    messages = run_processes(2, refused, str(tmp_path), [*SMALL, option])
+    assert messages[0].startswith(message)
     assert messages[0] == messages[1]
 
 
