@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def save_checkpoint(
         world: the processes.
     """
     final = folder / f"step_{step:06d}"
-    if final.exists():
+    if world.largest(final.exists()):  # one answer for all, however late a file system is
         return
     unfinished = final.with_suffix(".unfinished")
     if world.is_first:
@@ -54,8 +55,7 @@ def save_checkpoint(
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     if not has_moments:  # PyTorch made them, by a step of zero, which would count as one
         optimizer.state.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which `no_dist` says
+    with _no_dist_is_known():
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished, no_dist=world.size == 1)
     if world.is_first:
         _write_json(unfinished / "trained.json", {"shapes": _shapes(weights), "has_moments": has_moments})
@@ -66,6 +66,21 @@ def save_checkpoint(
         for old in checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old.rename(old.with_suffix(".deleted")))
     world.wait()
+
+
+def read_progress(checkpoint: Path) -> Any:
+    """The `progress` that a checkpoint was saved with.
+
+    Args:
+        checkpoint: one of `checkpoints(folder)`.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / "progress.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the checkpoint {checkpoint} has no readable progress.json: {error}") from error
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World) -> Any:
@@ -83,13 +98,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     try:
-        progress, saved = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("progress", "trained"))
+        progress, saved = read_progress(checkpoint), json.loads((checkpoint / "trained.json").read_text())
         if wrong := differences(saved["shapes"], _shapes(weights)):
             raise ValueError(f"{wrong[0]} ({len(wrong)} differences)")
         if not saved["has_moments"]:
             moments["state"] = {}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        with _no_dist_is_known():
             dcp.load(state, checkpoint_id=checkpoint, no_dist=world.size == 1)
     except (OSError, ValueError, RuntimeError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
@@ -124,6 +138,14 @@ def differences(saved: Mapping[str, Sequence[int]], needed: Mapping[str, Sequenc
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(weight.shape) for name, weight in weights.items()}
+
+
+@contextmanager
+def _no_dist_is_known() -> Iterator[None]:
+    """Without the warning that one process saves and loads for itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _write_json(path: Path, value: Any) -> None:

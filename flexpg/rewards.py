@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -99,6 +99,23 @@ def reward(name: str, function: str, weight: float = 1.0, **options: Any) -> Rew
             f"reward {name!r}: {taken} cannot take a completion, an answer and {options}: {error}"
         ) from error
     return Reward(name, partial(found, **options), weight)
+
+
+def named_rewards(described: Mapping[str, Any]) -> list[Reward]:
+    """The rewards that a configuration describes, in its order.
+
+    Args:
+        described: name -> what `reward` takes, by keyword: {"function": dotpath, "weight": 1.0, ...}.
+
+    Raises:
+        ValueError: none is described, one is no mapping with a function, or `reward` refuses it.
+    """
+    if not isinstance(described, Mapping) or not described:
+        raise ValueError(f"rewards is {described!r}; give one or more, as `name: {{function: dotpath, weight: 1.0}}`")
+    for name, given in described.items():
+        if not isinstance(given, Mapping) or not isinstance(given.get("function"), str):
+            raise ValueError(f"reward {name!r} is {given!r}; give `function: dotpath` and its options")
+    return [reward(name, **given) for name, given in described.items()]
 
 
 def score(

@@ -39,15 +39,16 @@ from flexpg import (
     pack,
     sample,
 )
-from flexpg.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from flexpg.checkpoints import checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.distributed import World
 from flexpg.integrations import torchtune as shared
 from flexpg.integrations import torchtune_models as models
 from flexpg.integrations import torchtune_setup as tune
 from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, seconds, summary
 from flexpg.plot import plot_mask, plot_reward, plot_savings
-from flexpg.rewards import reward, score
+from flexpg.rewards import named_rewards, score
 from flexpg.tasks import Problem
+from flexpg.tree import BLOCK
 
 # What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)
@@ -66,7 +67,10 @@ CHOICES = {
     **{"prompt_format": ("plain", "bos", "chat"), "scale_rewards": ("group", "batch", "none")},
 }
 OTHERS = ("output_dir", "device", "rewards", "test_reward", "loss", "clip_grad_norm")
-SAME_ON_RESUME = ("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems", "model")
+SAME_ON_RESUME = (
+    *("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems", "test_problems"),
+    *("prompt_format", "model", "optimizer", "lr_scheduler"),
+)
 
 
 class GRPORecipe(FTRecipeInterface):
@@ -75,13 +79,7 @@ class GRPORecipe(FTRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         check_options(cfg)
         self.cfg = cfg
-        device = utils.get_device(cfg.device)
-        if device.type != torch.device(cfg.device).type:
-            raise ValueError(f"device is {cfg.device} and this machine has none; set device to {device.type}")
-        try:
-            self.dtype, self.param_dtype = (training.get_dtype(d, device) for d in (cfg.dtype, cfg.param_dtype))
-        except RuntimeError as error:  # bf16 on hardware without it
-            raise ValueError(f"dtype: {error}") from None
+        device, self.dtype, self.param_dtype = tune.device_and_dtypes(cfg)
         self.world = World.join(device)
         if cfg.prompts_per_step % cfg.minibatches or cfg.prompts_per_step // cfg.minibatches < self.world.size:
             raise ValueError(
@@ -99,8 +97,8 @@ class GRPORecipe(FTRecipeInterface):
         """Makes every component, and finds what is wrong before anything is trained or written."""
         cfg = self.cfg
         self.loss = partial(grpo_loss, **cfg.loss)
-        self.rewards = [reward(name, **given) for name, given in cfg.rewards.items()]
-        self.test_reward = [reward("test_reward", **cfg.test_reward)]
+        self.rewards = named_rewards(cfg.rewards)
+        self.test_reward = named_rewards({"test_reward": cfg.test_reward})
         self.tokenizer = tune.component("tokenizer", cfg)
         self.sampling = tune.component("sampling", cfg, stop_tokens=self.tokenizer.stop_tokens)
         self.problems, self.test_problems = tune.component("train_problems", cfg), tune.component("test_problems", cfg)
@@ -109,6 +107,8 @@ class GRPORecipe(FTRecipeInterface):
         self.prompts = self.tokenized("train", self.problems)
         self.test_prompts = self.tokenized("test", self.test_problems)
         earlier = checkpoints(self.checkpoint_dir)
+        if len(set(self.world.gather([str(earlier[-1:])]))) > 1:
+            raise ValueError(f"the processes see different files in {self.output_dir}; give a folder that all share")
         if earlier and not cfg.resume:
             raise ValueError(f"output_dir holds {earlier[-1]} of an earlier run; set resume=true or another output_dir")
         weights = self.load_checkpoint() if self.world.is_first else {}
@@ -145,11 +145,13 @@ class GRPORecipe(FTRecipeInterface):
         with tqdm(
             total=cfg.num_steps, initial=self.steps_done, desc="GRPO", disable=None if self.world.is_first else True
         ) as bar:
-            if 0 not in self.accuracies:
-                self.evaluate(0, bar)
-            while self.steps_done < cfg.num_steps and not self.is_stopping():
-                metrics = self.step(self.steps_done + 1)
-                if metrics is None:
+            while not self.is_stopping():
+                is_last = self.steps_done == cfg.num_steps
+                if self.steps_done not in self.accuracies and (
+                    is_last or self.steps_done % cfg.eval_every_n_steps == 0
+                ):
+                    self.evaluate(bar)
+                if is_last or (metrics := self.step(self.steps_done + 1)) is None:
                     break
                 self.steps_done += 1
                 self.history.append(metrics)
@@ -157,12 +159,14 @@ class GRPORecipe(FTRecipeInterface):
                     self.metric_logger.log_dict(metrics, step=self.steps_done)
                 bar.update()
                 bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {metrics['token_ratio']:.1f} x fewer tokens")
-                if self.steps_done % cfg.eval_every_n_steps == 0 or self.steps_done == cfg.num_steps:
-                    self.evaluate(self.steps_done, bar)
                 if cfg.checkpoint_every_n_steps and self.steps_done % cfg.checkpoint_every_n_steps == 0:
                     self.save_progress()
-        if self.steps_done < cfg.num_steps:
+        if not self.is_finished():
             self.save_progress()
+
+    def is_finished(self) -> bool:
+        """Whether all steps are done, and the last evaluation."""
+        return self.steps_done == self.cfg.num_steps and self.steps_done in self.accuracies
 
     def step(self, number: int) -> dict[str, float] | None:
         """Samples a group for each problem of the step, scores the rollouts, and updates the model on them.
@@ -278,25 +282,25 @@ class GRPORecipe(FTRecipeInterface):
 
     def logprobs(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [n, C] of a micro-batch's completions."""
-        with self.autocast():
+        with self.autocast(cache_enabled=self.world.size == 1):  # a cache would hold the layers that FSDP has freed
             if self.cfg.sharing:
                 return shared.logprobs(model, batch, self.sampling.temperature)
             return shared.unshared_logprobs(model, batch.rollouts, self.sampling.temperature)
 
-    def evaluate(self, number: int, bar: tqdm) -> None:
+    def evaluate(self, bar: tqdm) -> None:
         """Notes and prints the mean `test_reward` of the likeliest completion of every held-out problem."""
         mine = self.world.share(range(len(self.test_prompts)))
         samples = self._drawn([self.test_prompts[n] for n in mine], 1, replace(self.sampling, temperature=0), None)
         texts = [tune.completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
         answers = [self.test_problems[n].answer for n in mine]
         rewards = self.world.gather(score(self.test_reward, texts, answers)[0].tolist())
-        self.accuracies[number] = sum(rewards) / len(rewards)
+        accuracy = self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
-            self.metric_logger.log("held_out_accuracy", self.accuracies[number], step=number)
+            self.metric_logger.log("held_out_accuracy", accuracy, step=self.steps_done)
             recent = [metrics["reward"] for metrics in self.history[-10:]]
             trained_on = f"  reward {sum(recent) / len(recent):.3f}" if recent else ""
             bar.clear()
-            print(f"step {number:>4}  held-out accuracy {self.accuracies[number]:.3f}{trained_on}")
+            print(f"step {self.steps_done:>4}  held-out accuracy {accuracy:.3f}{trained_on}")
 
     def save_progress(self) -> None:
         """What `resume` needs, on disk in one piece."""
@@ -312,10 +316,13 @@ class GRPORecipe(FTRecipeInterface):
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on after the step of a checkpoint."""
-        progress = load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
+        progress, options = read_progress(checkpoint), OmegaConf.to_container(self.cfg)
         for name, value in progress["options"].items():
-            if OmegaConf.to_container(self.cfg)[name] != value:
+            if options[name] != value:
                 raise ValueError(f"{checkpoint} was made with {name}={value}; resume with that, or start anew")
+        if progress["steps_done"] > self.cfg.num_steps:
+            raise ValueError(f"{checkpoint} is beyond num_steps={self.cfg.num_steps}; raise num_steps")
+        load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
         self.steps_done, self.history = progress["steps_done"], progress["history"]
         self.accuracies = dict(progress["accuracies"])
         self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
@@ -329,16 +336,18 @@ class GRPORecipe(FTRecipeInterface):
 
         In the mask equal beginnings of completions are not merged, as training does, so that all can be seen.
         """
-        if not self.world.is_first or self.first_rollouts is None:
+        if not self.world.is_first:
             return
         print(summary(self.history, self.accuracies))
+        print(f"{'pictures':<20}{self.output_dir}/{{reward,mask,savings}}.png")
         plot_reward(self.output_dir / "reward.png", [metrics["reward"] for metrics in self.history], self.accuracies)
         rollouts, size = self.first_rollouts, self.cfg.group_size
+        if rollouts is None:  # resumed when all steps were done
+            return
         count = min(2, rollouts.num_groups)
         completions = [rollouts.completions[group * size : (group + 1) * size] for group in range(count)]
         plot_mask(self.output_dir / "mask.png", PrefixTree.from_groups(rollouts.prompts[:count], completions))
         plot_savings(self.output_dir / "savings.png", rollouts)
-        print(f"{'pictures':<20}{self.output_dir}/{{reward,mask,savings}}.png")
 
     def cleanup(self) -> None:
         """Closes the log, and leaves the other processes."""
@@ -348,8 +357,9 @@ class GRPORecipe(FTRecipeInterface):
 
     def tokenized(self, name: str, problems: list[Problem]) -> list[Tensor]:
         """Every problem's prompt as tokens on the device; one that the model cannot complete is named."""
-        if len(problems) < self.world.size:
-            raise ValueError(f"{name}_problems has {len(problems)} problems; give one or more for each process")
+        least = self.world.size if name == "test" else 1
+        if len(problems) < least:
+            raise ValueError(f"{name}_problems has {len(problems)}; give {least} or more, one for each process")
         prompts = []
         for number, problem in enumerate(problems):
             tokens = tune.prompt_tokens(self.tokenizer, problem.prompt, self.cfg.prompt_format)
@@ -357,9 +367,10 @@ class GRPORecipe(FTRecipeInterface):
                 if not tokens:
                     raise ValueError("its prompt is empty")
                 length = len(tokens) + self.sampling.max_new_tokens
-                for budget in ("max_tokens", "max_cache_tokens"):
-                    if length > self.cfg[budget]:
-                        raise ValueError(f"prompt and completion of {length} tokens exceed {budget}={self.cfg[budget]}")
+                slots = length + (-len(tokens) % BLOCK if self.cfg.compile else 0)
+                for budget, needed in (("max_tokens", length), ("max_cache_tokens", slots)):
+                    if needed > self.cfg[budget]:
+                        raise ValueError(f"prompt and completion of {needed} tokens exceed {budget}={self.cfg[budget]}")
                 shared.check_fits(self.model, max(tokens + list(self.sampling.stop_tokens)), length)
             except ValueError as error:
                 raise ValueError(f"{name} problem {number} of {len(problems)}: {error}") from None
@@ -382,7 +393,7 @@ class GRPORecipe(FTRecipeInterface):
     ) -> Samples:
         compiled = self.cfg.compile and self.world.size == 1 and self.world.device.type == "cuda"  # FSDP breaks graphs
         options = {"max_cache_tokens": self.cfg.max_cache_tokens, "compiled": compiled}
-        with self.autocast(), shared.unsharded(self.model):
+        with self.autocast(), shared.unsharded(self.model), shared.uncompiled(self.model):
             return sample(self.decoder, shared.output(self.model), prompts, group_size, params, uniforms, **options)
 
     def _rows(self, minibatch: int) -> slice:
@@ -399,17 +410,13 @@ def check_options(cfg: DictConfig) -> None:
     tune.check_keys(cfg, COMPONENTS, AT_LEAST, CHOICES, OTHERS)
     if cfg.group_size == 1:
         raise ValueError("group_size is 1, which makes every advantage zero; give 2 or more")
-    if not isinstance(cfg.rewards, DictConfig) or not cfg.rewards:
-        raise ValueError(
-            f"rewards is {cfg.rewards!r}; give at least one, as `name: {{function: dotpath, weight: 1.0}}`"
-        )
-    if str(cfg.device).partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device is {cfg.device!r}; give cpu or cuda")
     if type(cfg.clip_grad_norm) not in (int, float) or not cfg.clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm is {cfg.clip_grad_norm!r}; give a number above 0, .inf for no clipping")
     temperature = cfg.sampling.get("temperature")
     if type(temperature) not in (int, float) or not temperature > 0:
         raise ValueError(f"sampling.temperature is {temperature!r}; rollouts need a number above 0")
+    if "max_completion_length" in cfg.loss:
+        raise ValueError("loss.max_completion_length is sampling.max_new_tokens here; leave it out")
     one = torch.ones(1, 1)
     try:
         grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **cfg.loss)
@@ -428,7 +435,7 @@ def recipe_main(cfg: DictConfig) -> None:
     except SETUP_ERRORS as error:
         sys.exit(f"error: {error}")
     recipe.train()
-    if recipe.steps_done == cfg.num_steps:
+    if recipe.is_finished():
         recipe.save_checkpoint()
         recipe.report()
     elif recipe.world.is_first:

@@ -177,15 +177,40 @@ def test_a_resumed_run_takes_bitwise_the_steps_of_one_left_alone(tmp_path):
         ([], r"holds .*step_000001 of an earlier run; set resume=true or another output_dir"),
         (["resume=true", "seed=3"], r"step_000001 was made with seed=0; resume with that, or start anew"),
         (["resume=true", "prompts_per_step=4"], r"was made with prompts_per_step=2; resume with that"),
-        (["resume=true", *LORA], r"step_000001 does not fit this model and optimizer"),
+        (["resume=true", *LORA], r"step_000001 was made with model="),
+        (["resume=true", "optimizer.lr=1"], r"step_000001 was made with optimizer=.*'lr': 0.0002.*; resume with that"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, overrides, message):
     run = recipe(TINY, True, tmp_path, [*SMALL, "num_steps=2", "checkpoint_every_n_steps=1"])
-    run.steps_done, run.checkpointer = 1, None
+    run.steps_done = 1
     run.save_progress()
     with pytest.raises(ValueError, match=message):
         recipe(TINY, True, tmp_path, [*SMALL, *overrides])
+
+
+def test_a_finished_run_that_is_resumed_has_nothing_to_do_and_says_what_it_was(tmp_path, capsys):
+    overrides = [*SMALL, "num_steps=2", "checkpoint_every_n_steps=2"]
+    recipe(TINY, True, tmp_path, overrides).train()
+    again = recipe(TINY, True, tmp_path, [*overrides, "resume=true"])
+    again.train()
+    again.report()
+    assert len(again.history) == 2 and again.is_finished()
+    assert "going on after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
+    with pytest.raises(ValueError, match=r"step_000002 is beyond num_steps=1; raise num_steps"):
+        recipe(TINY, True, tmp_path, [*overrides, "num_steps=1", "resume=true"])
+
+
+def test_compiled_layers_are_not_left_to_eager_by_what_sampling_and_adapters_ask_of_them(tmp_path, monkeypatch):
+    """torch gives up at a limit of graphs, in silence; here that is an error, and sampling leaves them alone."""
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    overrides = [*SMALL, *LORA, "loss.beta=0.1", "minibatches=2", "activation_checkpointing=true"]
+    run, plain = (recipe(TINY, True, tmp_path / c, [*overrides, f"compile={c}"]) for c in ("true", "false"))
+    pairs = run_both(run, plain, 3)
+    assert max(pair.difference(metric) for pair in pairs for metric in ("loss", "grad_norm", "kl")) < 1e-4
+    graphs = [len(count) for count in torch._dynamo.utils.guard_failures.values()]
+    assert max(graphs, default=0) < 8
 
 
 def test_the_docs_explain_every_metric(tmp_path):
@@ -259,10 +284,14 @@ def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
         (["seed=abc"], "seed is 'abc'; give a whole number, 0 or more"),
         (["device=gpu"], "device is 'gpu'; give cpu or cuda"),
         (["dtype=fp12"], "dtype is 'fp12'; allowed are fp32, bf16"),
+        (["dtype=fp32", "param_dtype=bf16"], "param_dtype is bf16 and dtype fp32; set dtype to bf16, or both to fp32"),
+        (["test_reward=null"], "reward 'test_reward' is None; give `function: dotpath` and its options"),
+        (["rewards.correct=1"], "reward 'correct' is 1; give `function: dotpath` and its options"),
+        (["loss.max_completion_length=9"], r"loss.max_completion_length is sampling.max_new_tokens here"),
         (["group_size=1"], "group_size is 1, which makes every advantage zero; give 2 or more"),
         (["minibatches=3"], "prompts_per_step=8 in minibatches=3 for 1 processes: give a multiple of minibatches"),
         (["prompt_format=prose"], "prompt_format is 'prose'; allowed are plain, bos, chat"),
-        (["rewards=null"], "rewards is None; give at least one"),
+        (["rewards=null"], "rewards is None; give one or more"),
         (["rewards.correct.weight=much"], "rewards.correct|reward 'correct'"),
         (["rewards.correct.digits=3"], "digits"),
         (["max_cache_tokens=200"], "train problem 0 of 4096: prompt and completion .* exceed max_cache_tokens=200"),

@@ -119,7 +119,7 @@ def refused(rank: int, output_dir: str, overrides: list[str]) -> str:
     ("option", "message"),
     [
         ("minibatches=8", "prompts_per_step=8 in minibatches=8 for 2 processes: give a multiple"),
-        ("test_problems.size=1", "test_problems has 1 problems; give one or more for each process"),
+        ("test_problems.size=1", "test_problems has 1; give 2 or more, one for each process"),
     ],
 )
 def test_more_processes_than_groups_or_test_problems_are_refused(tmp_path, option, message):
@@ -175,7 +175,8 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stdout
     progress = json.loads((checkpoints(tmp_path / "killed/checkpoints")[-1] / "progress.json").read_text())
-    assert dict(progress["accuracies"]) == alone.accuracies
+    assert dict(progress["accuracies"]) | {6: alone.accuracies[6]} == alone.accuracies  # it was saved before the last
+    assert f"step    6  held-out accuracy {alone.accuracies[6]:.3f}" in done.stdout
     for ours, theirs in zip(progress["history"], alone.history, strict=True):
         for name in ("reward", "loss", "grad_norm", "entropy", "tokens_unshared", "lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name

@@ -149,7 +149,7 @@ def unsharded(model: TransformerDecoder) -> Iterator[None]:
         yield
     finally:
         for shard in shards:
-            shard.set_reshard_after_forward(True, recurse=False)
+            shard.set_reshard_after_forward(shard is not model, recurse=False)  # as FSDP2 does: the root stays whole
             shard.reshard()
 
 

@@ -121,6 +121,10 @@ def load(
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     if compiled:
         training.compile_model(model, verbose=False)
+        # With and without gradients, adapters and known lengths, a layer has more graphs than torch's limit of 8; and
+        # beyond a limit it would run uncompiled in silence.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     if activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     if world.size > 1:

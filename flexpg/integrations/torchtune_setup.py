@@ -7,8 +7,9 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
+import torch
 from omegaconf import DictConfig
-from torchtune import config
+from torchtune import config, training, utils
 from torchtune.data import Message
 
 NO_TEXT = (KeyError, TypeError, ValueError)  # what tokenizers raise of an id that they do not know
@@ -68,6 +69,29 @@ def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def device_and_dtypes(cfg: DictConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    """The device of this process, and what `dtype` and `param_dtype` name.
+
+    Args:
+        cfg: the whole configuration.
+
+    Raises:
+        ValueError: no such device, fewer GPUs than processes, bf16 on hardware without it, or parameters in less
+            precision than what is computed in.
+    """
+    if str(cfg.device).partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device is {cfg.device!r}; give cpu or cuda")
+    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {cfg.device} and this machine has none; set device to cpu")
+    if (cfg.dtype, cfg.param_dtype) == ("fp32", "bf16"):
+        raise ValueError("param_dtype is bf16 and dtype fp32; set dtype to bf16, or both to fp32")
+    try:
+        device = utils.get_device(cfg.device)
+        return device, training.get_dtype(cfg.dtype, device), training.get_dtype(cfg.param_dtype, device)
+    except RuntimeError as error:
+        raise ValueError(f"device {cfg.device}, dtype {cfg.dtype}: {error}") from None
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "bos", "chat"]) -> list[int]:
