@@ -153,6 +153,22 @@ def unsharded(model: TransformerDecoder) -> Iterator[None]:
             shard.reshard()
 
 
+@contextmanager
+def uncompiled(model: TransformerDecoder) -> Iterator[None]:
+    """Inside, layers that `torchtune.training.compile_model` has compiled are called as they were.
+
+    For sampling: its many shapes would use up the recompilations that training needs.
+    """
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
 def check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device | None = None) -> None:
     """Refuses what the model has no embedding or no position for.
 
