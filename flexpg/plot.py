@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from flexpg.cost import Cost, dense_cost, group_cost, shared_cost
 from flexpg.masks import block_mask, tree_mask_mod
@@ -44,6 +45,7 @@ def plot_reward(path: Path, rewards: Sequence[float], accuracies: dict[int, floa
     axes.set(xlabel="GRPO step", ylabel="reward", xlim=(0, max(len(rewards), 1)))
     if all(0 <= value <= 1 for value in (*rewards, *accuracies.values())):
         axes.set_ylim(-0.02, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     _plain(axes)

@@ -78,13 +78,14 @@ class GRPORecipe(FTRecipeInterface):
 
     def __init__(self, cfg: DictConfig) -> None:
         check_options(cfg)
+        OmegaConf.resolve(cfg)
         self.cfg = cfg
         device, self.dtype, self.param_dtype = tune.device_and_dtypes(cfg)
         self.world = World.join(device)
         if cfg.prompts_per_step % cfg.minibatches or cfg.prompts_per_step // cfg.minibatches < self.world.size:
             raise ValueError(
-                f"prompts_per_step={cfg.prompts_per_step} in minibatches={cfg.minibatches} for {self.world.size} "
-                "processes: give a multiple of minibatches, with a prompt or more for each process in each"
+                f"prompts_per_step={cfg.prompts_per_step} in minibatches={cfg.minibatches} on a world of "
+                f"{self.world.size}: give a multiple of minibatches, with a prompt or more for each process in each"
             )
         self.autocast = partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != self.param_dtype)
         self.output_dir = Path(cfg.output_dir)
@@ -141,7 +142,8 @@ class GRPORecipe(FTRecipeInterface):
     def train(self) -> None:
         """Steps until `num_steps` or SIGTERM, with held-out accuracy at the start, every so often, and at the end."""
         cfg = self.cfg
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "is_told_to_stop", True))
+        for number in (signal.SIGTERM, signal.SIGINT) if cfg.checkpoint_every_n_steps else (signal.SIGTERM,):
+            signal.signal(number, lambda *_: setattr(self, "is_told_to_stop", True))
         with tqdm(
             total=cfg.num_steps, initial=self.steps_done, desc="GRPO", disable=None if self.world.is_first else True
         ) as bar:
@@ -297,8 +299,9 @@ class GRPORecipe(FTRecipeInterface):
         accuracy = self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
             self.metric_logger.log("held_out_accuracy", accuracy, step=self.steps_done)
-            recent = [metrics["reward"] for metrics in self.history[-10:]]
-            trained_on = f"  reward {sum(recent) / len(recent):.3f}" if recent else ""
+            before = max((step for step in self.accuracies if step < self.steps_done), default=0)
+            rewards = [metrics["reward"] for metrics in self.history[before:]]
+            trained_on = f"  reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
             bar.clear()
             print(f"step {self.steps_done:>4}  held-out accuracy {accuracy:.3f}{trained_on}")
 
@@ -357,9 +360,9 @@ class GRPORecipe(FTRecipeInterface):
 
     def tokenized(self, name: str, problems: list[Problem]) -> list[Tensor]:
         """Every problem's prompt as tokens on the device; one that the model cannot complete is named."""
-        least = self.world.size if name == "test" else 1
+        least = self.cfg.prompts_per_step if name == "train" else self.world.size  # one for each process
         if len(problems) < least:
-            raise ValueError(f"{name}_problems has {len(problems)}; give {least} or more, one for each process")
+            raise ValueError(f"{name}_problems has {len(problems)}; this run needs {least} or more")
         prompts = []
         for number, problem in enumerate(problems):
             tokens = tune.prompt_tokens(self.tokenizer, problem.prompt, self.cfg.prompt_format)
@@ -415,8 +418,8 @@ def check_options(cfg: DictConfig) -> None:
     temperature = cfg.sampling.get("temperature")
     if type(temperature) not in (int, float) or not temperature > 0:
         raise ValueError(f"sampling.temperature is {temperature!r}; rollouts need a number above 0")
-    if "max_completion_length" in cfg.loss:
-        raise ValueError("loss.max_completion_length is sampling.max_new_tokens here; leave it out")
+    if not isinstance(cfg.loss, DictConfig) or "max_completion_length" in cfg.loss:
+        raise ValueError(f"loss is {cfg.loss!r}; give grpo_loss its options, and sampling.max_new_tokens as the length")
     one = torch.ones(1, 1)
     try:
         grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **cfg.loss)
@@ -429,7 +432,6 @@ def check_options(cfg: DictConfig) -> None:
 def recipe_main(cfg: DictConfig) -> None:
     """Runs the recipe; a mistake in the configuration or the data ends it with one line."""
     try:
-        OmegaConf.resolve(cfg)
         recipe = GRPORecipe(cfg)
         recipe.setup()
     except SETUP_ERRORS as error:

@@ -118,8 +118,8 @@ def refused(rank: int, output_dir: str, overrides: list[str]) -> str:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("minibatches=8", "prompts_per_step=8 in minibatches=8 for 2 processes: give a multiple"),
-        ("test_problems.size=1", "test_problems has 1; give 2 or more, one for each process"),
+        ("minibatches=8", "prompts_per_step=8 in minibatches=8 on a world of 2: give a multiple"),
+        ("test_problems.size=1", "test_problems has 1; this run needs 2 or more"),
     ],
 )
 def test_more_processes_than_groups_or_test_problems_are_refused(tmp_path, option, message):
@@ -183,11 +183,13 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_the_run(tmp_path):
+@pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 0), (signal.SIGINT, 500)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_ends_the_run(tmp_path, number, every):
     command = [sys.executable, "-m", "recipes.grpo", "--config", TINY, *SMALL, f"output_dir={tmp_path}"]
-    run = subprocess.Popen([*command, "num_steps=1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["num_steps=1000", f"checkpoint_every_n_steps={every}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: any("loss:" in log.read_text() for log in tmp_path.glob("logs/*")), run)
-    run.terminate()
+    run.send_signal(number)
     output, errors = run.communicate(timeout=60)
     assert run.returncode == 0, errors
     step = newest(tmp_path)

@@ -182,6 +182,9 @@ def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, 
         ),
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(
+            cfg.checkpointer.checkpoint_dir
+        ),  # the hub's name instead, if `tune` downloaded it
     }
     adapter = {training.ADAPTER_KEY: get_adapter_state_dict(weights), training.ADAPTER_CONFIG: described}
     folder, is_qwen = Path(cfg.checkpointer.output_dir) / "adapter", cfg.checkpointer.model_type == "QWEN2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
+from torchtune.config._errors import InstantiationError
 from torchtune.data import Message
 
 NO_TEXT = (KeyError, TypeError, ValueError)  # what tokenizers raise of an id that they do not know
@@ -37,7 +39,10 @@ def check_keys(
     known = {*components, *at_least, *choices, *others}
     for problem, names in (("unknown", set(cfg) - known), ("missing", known - set(cfg))):
         if names:
-            raise ValueError(f"{problem} option {', '.join(sorted(names))}; the recipe has {', '.join(sorted(known))}")
+            close = [match for name in names for match in get_close_matches(str(name), known, n=1)]
+            meant = f"; did you mean {', '.join(close)}?" if problem == "unknown" and close else ""
+            listed = f"the recipe has {', '.join(sorted(known))}"
+            raise ValueError(f"{problem} option {', '.join(sorted(map(str, names)))}{meant or f'; {listed}'}")
     for name, least in at_least.items():
         if type(cfg[name]) is not int or cfg[name] < least:
             raise ValueError(f"{name} is {cfg[name]!r}; give a whole number, {least} or more")
@@ -60,15 +65,14 @@ def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:
         kwargs: given over its arguments in the YAML.
 
     Raises:
-        ValueError: the component does not take what it is given.
-        InstantiationError: torchtune cannot import it.
+        ValueError: the component cannot be imported, does not take what it is given, or misses a file.
     """
     try:
         return config.instantiate(cfg[name], *args, **kwargs)
     except KeyError as error:
         raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (TypeError, ValueError, OSError, ImportError, InstantiationError) as error:
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def device_and_dtypes(cfg: DictConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:
