@@ -91,7 +91,8 @@ class GRPORecipe(FTRecipeInterface):
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.is_told_to_stop = False
-        self.checkpointer = self.first_rollouts = None  # the first process has one; the first step's
+        self.checkpointer = None  # the first process alone has one
+        self.first_rollouts = None  # for the picture of the mask
         utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's own chatter
 
     def setup(self) -> None:
@@ -129,7 +130,7 @@ class GRPORecipe(FTRecipeInterface):
         if self.world.is_first:
             if cfg.resume:
                 print(
-                    f"going on after step {self.steps_done}" if earlier else f"nothing in {self.checkpoint_dir}: step 1"
+                    f"going on after step {self.steps_done}{'' if earlier else f', as {self.checkpoint_dir} is empty'}"
                 )
             self.metric_logger = tune.component("metric_logger", cfg)
             self.metric_logger.log_config(cfg)
@@ -140,18 +141,16 @@ class GRPORecipe(FTRecipeInterface):
         return weights
 
     def train(self) -> None:
-        """Steps until `num_steps` or SIGTERM, with held-out accuracy at the start, every so often, and at the end."""
+        """Steps until `num_steps` or a signal, with held-out accuracy at the start, every so often, and at the end."""
         cfg = self.cfg
         for number in (signal.SIGTERM, signal.SIGINT) if cfg.checkpoint_every_n_steps else (signal.SIGTERM,):
             signal.signal(number, lambda *_: setattr(self, "is_told_to_stop", True))
-        with tqdm(
-            total=cfg.num_steps, initial=self.steps_done, desc="GRPO", disable=None if self.world.is_first else True
-        ) as bar:
+        disable = None if self.world.is_first else True  # None: unless it is a terminal
+        with tqdm(total=cfg.num_steps, initial=self.steps_done, desc="GRPO", disable=disable) as bar:
             while not self.is_stopping():
                 is_last = self.steps_done == cfg.num_steps
-                if self.steps_done not in self.accuracies and (
-                    is_last or self.steps_done % cfg.eval_every_n_steps == 0
-                ):
+                is_due = is_last or self.steps_done % cfg.eval_every_n_steps == 0
+                if is_due and self.steps_done not in self.accuracies:
                     self.evaluate(bar)
                 if is_last or (metrics := self.step(self.steps_done + 1)) is None:
                     break
@@ -179,7 +178,7 @@ class GRPORecipe(FTRecipeInterface):
         rollouts, metrics = self.sample(number)
         sampled = seconds(self.world.device)
         batches = self.packed(rollouts)
-        scored_batches = [[(batch, *self.score(batch)) for batch in minibatch] for minibatch in batches]
+        scored_batches = [[(batch, *self.old_and_ref(batch)) for batch in minibatch] for minibatch in batches]
         scored = seconds(self.world.device)
         if self.is_stopping():
             return None
@@ -240,7 +239,7 @@ class GRPORecipe(FTRecipeInterface):
         return minibatches
 
     @torch.no_grad()
-    def score(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
+    def old_and_ref(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
         """Old and reference log-probabilities [n, C], where they are needed."""
         old = ref = None
         if self.cfg.num_iterations * self.cfg.minibatches > 1:  # else the old policy is the one in training
