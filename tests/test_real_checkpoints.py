@@ -234,7 +234,7 @@ def their_logprobs(model: torch.nn.Module, rollouts: Rollouts) -> Tensor:
 def logprobs(run: GRPORecipe) -> tuple[Rollouts, Tensor | None, Tensor]:
     """Rollouts that the model samples now, the reference's log-probabilities [N, C] and the model's own."""
     [[batch]] = run.packed(run.sample(3)[0])
-    return batch.rollouts, run.score(batch)[1], run.logprobs(run.model, batch)[0].detach()
+    return batch.rollouts, run.old_and_ref(batch)[1], run.logprobs(run.model, batch)[0].detach()
 
 
 def error(found: Tensor, right: Tensor) -> float:
