@@ -182,9 +182,8 @@ def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, 
         ),
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(
-            cfg.checkpointer.checkpoint_dir
-        ),  # the hub's name instead, if `tune` downloaded it
+        # torchtune puts the hub's name here instead, where `tune` downloaded the base.
+        "base_model_name_or_path": str(cfg.checkpointer.checkpoint_dir),
     }
     adapter = {training.ADAPTER_KEY: get_adapter_state_dict(weights), training.ADAPTER_CONFIG: described}
     folder, is_qwen = Path(cfg.checkpointer.output_dir) / "adapter", cfg.checkpointer.model_type == "QWEN2"
