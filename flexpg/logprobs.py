@@ -78,8 +78,7 @@ def _scored(
     chunk_tokens: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    if tree.tokens is None:
-        raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+    tokens = tree.token_row()[0]
     if hidden.dim() != 3 or hidden.shape[:2] != (1, len(tree)):
         raise ValueError(f"hidden is {tuple(hidden.shape)}; the tree's packed row needs [1, {len(tree)}, E]")
     if hidden.device != tree.end.device:
@@ -94,7 +93,7 @@ def _scored(
     trained = _trained(tree.lengths - prompt_lens, mask)  # [N, C]
     sequence, step = trained.nonzero(as_tuple=True)  # [M] each
     position = prompt_lens[sequence] + step
-    target = tree.tokens[tree.node[sequence, position]]  # [M]
+    target = tokens[tree.node[sequence, position]]  # [M]
     parent = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the target
 
     def chunk_scores(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,7 @@ class TreeBlockMask(BlockMask):
     tree: PrefixTree
     window: int | None
     _windowed: dict[int, TreeBlockMask]
+    ndim = 4  # [1, 1, S, S], as some models of transformers ask of a mask
 
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """The same mask on `device`."""
@@ -130,6 +131,21 @@ def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
             mask_mod=mask_mod,
         )
     mask.tree, mask.window, mask._windowed = tree, window, {}
+    return mask
+
+
+def mask_of(tree: PrefixTree, mask: TreeBlockMask | None) -> TreeBlockMask:
+    """The mask that came, if it is the tree's, or a new one if none came.
+
+    Raises:
+        ValueError: a mask of another tree.
+    """
+    if mask is None:
+        return block_mask(tree)
+    if mask.tree is not tree:
+        raise ValueError(
+            f"the mask was made for another tree ({mask.tree}); give block_mask(tree) of this one ({tree})"
+        )
     return mask
 
 

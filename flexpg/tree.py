@@ -168,6 +168,16 @@ class PrefixTree:
         """S, packed tokens with the padding."""
         return len(self.end)
 
+    def token_row(self) -> Tensor:
+        """[1, S] int64, the packed tokens as a model takes them.
+
+        Raises:
+            ValueError: a tree that was made from lengths.
+        """
+        if self.tokens is None:
+            raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+        return self.tokens[None]
+
     @cached_property
     @torch.inference_mode(False)
     def position_ids(self) -> Tensor:

@@ -22,7 +22,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder, Transforme
 
 from flexpg.attention import attention
 from flexpg.logprobs import token_logprobs_and_entropies
-from flexpg.masks import TreeBlockMask, block_mask
+from flexpg.masks import TreeBlockMask, mask_of
 from flexpg.packing import MicroBatch
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
@@ -196,15 +196,10 @@ def _packed_row(
     model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None
 ) -> tuple[Tensor, Tensor, TreeBlockMask]:
     """Tokens [1, S], position ids [1, S] and mask, when they fit the model."""
-    if tree.tokens is None:
-        raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
-    if mask is not None and mask.tree is not tree:
-        raise ValueError(
-            f"the mask was made for another tree ({mask.tree}); give block_mask(tree) of this one ({tree})"
-        )
+    tokens, mask = tree.token_row(), mask_of(tree, mask)
     _prepare(model)
-    check_fits(model, tree.max_token, tree.max_length, tree.tokens.device)
-    return tree.tokens[None], tree.position_ids[None], block_mask(tree) if mask is None else mask
+    check_fits(model, tree.max_token, tree.max_length, tokens.device)
+    return tokens, tree.position_ids[None], mask
 
 
 def _within(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:
