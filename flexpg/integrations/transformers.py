@@ -42,7 +42,9 @@ def register() -> None:
 
     >>> register()
     >>> from transformers import AutoModelForCausalLM, Qwen2Config
-    >>> config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=100)
+    >>> config = Qwen2Config(
+    ...     hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=100
+    ... )
     >>> model = AutoModelForCausalLM.from_config(config, attn_implementation="flexpg")
     >>> forward(model, PrefixTree.from_groups([[1, 2, 3]], [[[4], [5, 6]]])).shape
     torch.Size([1, 256, 64])
