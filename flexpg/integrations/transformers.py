@@ -151,13 +151,11 @@ def packed_mask(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None =
         TypeError: as `forward`.
     """
     check(model)
-    weight: Any = causal_lm(model).get_input_embeddings().weight
-    if tree.end.device != weight.device:
-        raise ValueError(f"the tree is on {tree.end.device} and the model on {weight.device}; move the tree with .to()")
-    if tree.max_token >= len(weight):
-        raise ValueError(
-            f"token id {tree.max_token} is beyond the model's vocabulary of {len(weight)}; check the tokenizer"
-        )
+    embedding: Any = causal_lm(model).get_input_embeddings()  # asked for its count: a sharded weight may be empty
+    if tree.end.device != (device := embedding.weight.device):
+        raise ValueError(f"the tree is on {tree.end.device} and the model on {device}; move the tree with .to()")
+    if tree.max_token >= (vocab := embedding.num_embeddings):
+        raise ValueError(f"token id {tree.max_token} is beyond the model's vocabulary of {vocab}; check the tokenizer")
     mask = mask_of(tree, mask)
     vars(mask)["attended"] = []
     return mask
