@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torchtune.models.qwen2 import qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
@@ -60,6 +61,15 @@ HF_CONFIG = {
     "pad_token_id": TOKENIZER.pad_id,
     "dtype": "bfloat16",
 }
+HF_TOKENIZER_CONFIG = {
+    "tokenizer_class": "Qwen2Tokenizer",  # which transformers takes for a qwen2 in any case
+    "unk_token": None,
+    "pad_token": "<|pad|>",
+    "bos_token": "<|bos|>",
+    "eos_token": "<|eos|>",
+    "model_max_length": SHAPE["max_seq_len"],
+}
+HF_GENERATION_CONFIG = {"eos_token_id": TOKENIZER.stop_tokens, "pad_token_id": TOKENIZER.pad_id}
 
 
 def main() -> None:
@@ -149,7 +159,7 @@ def accuracy(model: TransformerDecoder, problems: list[Problem], temperature: fl
 
 
 def save(model: TransformerDecoder, output_dir: Path) -> None:
-    """config.json and model.safetensors in bf16, as Hugging Face and torchtune's FullModelHFCheckpointer read them."""
+    """A checkpoint in bf16 that transformers reads, with its tokenizer, and torchtune's FullModelHFCheckpointer."""
     weights = qwen2_tune_to_hf(
         {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()},
         num_heads=SHAPE["num_heads"],
@@ -159,7 +169,25 @@ def save(model: TransformerDecoder, output_dir: Path) -> None:
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     save_file(weights, output_dir / "model.safetensors", metadata={"format": "pt"})
-    (output_dir / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
+    for name, content in (
+        ("config.json", HF_CONFIG),
+        ("generation_config.json", HF_GENERATION_CONFIG),
+        ("tokenizer_config.json", HF_TOKENIZER_CONFIG),
+    ):
+        (output_dir / name).write_text(json.dumps(content, indent=2) + "\n")
+    hf_tokenizer().save(str(output_dir / "tokenizer.json"))
+
+
+def hf_tokenizer() -> Tokenizer:
+    """ByteTokenizer's ids in Hugging Face's format: a byte-level BPE that merges nothing."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}  # GPT-2's: these bytes are written as they are
+    others = iter(range(256, 512))
+    vocab = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(TOKENIZER.special_tokens))
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -1,0 +1,559 @@
+"""Whole transformers models, unmodified: a packed row gives the unshared values, and ordinary calls stay what they were."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from unshared import relative_error
+
+from flexpg.integrations.transformers import NAME, forward, output, register
+from flexpg.logprobs import token_logprobs
+from flexpg.masks import block_mask
+from flexpg.tree import PrefixTree
+
+VOCAB, WINDOW = 60, 7
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
+SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, **SPECIAL}
+ONE_OF_EACH = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+
+# Windows shorter than the sequences, softcaps that bend and multipliers other than 1, or they would do nothing here.
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "qwen2": transformers.Qwen2Config(**SHAPE, **ONE_OF_EACH, use_sliding_window=True, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=8),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8),
+    "gemma2": transformers.Gemma2Config(
+        **SHAPE,
+        **ONE_OF_EACH,
+        head_dim=8,
+        query_pre_attn_scalar=6,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(**SHAPE, **ONE_OF_EACH, head_dim=8, query_pre_attn_scalar=6),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "mixtral": transformers.MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=WINDOW),
+    "phi3": transformers.Phi3Config(**SHAPE),
+    "olmo2": transformers.Olmo2Config(**SHAPE),
+    "granite": transformers.GraniteConfig(
+        **SHAPE, attention_multiplier=0.3, logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0
+    ),
+    "smollm3": transformers.SmolLM3Config(**SHAPE),
+    "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.25, use_qk_norm=True),
+    "gpt2": transformers.GPT2Config(**GPT2, attn_pdrop=0.0),
+}
+ORDINARY = {"gemma2": "eager"}  # what "flexpg" stands in for; sdpa has no softcap
+DENSE = [name for name in CONFIGS if name not in ("gemma2", "mixtral", "qwen3_moe")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    register()
+
+
+@dataclass
+class Case:
+    """Rollouts, and the tree that shares them."""
+
+    tree: PrefixTree
+    sequences: list[list[int]]
+    prompt_lens: list[int]
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def grouped(prompts: list[list[int]], completions: list[list[list[int]]]) -> Case:
+    pairs = [(prompt, own) for prompt, group in zip(prompts, completions, strict=True) for own in group]
+    tree = PrefixTree.from_groups(prompts, completions)
+    return Case(tree, [prompt + own for prompt, own in pairs], [len(prompt) for prompt, _ in pairs])
+
+
+def found(sequences: list[list[int]], prompt_lens: list[int]) -> Case:
+    return Case(PrefixTree.from_sequences(sequences), sequences, prompt_lens)
+
+
+def three_levels() -> Case:
+    """A system prompt, two questions under it, and completions that start alike; rollouts in no order."""
+    system, first, second, reasoning = tokens(30, 1), tokens(12, 2), tokens(9, 3), tokens(6, 4)
+    sequences = [
+        system + second + tokens(8, 5),
+        system + first + reasoning + tokens(4, 6),
+        system + second + tokens(11, 7),
+        system + first + reasoning + tokens(7, 8),
+        system + first + tokens(3, 9),
+    ]
+    return found(sequences, [39, 42, 39, 42, 42])
+
+
+CASES = {
+    "groups": grouped(
+        [tokens(20, 11), tokens(1, 12), tokens(31, 13)],
+        [[tokens(5, 14), tokens(9, 15), tokens(1, 16)], [tokens(8, 17), tokens(4, 18)], [tokens(12, 19)]],
+    ),
+    "three levels": three_levels(),
+}
+
+
+def loaded(name: str, implementation: str = NAME, **changes) -> transformers.PreTrainedModel:
+    """A family's small model in training mode, of equal weights in every implementation.
+
+    Its every parameter matters: no norm weight of 1 and no bias of 0.
+    """
+    config = copy.deepcopy(CONFIGS[name])  # a model keeps its config and writes to it
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return noisy(model).train()
+
+
+def noisy(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def pair(name: str, **changes) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel]:
+    """The model with "flexpg", and its twin with what transformers itself would use."""
+    return loaded(name, **changes), loaded(name, ORDINARY.get(name, "sdpa"), **changes)
+
+
+class Float64Norm(nn.Module):
+    """A norm of transformers without its round to float32: RMSNorm, Gemma's with 1 + weight, Cohere's with a mean."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = vars(norm)["eps"] if "eps" in vars(norm) else vars(norm)["variance_epsilon"]
+        self.offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+        self.is_centred = type(norm).__name__ == "CohereLayerNorm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * (self.offset + self.weight)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The model in float64, where its norms would compute in float32 all the same."""
+    model.double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm") or type(child).__name__ == "CohereLayerNorm":
+                setattr(module, name, Float64Norm(child))
+    return model
+
+
+def unshared_logprobs(model: nn.Module, case: Case) -> Tensor:
+    """[N, C] log-probabilities of the completions, 0 beyond their length: one sequence after the other."""
+    rows = []
+    for row, prompt_len in zip(case.sequences, case.prompt_lens, strict=True):
+        logits = model(input_ids=torch.tensor([row])).logits[0]  # [T, V]
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        rows.append(scores[prompt_len - 1 : -1].gather(-1, torch.tensor(row[prompt_len:])[:, None])[:, 0])
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def shared_logprobs(model: nn.Module, case: Case, **mistaken) -> Tensor:
+    """[N, C] from one packed row; `mistaken` is the tree or the mask of a forward that is to be wrong."""
+    hidden = forward(model, mistaken.get("tree", case.tree), mistaken.get("mask"))
+    return token_logprobs(hidden, output(model), case.tree, prompt_lens=torch.tensor(case.prompt_lens))
+
+
+def gradients(model: nn.Module, logprobs: Tensor) -> dict[str, Tensor]:
+    """Of a loss that weighs every token differently, so that a token in another's place shows."""
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    (weights.to(logprobs) * logprobs).sum().backward()  # not autograd.grad, which reentrant checkpoints refuse
+    return {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+def largest_error(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert list(values) == list(expected)
+    return max(relative_error(values[name], expected[name]) for name in expected)
+
+
+def assert_equal_to_unshared(
+    model: nn.Module, ordinary: nn.Module, case: Case, logprob_error: float, gradient_error: float
+) -> None:
+    expected, logprobs = unshared_logprobs(ordinary, case), shared_logprobs(model, case)
+    assert (logprobs - expected).abs().max() < logprob_error
+    assert largest_error(gradients(model, logprobs), gradients(ordinary, expected)) < gradient_error
+
+
+# ---- equal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", DENSE)
+def test_logprobs_and_every_gradient_are_the_unshared_models(name, case):
+    model, ordinary = (in_float64(each) for each in pair(name))
+    assert_equal_to_unshared(model, ordinary, CASES[case], logprob_error=1e-12, gradient_error=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "qwen3_moe"])
+def test_models_that_round_to_float32_inside_are_the_unshared_models_to_float32(name, case):
+    # Gemma2's eager softmax and the routers' softmax are in float32, of steps of 6e-8, whatever the model's dtype is.
+    model, ordinary = (in_float64(each) for each in pair(name))
+    assert_equal_to_unshared(model, ordinary, CASES[case], logprob_error=5e-7, gradient_error=5e-7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_float64_models_of_this_file_are_the_models(name):
+    batch = torch.tensor([tokens(25, 1)])
+    expected = loaded(name, ORDINARY.get(name, "sdpa"))(input_ids=batch).logits
+    logits = in_float64(loaded(name, ORDINARY.get(name, "sdpa")))(input_ids=batch).logits
+    assert logits.dtype == torch.float64
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "qwen3_moe"])
+def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant):
+    model, case = loaded(name), CASES["three levels"]
+    expected = gradients(model, shared_logprobs(model, case))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()  # a reentrant checkpoint needs an input that requires grad, as everywhere
+    counted = []
+    attention = model.base_model.layers[0].self_attn
+    attention.register_forward_hook(lambda *_: counted.append(1))
+    values = gradients(model, shared_logprobs(model, case))
+    assert len(counted) == 2  # once more in the backward
+    for parameter, before in expected.items():
+        assert torch.equal(values[parameter], before)
+
+
+def with_lora(model: nn.Module, **options) -> peft.PeftModel:
+    targets = ["q_proj", "v_proj"]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:  # zero at first, and so would be the gradient of lora_A
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_an_adapters_gradients_are_the_unshared_models(name, checkpointing):
+    model, ordinary = (in_float64(with_lora(each)) for each in pair(name))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert len(gradients(model, shared_logprobs(model, CASES["groups"]))) == 8
+    assert_equal_to_unshared(model, ordinary, CASES["groups"], logprob_error=1e-12, gradient_error=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_bfloat16_strays_no_further_from_float64_than_the_unshared_models(name):
+    case = CASES["three levels"]
+    model, ordinary = (each.bfloat16() for each in pair(name))
+    exact = in_float64(loaded(name, "sdpa").bfloat16())
+    truth, unshared, shared = unshared_logprobs(exact, case), unshared_logprobs(ordinary, case), None
+    shared = shared_logprobs(model, case)
+    assert shared.dtype == torch.float32
+    assert relative_error(shared, truth) < 1.5 * relative_error(unshared, truth)
+    true_gradients, values, others = gradients(exact, truth), gradients(model, shared), gradients(ordinary, unshared)
+    for parameter, gradient in true_gradients.items():
+        assert relative_error(values[parameter], gradient) < 1.5 * relative_error(others[parameter], gradient)
+
+
+def test_a_changed_completion_leaves_all_other_rollouts_bitwise_the_same():
+    model, prompts = loaded("llama"), [tokens(30, 1), tokens(21, 2)]
+    completions = [[tokens(12, 3), tokens(9, 4), tokens(14, 5)], [tokens(7, 6), tokens(13, 7)]]
+    before = shared_logprobs(model, grouped(prompts, completions))
+    completions[0][1] = [(token + 1) % VOCAB for token in completions[0][1]]
+    after = shared_logprobs(model, grouped(prompts, completions))
+    others = torch.tensor([0, 2, 3, 4])
+    assert torch.equal(after[others], before[others])
+    assert (after[1, :9] - before[1, :9]).abs().min() > 1e-3
+
+
+# ---- the mistakes that are known, each far outside the tolerance ----------------------------------------------------
+
+
+def with_positions(tree: PrefixTree, position_ids: Tensor) -> PrefixTree:
+    """The tree with other positions, where it keeps its own once they are derived."""
+    wrong = replace(tree)
+    vars(wrong)["position_ids"] = position_ids
+    return wrong
+
+
+def plain_causal_mask(tree: PrefixTree) -> dict:
+    """Everything before a token is its ancestor, at the positions of the tree."""
+    end = tree.end.clone()
+    end[: tree.num_tokens] = tree.num_tokens
+    return {"tree": with_positions(replace(tree, end=end), tree.position_ids)}
+
+
+def end_off_by_one(tree: PrefixTree) -> dict:
+    """The first completion's subtree reaches one token into the second completion."""
+    start, stop, _ = tree.segments[1].tolist()
+    end = tree.end.clone()
+    end[start:stop] += 1
+    return {"tree": with_positions(replace(tree, end=end), tree.position_ids)}
+
+
+def flat_positions(tree: PrefixTree) -> dict:
+    return {"tree": with_positions(tree, torch.arange(len(tree)))}
+
+
+def window_in_packed_indices(tree: PrefixTree) -> dict:
+    mask = block_mask(tree)
+    mask._windowed[WINDOW] = block_mask(with_positions(tree, torch.arange(len(tree))), WINDOW)
+    return {"mask": mask}
+
+
+@pytest.mark.parametrize("mistake", [plain_causal_mask, end_off_by_one, flat_positions])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_plain_causal_mask_an_end_off_by_one_or_flat_positions_show(name, mistake):
+    model, case = loaded(name), CASES["groups"]
+    right, wrong = shared_logprobs(model, case), shared_logprobs(model, case, **mistake(case.tree))
+    assert (wrong - right).abs().max() > 1e-2
+    assert largest_error(gradients(model, wrong), gradients(model, right)) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "mistral", "mixtral"])
+def test_a_window_in_packed_indices_shows(name):
+    model, case = loaded(name), CASES["groups"]
+    right = shared_logprobs(model, case)
+    assert (shared_logprobs(model, case, **window_in_packed_indices(case.tree)) - right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "mistral", "mixtral"])
+def test_without_its_window_a_model_is_another(name):
+    case, model = CASES["groups"], loaded(name)
+    wide = loaded(name, sliding_window=200)
+    assert (shared_logprobs(wide, case) - shared_logprobs(model, case)).abs().max() > 1e-2
+
+
+def test_prediction_at_the_packed_index_before_shows():
+    model, ordinary = (in_float64(each) for each in pair("llama"))
+    case = grouped([tokens(20, 1)], [[tokens(6, seed) for seed in (2, 3, 4)]])
+    expected, target = unshared_logprobs(ordinary, case), case.tree.node[:, 20:]  # [N, C] each
+
+    def predicted_at(index: Tensor) -> Tensor:
+        scores = output(model)(forward(model, case.tree)[0, index.flatten()]).log_softmax(-1)
+        return scores.gather(-1, case.tree.tokens[target].flatten()[:, None]).view_as(target)
+
+    assert (predicted_at(case.tree.parent[target]) - expected).abs().max() < 1e-12
+    wrong = predicted_at(target - 1)
+    assert (wrong - expected)[1:, 0].abs().min() > 1e-2  # the first token of every completion but the first
+    assert (wrong - expected)[:, 1:].abs().max() < 1e-12
+
+
+# ---- all other calls are what they were --------------------------------------------------------------------------
+
+
+def batch(padding: str) -> dict[str, Tensor]:
+    """Four rows of unequal lengths, most longer than the window, padded at one side. The pad id also stands inside."""
+    rows = [tokens(length, 30 + length) for length in (12, 5, 9, 1)]
+    rows[0][3] = rows[2][5] = SPECIAL["pad_token_id"]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, 0, padding)
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], True, 0, padding)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def padded(model: nn.Module, padding: str) -> list[Tensor]:
+    return [model(**batch(padding)).logits]
+
+
+def unpadded(model: nn.Module) -> list[Tensor]:
+    return [model(input_ids=torch.tensor([tokens(15, 1), tokens(15, 2)])).logits]
+
+
+def with_labels(model: nn.Module) -> list[Tensor]:
+    ids = batch("right")
+    model.zero_grad()
+    out = model(**ids, labels=ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100))
+    out.loss.backward()
+    return [out.loss, out.logits, *(parameter.grad for parameter in model.parameters())]
+
+
+def continued(model: nn.Module) -> list[Tensor]:
+    """A prefill of ten tokens, then three at once and one more, with the cache."""
+    ids = torch.tensor([tokens(14, 3), tokens(14, 4)])
+    outs = [model(input_ids=ids[:, :10], use_cache=True)]
+    for start, stop in ((10, 13), (13, 14)):
+        outs.append(model(input_ids=ids[:, start:stop], past_key_values=outs[-1].past_key_values, use_cache=True))
+    return [out.logits for out in outs]
+
+
+def other_documents(model: nn.Module) -> list[Tensor]:
+    """Transformers' own packed rows: without a mask, positions that start again stand for another document."""
+    positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
+    return [model(input_ids=torch.tensor([tokens(20, 5)]), position_ids=positions, use_cache=False).logits]
+
+
+def generated(model: nn.Module, do_sample: bool, cache: str | None) -> list[Tensor]:
+    torch.manual_seed(3)
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 0} if do_sample else {"do_sample": False}
+    if cache is not None:
+        options["cache_implementation"] = cache
+    return [model.eval().generate(**batch("left"), **options, min_new_tokens=10, max_new_tokens=10, pad_token_id=0)]
+
+
+CALLS: dict[str, Callable] = {
+    "right-padded": lambda model: padded(model, "right"),
+    "left-padded": lambda model: padded(model, "left"),
+    "without mask": unpadded,
+    "loss and gradients": with_labels,
+    "continued from a cache": continued,
+    "packed documents": other_documents,
+    "greedy": lambda model: generated(model, do_sample=False, cache=None),
+    "greedy, static cache": lambda model: generated(model, do_sample=False, cache="static"),
+    "sampled": lambda model: generated(model, do_sample=True, cache=None),
+    "sampled, static cache": lambda model: generated(model, do_sample=True, cache="static"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2"])
+def test_every_ordinary_call_is_bitwise_that_of_the_models_own_attention(name, call):
+    model, ordinary = pair(name)
+    for value, expected in zip(CALLS[call](model), CALLS[call](ordinary), strict=True):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_an_ordinary_batch_is_masked(padding):
+    model, ids = loaded("llama"), batch(padding)
+    logits = model(**ids).logits
+    ids["input_ids"] = ids["input_ids"].where(ids["attention_mask"] == 1, 9)
+    real = ids["attention_mask"].bool()
+    assert torch.equal(model(**ids).logits[real], logits[real])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_shared_forward_leaves_ordinary_calls_bitwise_what_they_were(name):
+    model = loaded(name)
+    before = [call for calls in (unpadded(model), padded(model, "left"), continued(model)) for call in calls]
+    shared_logprobs(model, CASES["groups"]).sum().backward()
+    after = [call for calls in (unpadded(model), padded(model, "left"), continued(model)) for call in calls]
+    for value, expected in zip(after, before, strict=True):
+        assert torch.equal(value, expected)
+
+
+# ---- the output layer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_gives_the_models_own_logits(name):
+    model, ids = loaded(name), torch.tensor([tokens(15, 1)])
+    expected = model(input_ids=ids).logits[0]
+    hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+    assert torch.equal(output(model)(hidden), expected)
+    assert torch.equal(model(input_ids=ids).logits[0], expected)
+
+
+@pytest.mark.parametrize(("name", "setting"), [("gemma2", "final_logit_softcapping"), ("granite", "logits_scaling")])
+def test_what_an_architecture_does_to_its_logits_is_not_missed(name, setting):
+    model = loaded(name)
+    hidden = model.base_model(input_ids=torch.tensor([tokens(15, 1)])).last_hidden_state[0]
+    assert (output(model)(hidden) - model.lm_head(hidden)).abs().max() > 1e-2, setting
+
+
+def test_output_leaves_the_model_as_it_was_also_when_it_raises():
+    model, ids = loaded("llama"), torch.tensor([tokens(15, 1)])
+    expected = model(input_ids=ids).logits
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        output(model)(torch.zeros(3, 5))
+    assert "forward" not in vars(model.base_model)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_forward_that_someone_else_put_there_stays_there():
+    """As accelerate's hooks do."""
+    model, ids = loaded("llama"), torch.tensor([tokens(15, 1)])
+    decoder, calls = model.base_model, []
+    plain = decoder.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    decoder.forward = counted
+    expected = model(input_ids=ids).logits[0]
+    assert torch.equal(output(model)(decoder(input_ids=ids).last_hidden_state[0]), expected)
+    assert decoder.forward is counted
+    assert len(calls) == 2
+
+
+# ---- loading and saving --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_a_loaded_model_may_be_set_to_flexpg_and_back(name):
+    model, ordinary = pair(name)
+    expected, before = shared_logprobs(model, CASES["groups"]), padded(ordinary, "left")[0]
+    ordinary.set_attn_implementation(NAME)
+    assert torch.equal(shared_logprobs(ordinary, CASES["groups"]), expected)
+    ordinary.set_attn_implementation(ORDINARY.get(name, "sdpa"))
+    assert torch.equal(padded(ordinary, "left")[0], before)
+
+
+def test_a_saved_checkpoint_does_not_ask_for_flexpg(tmp_path):
+    model = loaded("qwen2")
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.config._attn_implementation == "sdpa"
+    assert torch.equal(unpadded(plain)[0], unpadded(model)[0])
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
+    assert torch.equal(shared_logprobs(again, CASES["groups"]), shared_logprobs(model, CASES["groups"]))
+
+
+def test_registering_twice_is_harmless():
+    model = loaded("llama")
+    expected = shared_logprobs(model, CASES["groups"])
+    register()
+    register()
+    assert torch.equal(shared_logprobs(model, CASES["groups"]), expected)
+
+
+NOTHING_REGISTERED = """
+import flexpg.integrations.transformers as ours
+from transformers import AttentionInterface, AttentionMaskInterface
+both = lambda: [ours.NAME in AttentionInterface().valid_keys(), ours.NAME in AttentionMaskInterface().valid_keys()]
+before = both()
+ours.register()
+print(before, both())
+"""
+
+
+@pytest.mark.slow  # a process of its own, which imports transformers
+def test_importing_alone_registers_nothing():
+    result = subprocess.run([sys.executable, "-c", NOTHING_REGISTERED], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[False, False] [True, True]"
+
+
+# ---- refused -------------------------------------------------------------------------------------------------------
+
+
+def refuses(error: type[Exception], message: str, model: nn.Module, tree: PrefixTree, mask=None) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        forward(model, tree, mask)
