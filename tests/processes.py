@@ -9,12 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +70,25 @@ def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
     process = context.Process(target=_run, args=(dict(os.environ), function, args), daemon=True)
     process.start()
     return process
+
+
+def start_command(main: Callable[[], None], arguments: Sequence[str], printed: Path) -> BaseProcess:
+    """A process that has started on `main()` as its command line does, with what it prints in a file.
+
+    Args:
+        main: of a module; it reads `sys.argv`.
+        arguments: those after the command's own name.
+        printed: of stdout and stderr.
+    """
+    return start_process(_as_command, main, arguments, printed)
+
+
+def _as_command(main: Callable[[], None], arguments: Sequence[str], printed: Path) -> None:
+    with printed.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.argv[1:] = arguments
+    main()
 
 
 def _run(environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any]) -> None:

@@ -4,27 +4,26 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torchtune._cli import tune
 
 from benchmarks.sharing import recipe
 from flexpg.checkpoints import checkpoints
 from flexpg.integrations.torchtune_models import WHOLE
-from recipes.grpo import SETUP_ERRORS
-from tests.processes import run_processes
+from recipes.grpo import SETUP_ERRORS, recipe_main
+from tests.processes import run_processes, start_command
 from tests.test_recipe import LORA, TINY
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["prompts_per_step=8", "group_size=4", "train_problems.size=64", "test_problems.size=6", "num_steps=2"]
 LORA_CONFIG = "recipes/configs/tiny_lora_cpu.yaml"
-TUNE = [Path(sys.executable).parent / "tune", "run"]
-RUN = ["recipes/grpo.py", "--config", TINY]
 
 
 @pytest.fixture(autouse=True)
@@ -143,10 +142,13 @@ def test_two_launchers_as_two_nodes_give_the_update_of_one_process(tmp_path):
         port = probe.getsockname()[1]
     nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "flexpg"]
     nodes += ["--rdzv_endpoint", f"localhost:{port}"]
-    command = [*TUNE, *nodes, *RUN, *SMALL, f"output_dir={tmp_path / 'nodes'}"]
-    launchers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
-    outputs = [launcher.communicate(timeout=240)[0].decode() for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(outputs)
+    command = ["run", *nodes, "recipes/grpo.py", "--config", TINY, *SMALL, f"output_dir={tmp_path / 'nodes'}"]
+    files = [tmp_path / f"{n}.txt" for n in range(2)]
+    launchers = [start_command(tune.main, command, file) for file in files]
+    for launcher in launchers:
+        launcher.join(240)
+    outputs = [file.read_text() for file in files]
+    assert [launcher.exitcode for launcher in launchers] == [0, 0], "\n".join(outputs)
     assert sum("held-out accuracy" in output for output in outputs) == 1  # the first process alone speaks
     alone = recipe(TINY, True, tmp_path / "alone", SMALL)
     for step, metrics in enumerate(metrics_of(tmp_path / "nodes"), start=1):
@@ -158,25 +160,35 @@ def test_two_launchers_as_two_nodes_give_the_update_of_one_process(tmp_path):
 LONG = [*SMALL, "num_steps=4", "eval_every_n_steps=2", "checkpoint_every_n_steps=1", "num_iterations=2"]
 
 
+def killed(rank: int, output_dir: str) -> None:
+    """Trains, until a SIGKILL at some moment after the first checkpoint."""
+
+    def kill() -> None:
+        while not newest(Path(output_dir)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    recipe(TINY, True, Path(output_dir), LONG).train()
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
     """It is killed on two processes, and resumed on one."""
     alone = recipe(TINY, True, tmp_path / "alone", [*LONG, "checkpoint_every_n_steps=0"])
     alone.train()
-    options = [*RUN[1:], *LONG, f"output_dir={tmp_path / 'killed'}"]
-    command = [*TUNE, "--nproc_per_node", "2", RUN[0], *options]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    wait_until(lambda: newest(tmp_path / "killed") >= 1, run)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    with pytest.raises(RuntimeError, match=f"died with exit code -{signal.SIGKILL:d}"):
+        run_processes(2, killed, str(tmp_path / "killed"))
     assert 1 <= newest(tmp_path / "killed") < 4
-    command = [sys.executable, "-m", "recipes.grpo", *options, "resume=true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stdout
+    options = ["--config", TINY, *LONG, f"output_dir={tmp_path / 'killed'}", "resume=true"]
+    run = start_command(recipe_main, options, tmp_path / "resumed.txt")
+    run.join(240)
+    printed = (tmp_path / "resumed.txt").read_text()
+    assert run.exitcode == 0, printed
+    assert "going on after step" in printed
     progress = json.loads((checkpoints(tmp_path / "killed/checkpoints")[-1] / "progress.json").read_text())
     assert dict(progress["accuracies"]) | {4: alone.accuracies[4]} == alone.accuracies  # it was saved before the last
-    assert f"step    4  held-out accuracy {alone.accuracies[4]:.3f}" in done.stdout
+    assert f"step    4  held-out accuracy {alone.accuracies[4]:.3f}" in printed
     for ours, theirs in zip(progress["history"], alone.history, strict=True):
         for name in ("reward", "loss", "grad_norm", "entropy", "tokens_unshared", "lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
@@ -185,16 +197,18 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 0), (signal.SIGINT, 500)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_and_ends_the_run(tmp_path, number, every):
-    command = [sys.executable, "-m", "recipes.grpo", "--config", TINY, *SMALL, f"output_dir={tmp_path}"]
-    command += ["num_steps=1000", f"checkpoint_every_n_steps={every}"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: any("loss:" in log.read_text() for log in tmp_path.glob("logs/*")), run)
-    run.send_signal(number)
-    output, errors = run.communicate(timeout=60)
-    assert run.returncode == 0, errors
+    options = ["--config", TINY, *SMALL, f"output_dir={tmp_path}"]
+    options += ["num_steps=1000", f"checkpoint_every_n_steps={every}"]
+    file = tmp_path / "printed.txt"
+    run = start_command(recipe_main, options, file)
+    wait_until(lambda: any("loss:" in log.read_text() for log in tmp_path.glob("logs/*")), run, file)
+    os.kill(run.pid, number)
+    run.join(60)
+    printed = file.read_text()
+    assert run.exitcode == 0, printed
     step = newest(tmp_path)
     assert step >= 1
-    assert f"stopped after step {step} of 1000; resume=true goes on from there" in output
+    assert f"stopped after step {step} of 1000; resume=true goes on from there" in printed
     assert not (tmp_path / "epoch_0").exists()  # weights are written when the run is done
 
 
@@ -204,9 +218,9 @@ def newest(output_dir: Path) -> int:
     return int(found[-1].name.removeprefix("step_")) if found else 0
 
 
-def wait_until(condition, run: subprocess.Popen, timeout_s: float = 120) -> None:
+def wait_until(condition, run: BaseProcess, printed: Path, timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert run.poll() is None, run.communicate()
+        assert run.is_alive(), printed.read_text()
         assert time.monotonic() < end
         time.sleep(0.05)
