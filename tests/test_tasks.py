@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from flexpg.tasks import ByteTokenizer, arithmetic, arithmetic_reward, gsm8k, problems
 from flexpg.tasks.arithmetic import worked
+from recipes import warm_start
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "recipes" / "assets"
@@ -434,10 +436,26 @@ def test_the_tiny_model_is_the_same_in_torchtune_and_transformers(tiny_models):
     assert (moved - expected).abs().max() > 0.1
 
 
-def test_the_tiny_folder_holds_two_files_of_less_than_2_million_bytes():
-    files = list((ASSETS / "tiny").iterdir())
-    assert {file.name for file in files} == {"config.json", "model.safetensors"}
-    assert sum(file.stat().st_size for file in files) < 2_000_000
+def test_the_tiny_folder_holds_less_than_2_million_bytes():
+    assert sum(file.stat().st_size for file in (ASSETS / "tiny").iterdir()) < 2_000_000
+
+
+def test_the_tiny_folder_is_what_the_warm_start_writes(tmp_path):
+    warm_start.save(warm_start.tiny_model(), tmp_path)
+    written = {file.name: file for file in tmp_path.iterdir()}
+    assert written.keys() == {file.name for file in (ASSETS / "tiny").iterdir()}
+    for name in written.keys() - {"model.safetensors"}:
+        assert written[name].read_text() == (ASSETS / "tiny" / name).read_text()
+
+
+def test_the_tiny_folders_tokenizer_gives_the_ids_of_byte_tokenizer():
+    saved, own = AutoTokenizer.from_pretrained(ASSETS / "tiny"), ByteTokenizer()
+    for text in (arithmetic(size=1)[0].prompt, " =643\n", "two  spaces\tand \u00e9, \u4f60, \U0001f600"):
+        assert saved(text)["input_ids"] == own.encode(text)
+        assert saved.decode(own.encode(text)) == text
+    assert (saved.pad_token_id, saved.bos_token_id, saved.eos_token_id) == (own.pad_id, own.bos_id, own.eos_id)
+    assert len(saved) == own.vocab_size
+    assert GenerationConfig.from_pretrained(ASSETS / "tiny").eos_token_id == own.stop_tokens
 
 
 def test_the_tiny_model_knows_the_format_and_forgets_carries(tiny_models):

@@ -4,23 +4,26 @@ transformers looks its attention up by name, and hands a four-dimensional mask o
 TreeBlockMask reaches this package's attention, and everything else (generation, padded batches, evaluation) goes to the
 attention that transformers would have used: sdpa, or eager where a model has a softcap, which sdpa has not.
 
-Not every model that takes the mask obeys it. What would not be exact is refused: attention sinks, dropout in training,
-attention that is not causal, and layers that carry a state past the mask.
+Not every model that takes the mask obeys it. What would not be exact is refused: attention sinks, dropout and noise in
+training, attention that is not causal, layers that carry a state past the mask or keep their window to themselves, and
+rotary positions that depend on what else is in the row.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexpg.attention import attention
 from flexpg.masks import TreeBlockMask, mask_of
@@ -30,11 +33,12 @@ NAME = "flexpg"
 EXACT_LAYERS = {"full_attention", "sliding_attention"}  # of transformers' `layer_types`
 
 
-@dataclass
-class _Hidden(MoeModelOutputWithPast):
-    """A decoder's output, with all that the models around decoders read of one."""
+class _Hidden(BaseModelOutputWithPast):
+    """A decoder's output of hidden states alone: None for whatever else a model around it asks for."""
 
-    cross_attentions: None = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def register() -> None:
@@ -66,16 +70,15 @@ def forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = Non
         [1, S, E] hidden states after the final norm; `output(model)` makes logits of them.
 
     Raises:
-        ValueError: another attention implementation, tokens beyond the vocabulary, dropout in training, a tree without
-            tokens or on another device, another tree's mask.
+        ValueError: another attention implementation, tokens beyond the vocabulary, dropout or noise in training, rotary
+            positions that depend on the longest sequence, a tree without tokens or on another device, another tree's
+            mask.
         TypeError: a model in which a prefix cannot be shared exactly.
     """
     decoder = causal_lm(model).base_model
-    mask = packed_mask(model, tree, mask)
     row = {"input_ids": tree.token_row(), "position_ids": tree.position_ids[None]}
-    hidden = decoder(**row, attention_mask=mask, use_cache=False).last_hidden_state
-    check_all_attended(model, mask)
-    return hidden
+    with packed_forward(model, tree, mask) as mask:
+        return decoder(**row, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def output(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -84,7 +87,7 @@ def output(model: nn.Module) -> Callable[[Tensor], Tensor]:
     It is the model's own forward around its decoder, so nothing that an architecture does to its logits is missed.
 
     Raises:
-        TypeError: a model without an output layer.
+        TypeError: a model without an output layer, or, when called, one whose forward goes past its decoder.
     """
     whole = causal_lm(model)
     decoder = whole.base_model
@@ -92,14 +95,25 @@ def output(model: nn.Module) -> Callable[[Tensor], Tensor]:
         raise TypeError(f"{type(whole).__name__} has no output layer; load it with AutoModelForCausalLM")
 
     def logits(rows: Tensor) -> Tensor:
-        own = vars(decoder).get("forward")
-        decoder.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=rows[None])
+        own, asked = vars(decoder).get("forward"), []
+
+        def hidden(*args: Any, **kwargs: Any) -> _Hidden:
+            asked.append(True)
+            return _Hidden(last_hidden_state=rows[None])
+
+        decoder.forward = hidden
         try:
-            return whole(use_cache=False).logits[0]
+            out = whole(input_ids=torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device), use_cache=False)
         finally:
             del decoder.forward
             if own is not None:
                 decoder.forward = own
+        if not asked:
+            name = type(whole).__name__
+            raise TypeError(
+                f"the forward of {name} goes past its {type(decoder).__name__}; give its output layer yourself"
+            )
+        return out.logits[0]
 
     return logits
 
@@ -138,8 +152,9 @@ def check(model: nn.Module) -> None:
             )
 
 
-def packed_mask(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = None) -> TreeBlockMask:
-    """The mask of a packed row for one forward of a model that it fits.
+@contextmanager
+def packed_forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = None) -> Iterator[TreeBlockMask]:
+    """The mask for one forward of the packed row, inside; before and after, what would not be exact is refused.
 
     Args:
         model: as in `forward`.
@@ -150,29 +165,18 @@ def packed_mask(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None =
         ValueError: as `forward`.
         TypeError: as `forward`.
     """
-    check(model)
-    embedding: Any = causal_lm(model).get_input_embeddings()  # asked for its count: a sharded weight may be empty
-    if tree.end.device != (device := embedding.weight.device):
-        raise ValueError(f"the tree is on {tree.end.device} and the model on {device}; move the tree with .to()")
-    if tree.max_token >= (vocab := embedding.num_embeddings):
-        raise ValueError(f"token id {tree.max_token} is beyond the model's vocabulary of {vocab}; check the tokenizer")
-    mask = mask_of(tree, mask)
-    vars(mask)["attended"] = []
-    return mask
-
-
-def check_all_attended(model: nn.Module, mask: TreeBlockMask) -> None:
-    """Refuses, after a forward, a model whose layers did not all attend by the mask.
-
-    Raises:
-        TypeError: layers that use something else than transformers' attention interface.
-    """
     whole = causal_lm(model)
-    layers, attended = whole.config.num_hidden_layers, len(set(vars(mask)["attended"]))
-    if attended != layers:
-        raise TypeError(
-            f"{attended} of the {layers} layers of {type(whole).__name__} attend through transformers' attention "
-            "interface; the others would not see the mask, and prefixes cannot be shared"
+    check(model)
+    _check_tree(whole, tree)
+    mask = mask_of(tree, mask)
+    windows = vars(mask)["windows"] = {}  # of each attention module that has seen the mask
+    random_state = _random_state(tree.end.device)
+    yield mask
+    _check_layers(whole, tree, windows)
+    if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
+        raise ValueError(
+            f"{type(whole).__name__} drew random numbers in its forward (dropout or noise of the router), which would "
+            "differ per copy of a prefix; set them to 0 in its config"
         )
 
 
@@ -204,6 +208,47 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise TypeError(f"{name} has convolutions over the row (a state-space layer), which would mix completions")
 
 
+def _check_tree(model: PreTrainedModel, tree: PrefixTree) -> None:
+    embedding: Any = model.get_input_embeddings()  # asked for its count: a sharded weight may be empty
+    if tree.end.device != (device := embedding.weight.device):
+        raise ValueError(f"the tree is on {tree.end.device} and the model on {device}; move the tree with .to()")
+    if tree.max_token >= (vocab := embedding.num_embeddings):
+        raise ValueError(f"token id {tree.max_token} is beyond the model's vocabulary of {vocab}; check the tokenizer")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    for scaling in [rope] if "rope_type" in rope else rope.values():  # or one per kind of layer
+        kind, original = scaling["rope_type"], scaling.get("original_max_position_embeddings")
+        original = original or model.config.max_position_embeddings
+        depends_on_longest = "dynamic" in kind or (kind == "longrope" and int(tree.lengths.min()) <= original)
+        if depends_on_longest and tree.max_length > original:
+            raise ValueError(
+                f"rotary scaling {kind!r} turns all tokens of a row by its longest sequence, {tree.max_length} tokens, "
+                f"once it is beyond {original}; give such sequences a tree of their own"
+            )
+
+
+def _check_layers(model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None]) -> None:
+    name, config = type(model).__name__, model.config
+    if len(windows) != config.num_hidden_layers:
+        raise TypeError(
+            f"{len(windows)} of the {config.num_hidden_layers} layers of {name} attend through transformers' attention "
+            "interface; the others would not see the mask, and prefixes cannot be shared"
+        )
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    needed = 1 if kinds is None else kinds.count("sliding_attention")
+    if isinstance(window, int) and window < tree.max_length:
+        handed_on = sum(own is not None for own in windows.values())
+        if handed_on < needed:
+            raise TypeError(
+                f"{name} has sliding_window={window} and {handed_on} of its layers hand it on to the attention, where "
+                f"{needed} or more should; only trees of sequences up to {window} tokens are exact"
+            )
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -224,6 +269,10 @@ def _attend(
         raise TypeError(
             f'{name} has attention sinks, which "{NAME}" and sdpa have not; use attn_implementation="eager"'
         )
+    if isinstance(attention_mask, BlockMask) and not isinstance(attention_mask, TreeBlockMask):
+        raise TypeError(
+            f"{name} got a BlockMask that is no TreeBlockMask; a layer cut it, or it was not made by flexpg"
+        )
     if not isinstance(attention_mask, TreeBlockMask):
         call = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         if softcap is None:
@@ -236,11 +285,12 @@ def _attend(
         raise TypeError(f"{name} is not causal; a prefix can be shared in causal models only")
     if kwargs.get("position_bias") is not None:
         raise TypeError(f"{name} adds a position bias to its scores; a prefix can be shared with rotary positions")
-    if sliding_window is None and getattr(module, "layer_type", None) == "sliding_attention":
-        raise TypeError(f'{name} keeps its sliding window from the attention implementation; "{NAME}" cannot honour it')
-    vars(attention_mask)["attended"].append(module)
+    if torch.is_autocast_enabled(query.device.type):  # as sdpa does; rotary positions leave q and k in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    vars(attention_mask)["windows"][module] = sliding_window
     out = attention(query, key, value, attention_mask, scale=scaling, window=sliding_window, softcap=softcap)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _ordinary_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:

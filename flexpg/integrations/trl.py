@@ -138,7 +138,6 @@ def _shared_forward(
         raise ValueError(f"prefixes are shared in padded rows of text, and {got} came; use TRL's own trainer for that")
     rows = packed_rows(input_ids, attention_mask, labels)
     count(rows.tree)
-    mask = shared.packed_mask(model, rows.tree)
 
     def give_mask(module: nn.Module, args: Any, kwargs: dict) -> tuple[Any, dict]:
         return args, kwargs | {"attention_mask": mask}
@@ -148,11 +147,11 @@ def _shared_forward(
         return out
 
     decoder = shared.causal_lm(model).base_model
-    hooks = [
+    with (
+        shared.packed_forward(model, rows.tree) as mask,
         decoder.register_forward_pre_hook(give_mask, with_kwargs=True),
         decoder.register_forward_hook(keep_predicting),
-    ]
-    try:
+    ):
         out = unshared(
             input_ids=rows.tree.token_row(),
             attention_mask=rows.copies[None],  # for the experts' auxiliary loss: a token counts once per row
@@ -161,10 +160,6 @@ def _shared_forward(
             fused_lm_head=True,
             **kwargs,
         )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shared.check_all_attended(model, mask)
     at = (rows.row, rows.column)
     shape = labels[:, 1:].shape
     per_token = {name: x for name in PER_TOKEN if (x := getattr(out, name)) is not None}
@@ -195,6 +190,8 @@ class _SharesPrefixes(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.torch_compile:
+            raise ValueError("torch_compile=True would compile anew for every batch's prefix tree; leave it off")
         self._update, self._update_began = Update(), 0.0
         for model in (self.model, self.ref_model):
             if model is not None:
