@@ -8,10 +8,10 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns when this is unset.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test bench gpu lint clean
+.PHONY: help demo test examples bench gpu lint clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## train the tiny model on a CPU
 	@$(BIN)/tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml
@@ -19,12 +19,18 @@ demo: $(INSTALLED) ## train the tiny model on a CPU
 test: $(INSTALLED) ## run the tests and the examples in the docstrings
 	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
-bench: $(INSTALLED) ## measure training with and without sharing, side by side
+examples: $(INSTALLED) ## run what examples/ holds: a transformers update, a TRL run
+	@$(BIN)/python examples/transformers_update.py
+	@$(BIN)/python examples/trl_grpo.py
+
+bench: $(INSTALLED) ## measure training with and without sharing, side by side: the recipe, and TRL's trainer
 	@$(BIN)/python -m benchmarks.sharing
+	@$(BIN)/python -m benchmarks.trl_update
 
 gpu: $(INSTALLED) ## on a machine with CUDA GPUs: the tests that need one, the benchmark, the recipe on all of them
 	@$(BIN)/pytest -k cuda -rs
 	@$(BIN)/python -m benchmarks.sharing device=cuda dtype=bf16
+	@$(BIN)/python -m benchmarks.trl_update --device cuda
 	@$(BIN)/tune run --nproc_per_node gpu recipes/grpo.py --config recipes/configs/tiny_lora_cpu.yaml \
 		device=cuda dtype=bf16 output_dir=runs/gpu num_steps=10
 

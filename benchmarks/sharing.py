@@ -7,22 +7,17 @@ Writes benchmarks/results/sharing_cpu.json, which README quotes, or with `device
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-import flexpg
+from benchmarks.record import save
 from recipes.grpo import GRPORecipe
 
 CONFIG = "recipes/configs/tiny_cpu.yaml"
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -64,16 +59,6 @@ def parameter_difference(shared: GRPORecipe, unshared: GRPORecipe) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def machine(device: torch.device) -> str:
-    """What the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     """Runs, prints, and writes the result with machine, versions and commit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +71,6 @@ def main() -> None:
     train_s = [[getattr(pair, side)["train_s"] for pair in pairs] for side in ("shared", "unshared")]
     ratios = sorted(slow / fast for fast, slow in zip(*train_s, strict=True))
     result = {
-        "command": " ".join(["python -m benchmarks.sharing", *sys.argv[1:]]),
         "steps": args.steps,
         "train_s_shared": statistics.median(train_s[0]),
         "train_s_unshared": statistics.median(train_s[1]),
@@ -97,16 +81,8 @@ def main() -> None:
         "largest_loss_difference": max(pair.difference("loss") for pair in pairs),
         "largest_grad_norm_difference": max(pair.difference("grad_norm") for pair in pairs),
         "parameter_difference": parameter_difference(*runs),
-        "machine": machine(runs[0].world.device),
-        "versions": {"flexpg": flexpg.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"sharing_{runs[0].world.device.type}.json").write_text(json.dumps(result, indent=2) + "\n")
-    for name, value in result.items():
-        print(f"{name:<30} {value}")
+    save(f"sharing_{runs[0].world.device.type}", runs[0].world.device, result)
 
 
 if __name__ == "__main__":
