@@ -43,7 +43,7 @@ def both(config, tmp_path, overrides, num_steps):
 
 @pytest.mark.slow
 def test_shared_and_unshared_runs_stay_together_for_20_steps_and_the_shared_one_is_faster(tmp_path, capsys):
-    runs, pairs = both(TINY, tmp_path, [*SMALL, "group_size=6"], 20)
+    runs, pairs = both(TINY, tmp_path, SMALL, 20)
     assert max(pair.difference("loss") for pair in pairs) < 1e-4
     assert max(pair.difference("grad_norm") for pair in pairs) < 1e-4
     assert parameter_difference(*runs) < 1e-4

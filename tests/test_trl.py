@@ -21,6 +21,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from processes import run_processes
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -927,3 +928,19 @@ def test_the_trained_model_generates_as_a_plain_one_of_its_weights(short_run, tm
                 each.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=9, **sampling)
             )
         assert torch.equal(*texts)
+
+
+# ---- two processes -------------------------------------------------------------------------------------------------
+
+
+def trained_parameters(rank: int, folder: str) -> list[Tensor]:
+    """Of TRL's own trainer and of ours, in one of several processes."""
+    settings = {"max_steps": 3, "beta": 0.1}
+    return [parameters(trained(each, folder, **settings)) for each in (GRPOTrainer, SharedPrefixGRPOTrainer)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_trls_own_trainer(saved):
+    (expected, ours), (_, on_the_other) = run_processes(2, trained_parameters, saved("qwen2"))
+    assert torch.equal(ours, on_the_other)
+    assert (ours - expected).norm() / expected.norm() < 1e-5
