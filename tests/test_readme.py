@@ -32,6 +32,19 @@ def test_the_table_quotes_the_committed_benchmark():
     assert {"command", "machine", "versions", "commit"} <= set(result)
 
 
+@pytest.mark.parametrize("lengths", ["even", "uneven"])
+def test_the_table_of_trls_update_quotes_the_committed_benchmark(lengths):
+    result = json.loads((ROOT / "benchmarks/results/trl_update_cpu.json").read_text())
+    case = result[lengths]
+    quoted = f"{case['token_ratio']:.1f} | {case['attention_pair_ratio']:.1f} | {case['update_s_trl']:.2f} | "
+    quoted += f"{case['update_s_shared']:.2f} | **{case['speedup']:.1f} x** |"
+    assert quoted in README, quoted
+    largest = max(result[name]["gradient_difference"] for name in ("even", "uneven"))
+    assert f"The gradients are {largest:.0e} apart" in README
+    assert case["prompt_tokens"] == 1024 and max(case["completion_tokens"]) == 128
+    assert {"command", "machine", "versions", "commit"} <= set(result)
+
+
 def test_every_file_that_is_named_exists():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / target).exists(), target
