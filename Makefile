@@ -46,5 +46,5 @@ clean: ## remove .venv, caches and build products; runs/ stays
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing flexpg and its tools into .venv (a few minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,transformers,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,trl,dev]'
 	@touch $@

@@ -22,7 +22,7 @@ def save(name: str, device: torch.device, numbers: dict[str, Any]) -> None:
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **packages},
         "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         ).stdout.strip(),
     }
     RESULTS.mkdir(exist_ok=True)

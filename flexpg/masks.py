@@ -77,11 +77,17 @@ class TreeBlockMask(BlockMask):
     tree: PrefixTree
     window: int | None
     _windowed: dict[int, TreeBlockMask]
+    _elsewhere: dict[torch.device, TreeBlockMask]
     ndim = 4  # [1, 1, S, S], as some models of transformers ask of a mask
 
     def to(self, device: torch.device | str) -> TreeBlockMask:
-        """The same mask on `device`."""
-        return block_mask(self.tree.to(device), self.window)
+        """The same mask on `device`: itself if it is there, or made once, however many layers ask for it."""
+        device = torch.empty(0, device=device).device  # "cuda" is the current one
+        if device == self.tree.end.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = block_mask(self.tree.to(device), self.window)
+        return self._elsewhere[device]
 
     def for_window(self, window: int) -> TreeBlockMask:
         """The same tree's mask with another sliding window; made once, however many layers ask for it."""
@@ -130,7 +136,7 @@ def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
             BLOCK_SIZE=(BLOCK, BLOCK),
             mask_mod=mask_mod,
         )
-    mask.tree, mask.window, mask._windowed = tree, window, {}
+    mask.tree, mask.window, mask._windowed, mask._elsewhere = tree, window, {}, {}
     return mask
 
 

@@ -7,6 +7,7 @@ the metrics is TRL's own trainer with the same rows in each micro-batch.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import warnings
@@ -28,16 +29,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 
-from flexpg.integrations import trl as flexpg_trl
+from flexpg.integrations import trl_forward
 from flexpg.integrations.trl import (
     SharedPrefixDPOTrainer,
     SharedPrefixGRPOTrainer,
     SharedPrefixRLOOTrainer,
-    packed_rows,
     parts_per_group,
     regrouped,
     share_prefixes,
 )
+from flexpg.integrations.trl_forward import packed_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*removed in v6:FutureWarning")  # TRL's use of transformers
 
@@ -315,7 +316,7 @@ def test_a_mistake_in_the_packing_breaks_the_equality(mistake, monkeypatch):
     model = with_shared_prefixes("qwen2")
     assert largest_error(*scored(model, batch), *expected) < 2e-6
     monkeypatch.setattr(
-        flexpg_trl, "packed_rows", lambda ids, mask, labels: mistake(packed_rows(ids, mask, labels), mask)
+        trl_forward, "packed_rows", lambda ids, mask, labels: mistake(packed_rows(ids, mask, labels), mask)
     )
     out, gradients = scored(model, batch)
     assert (out.log_probs - expected[0].log_probs).abs().max() > 1e-3
@@ -330,7 +331,7 @@ def test_one_count_per_packed_token_would_break_the_auxiliary_loss_alone(monkeyp
         rows = packed_rows(*args)
         return replace(rows, copies=(rows.copies > 0).long())
 
-    monkeypatch.setattr(flexpg_trl, "packed_rows", counted_once)
+    monkeypatch.setattr(trl_forward, "packed_rows", counted_once)
     out = scored(with_shared_prefixes("qwen3_moe"), batch)[0]
     assert (out.log_probs - expected.log_probs).abs().max() < 2e-6
     assert abs(out.aux_loss - expected.aux_loss) > 1e-3
@@ -385,17 +386,11 @@ def test_a_label_at_the_first_column_is_ignored_as_trl_ignores_it():
     assert_equal_to_unshared("qwen2", batch)
 
 
-def test_dropout_in_training_is_refused():
-    model = get_peft_model(with_fused_head("qwen2"), LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]))
-    with refused(ValueError, "has dropout 0.1, which would differ per copy of a prefix; set it to 0 (lora_dropout=0;"):
-        share_prefixes(model)
-
-
-def test_dropout_that_training_turns_on_later_is_refused_at_the_call():
+def test_dropout_in_training_is_refused_at_the_call():
     model = get_peft_model(with_fused_head("qwen2"), LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]))
     share_prefixes(model.eval())
     scored(model, BATCHES["group"])
-    with refused(ValueError, "has dropout 0.1"):
+    with refused(ValueError, "has dropout 0.1, which would differ per copy of a prefix; set it to 0 (lora_dropout=0;"):
         scored(model.train(), BATCHES["group"])
 
 
@@ -423,6 +418,39 @@ def test_attention_sinks_are_refused():
         scored(model, BATCHES["group"])
 
 
+def test_a_model_shares_once():
+    with refused(ValueError, "this Qwen2ForCausalLM shares prefixes already; call share_prefixes once"):
+        share_prefixes(with_shared_prefixes("qwen2"))
+
+
+def test_a_refused_model_stays_what_it_was():
+    config = transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
+    model = AutoModelForCausalLM.from_config(config)
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    forward = model.forward
+    with refused(TypeError, "has layers of conv"):
+        share_prefixes(model)
+    assert (model.config._attn_implementation, model.forward) == ("sdpa", forward)
+
+
+def test_a_copy_of_a_model_scores_with_its_own_weights():
+    """Of TRL's head, as a reference model or an average of weights may be."""
+    model, expected = with_shared_prefixes("qwen2"), with_fused_head("qwen2")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (*copied.parameters(), *expected.parameters()):
+            parameter.mul_(1.5)
+    ours, theirs = scored(copied, BATCHES["group"]), scored(expected, BATCHES["group"])
+    assert largest_error(*ours, *theirs) < 5e-6
+    assert (called(model, BATCHES["group"]).log_probs - ours[0].log_probs).abs().max() > 0.1
+
+
+def test_an_adapter_that_depends_on_the_row_is_refused():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4])
+    with refused(ValueError, "the adapter (LORA) depends on the whole row"):
+        share_prefixes(get_peft_model(with_fused_head("qwen2"), config))
+
+
 def test_an_attention_that_gives_way_is_named():
     with pytest.warns(UserWarning, match=re.escape("attn_implementation='eager' gives way to flexpg, and to sdpa")):
         share_prefixes(with_fused_head("llama", attn_implementation="eager"))
@@ -439,7 +467,7 @@ def test_the_usual_attention_gives_way_without_a_word(name, usual):
 @pytest.mark.parametrize("other", ["1.15.2", "1.17.0", "1.160.0", "2.16.0"])
 def test_another_version_of_trl_is_refused(other, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: other)
-    spec = importlib.util.spec_from_file_location("flexpg_trl_again", flexpg_trl.__file__)
+    spec = importlib.util.spec_from_file_location("trl_forward_again", trl_forward.__file__)
     words = f"flexpg shares prefixes in trl 1.16 and {other} is installed: pip install 'trl==1.16.*'"
     with refused(ImportError, words):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -538,14 +566,22 @@ def quiet_settings(folder: str) -> dict[str, Any]:
     }
 
 
-def started(trainer_class: type, folder: str, lora: bool = False, evaluated: bool = False, **settings: Any) -> Run:
+def started(
+    trainer_class: type,
+    folder: str,
+    lora: bool = False,
+    lora_dropout: float = 0.0,
+    evaluated: bool = False,
+    **settings: Any,
+) -> Run:
     """A trainer from one seed, about to train."""
     torch.manual_seed(0)  # LoRA draws its matrices before the trainer sets its seed
     config, own = own_settings(trainer_class)
     rollout_func = settings.pop("rollout_func", None)
     options: dict[str, Any] = {"args": config(**quiet_settings(folder) | own | settings), "callbacks": []}
     options |= {"model": AutoModelForCausalLM.from_pretrained(folder), "processing_class": tokenizer()}
-    options["peft_config"] = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear") if lora else None
+    adapter = LoraConfig(r=4, lora_alpha=32, lora_dropout=lora_dropout, target_modules="all-linear")
+    options["peft_config"] = adapter if lora else None
     options["train_dataset"] = preferences() if config is DPOConfig else prompts()
     options["eval_dataset"] = options["train_dataset"].select(range(4)) if evaluated else None
     batches, encode = [], tokenizer()
@@ -731,13 +767,13 @@ def test_dpo_trains_as_trls_own_trainer(case, saved):
 def test_an_entropy_without_its_gradient_would_train_something_else(saved, monkeypatch):
     settings = {"folder": saved("qwen2"), "entropy_coef": 0.5, "max_steps": 1}
     expected, ours = trained(GRPOTrainer, **settings), trained(SharedPrefixGRPOTrainer, **settings)
-    whole = flexpg_trl._shared_forward
+    whole = trl_forward._shared_forward
 
     def without_gradient(*args, **kwargs):
         out = whole(*args, **kwargs)
         return replace(out, entropy=out.entropy.detach())
 
-    monkeypatch.setattr(flexpg_trl, "_shared_forward", without_gradient)
+    monkeypatch.setattr(trl_forward, "_shared_forward", without_gradient)
     wrong = trained(SharedPrefixGRPOTrainer, **settings)
     assert parameter_error(ours, expected) < 1e-5 < 1e-3 < parameter_error(wrong, expected)
 
@@ -750,7 +786,7 @@ def test_the_reference_and_the_old_policy_are_shared_too(saved, monkeypatch):
         trees.append(rows.tree)
         return rows
 
-    monkeypatch.setattr(flexpg_trl, "packed_rows", counted)
+    monkeypatch.setattr(trl_forward, "packed_rows", counted)
     run = trained(SharedPrefixGRPOTrainer, saved("qwen2"), beta=0.1, num_iterations=2, max_steps=2)
     assert len(trees) == 4  # old, reference, and two updates
     assert {tree.num_tokens for tree in trees} == {prefixes(run.batches[0])}
@@ -928,6 +964,29 @@ def test_the_trained_model_generates_as_a_plain_one_of_its_weights(short_run, tm
                 each.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=9, **sampling)
             )
         assert torch.equal(*texts)
+
+
+# ---- options that are refused when a trainer is made -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"torch_compile": True}, "torch_compile=True would compile anew for every batch's prefix tree; leave it off"),
+        (
+            {"use_transformers_continuous_batching": True},
+            "use_transformers_continuous_batching=True generates with sdpa alone; leave it off",
+        ),
+        (
+            {"lora": True, "lora_dropout": 0.1},
+            "has dropout 0.1, which would differ per copy of a prefix; set it to 0 (lora_dropout=0;",
+        ),
+    ],
+    ids=["torch_compile", "continuous batching", "LoRA's dropout"],
+)
+def test_an_option_that_cannot_be_is_refused_before_training(saved, settings, words):
+    with refused(ValueError, words):
+        started(SharedPrefixGRPOTrainer, saved("qwen2"), **settings)
 
 
 # ---- two processes -------------------------------------------------------------------------------------------------
