@@ -162,7 +162,8 @@ def _attend(
     if (windows := reached.get()) is not None:  # it is None in the recomputation of checkpointing
         windows[module] = sliding_window
     width = value.shape[-1]
-    value = functional.pad(value, (0, key.shape[-1] - width))  # where values are narrower than keys (DeepSeek)
+    if width < key.shape[-1]:  # in DeepSeek
+        value = functional.pad(value, (0, key.shape[-1] - width))
     out = attention(query, key, value, attention_mask, scale=scaling, window=sliding_window, softcap=softcap)
     return out[..., :width].transpose(1, 2).contiguous(), None
 
