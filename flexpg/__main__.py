@@ -102,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader that has seen enough, as `head`
+        sys.stdout = None
     except OSError as error:
         sys.exit(f"error: {error}")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flexpg.tree import PrefixTree
+from flexpg.tree import PrefixTree, checked_tree
 
 Output = Callable[[Tensor], Tensor]
 
@@ -44,7 +44,7 @@ def token_logprobs(
 
     Raises:
         ValueError: shapes, lengths, devices, temperature or chunk that do not fit.
-        TypeError: lengths that are not integers.
+        TypeError: lengths that are no tensor of integers, or a tree that is none.
     """
     logprobs, _ = _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=False)
     return logprobs
@@ -78,7 +78,7 @@ def _scored(
     chunk_tokens: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    tokens = tree.token_row()[0]
+    tokens = checked_tree(tree).token_row()[0]
     if hidden.dim() != 3 or hidden.shape[:2] != (1, len(tree)):
         raise ValueError(f"hidden is {tuple(hidden.shape)}; the tree's packed row needs [1, {len(tree)}, E]")
     if hidden.device != tree.end.device:
@@ -118,6 +118,8 @@ def _scored(
 
 
 def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
+    if not isinstance(prompt_lens, Tensor):
+        raise TypeError(f"prompt_lens is of type {type(prompt_lens).__name__}; give an int64 tensor [N]")
     if prompt_lens.shape != tree.lengths.shape:
         raise ValueError(f"prompt_lens is {tuple(prompt_lens.shape)}; the tree has {len(tree.lengths)} sequences")
     if prompt_lens.is_floating_point():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexpg.tree import BLOCK, PrefixTree
+from flexpg.tree import BLOCK, PrefixTree, checked_tree
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -145,7 +145,9 @@ def mask_of(tree: PrefixTree, mask: TreeBlockMask | None) -> TreeBlockMask:
 
     Raises:
         ValueError: a mask of another tree.
+        TypeError: a tree that is none.
     """
+    checked_tree(tree)
     if mask is None:
         return block_mask(tree)
     if mask.tree is not tree:

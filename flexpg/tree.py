@@ -208,6 +208,20 @@ class PrefixTree:
         return torch.stack([starts, stops, end[starts]], dim=1)
 
 
+def checked_tree(tree: object) -> PrefixTree:
+    """The same, if it is a tree.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(
+            f"tree is of type {type(tree).__name__}; make one with PrefixTree.from_groups(prompts, completions) or "
+            "PrefixTree.from_sequences(sequences)"
+        )
+    return tree
+
+
 def _group_layout(
     prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -272,6 +286,8 @@ def _token_arrays(what: str, sequences: Sequence[Tokens]) -> tuple[list[np.ndarr
     arrays, device = [], None
     for n, tokens in enumerate(sequences):
         name = f"{what} {n} of {len(sequences)}"
+        if isinstance(tokens, str):
+            raise TypeError(f"{name} is text; give its token ids, as a tokenizer makes them")
         tensor = torch.as_tensor(tokens)
         if not tensor.numel():
             raise ValueError(f"{name} is empty; drop it, or give it at least one token")

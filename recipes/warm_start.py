@@ -69,7 +69,11 @@ HF_TOKENIZER_CONFIG = {
     "eos_token": "<|eos|>",
     "model_max_length": SHAPE["max_seq_len"],
 }
-HF_GENERATION_CONFIG = {"eos_token_id": TOKENIZER.stop_tokens, "pad_token_id": TOKENIZER.pad_id}
+HF_GENERATION_CONFIG = {
+    "bos_token_id": TOKENIZER.bos_id,
+    "eos_token_id": TOKENIZER.stop_tokens,
+    "pad_token_id": TOKENIZER.pad_id,
+}
 
 
 def main() -> None:

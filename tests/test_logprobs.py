@@ -226,3 +226,11 @@ def test_lengths_that_are_not_integers_are_refused():
     hidden, output = hidden_and_output()
     with pytest.raises(TypeError, match=re.escape("prompt_lens is torch.float32; lengths are integers")):
         token_logprobs(hidden, output, TREE, prompt_lens=PROMPT_LENS.float())
+
+
+def test_lengths_in_a_list_and_sequences_for_a_tree_are_refused():
+    hidden = torch.zeros(1, len(TREE), 4)
+    with pytest.raises(TypeError, match=re.escape("prompt_lens is of type list; give an int64 tensor [N]")):
+        token_logprobs(hidden, torch.nn.Linear(4, 5), TREE, prompt_lens=[1, 1])
+    with pytest.raises(TypeError, match=re.escape("tree is of type list; make one with PrefixTree.from_groups(")):
+        token_logprobs(hidden, torch.nn.Linear(4, 5), [[1, 2]], prompt_lens=PROMPT_LENS)

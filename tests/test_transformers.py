@@ -748,10 +748,10 @@ REFUSED_MODELS = {
     "attention dropout": (
         lambda: loaded("llama", attention_dropout=0.3),
         ValueError,
-        "LlamaAttention has attention_dropout=0.3; sharing is exact without: set it to 0",
+        "self_attn has attention_dropout=0.3, which would differ per copy of a prefix; load the model with",
     ),
-    "another module": (lambda: nn.Linear(2, 2), TypeError, "model is a Linear; give the transformers model itself"),
-    "a wrapper": (lambda: nn.DataParallel(loaded("llama")), TypeError, "model is a DataParallel; give the"),
+    "another module": (lambda: nn.Linear(2, 2), TypeError, "model is of type Linear; give a transformers model"),
+    "a wrapper": (lambda: nn.DataParallel(loaded("llama")), TypeError, "model is of type DataParallel; give a"),
     "sdpa": (
         lambda: loaded("llama", "sdpa"),
         ValueError,
@@ -799,6 +799,11 @@ TREES = {
 def test_a_tree_that_the_model_cannot_read_is_refused(what):
     tree, message = TREES[what]
     refuses(ValueError, message, loaded("llama"), tree)
+
+
+def test_sequences_in_the_place_of_a_tree_are_refused():
+    with pytest.raises(TypeError, match=re.escape("tree is of type list; make one with PrefixTree.from_groups(")):
+        forward(loaded("llama"), [[1, 2, 3]])
 
 
 def test_another_trees_mask_is_refused_even_where_the_lengths_agree():

@@ -246,6 +246,7 @@ def test_sequences_that_make_no_tree_are_refused(sequences, error, message):
         ([[1], [2]], [[[1]], []], ValueError, "group 1 of 2 has no completion; drop its prompt"),
         ([[1], [2]], [[[1]]], ValueError, "2 prompts came with 1 lists of completions; give each prompt one list"),
         ([[1.5]], [[[1]]], TypeError, "prompt 0 of 1 has dtype torch.float32; token ids are integers"),
+        (["1+1="], [[[1]]], TypeError, "prompt 0 of 1 is text; give its token ids, as a tokenizer makes them"),
         ([[1]], [[[1], [-1]]], ValueError, "completion 1 of 2 holds token id -1"),
         ([[1], ELSEWHERE], [[[1]], [[1]]], ValueError, "prompt 1 of 2 is on meta, those before it on cpu"),
     ],

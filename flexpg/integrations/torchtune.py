@@ -196,7 +196,8 @@ def _packed_row(
     model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None
 ) -> tuple[Tensor, Tensor, TreeBlockMask]:
     """Tokens [1, S], position ids [1, S] and mask, when they fit the model."""
-    tokens, mask = tree.token_row(), mask_of(tree, mask)
+    mask = mask_of(tree, mask)
+    tokens = tree.token_row()
     _prepare(model)
     check_fits(model, tree.max_token, tree.max_length, tokens.device)
     return tokens, tree.position_ids[None], mask

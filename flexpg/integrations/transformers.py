@@ -71,8 +71,8 @@ def forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = Non
         TypeError: a model in which a prefix cannot be shared exactly.
     """
     decoder = causal_lm(model).base_model
-    row = {"input_ids": tree.token_row(), "position_ids": tree.position_ids[None]}
     with packed_forward(model, tree, mask) as mask:
+        row = {"input_ids": tree.token_row(), "position_ids": tree.position_ids[None]}
         return decoder(**row, attention_mask=mask, use_cache=False).last_hidden_state
 
 
@@ -151,7 +151,7 @@ def _attend(
         eager = vars(inspect.getmodule(type(module)))["eager_attention_forward"]
         return eager(module, query, key, value, attention_mask, softcap=softcap, **call)
     if dropout > 0:
-        raise ValueError(f"{name} has attention_dropout={dropout}; sharing is exact without: set it to 0 in the config")
+        raise ValueError(f"{name} has dropout {dropout}, which would differ per copy of a prefix; set it to 0")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise TypeError(f"{name} is not causal; a prefix can be shared in causal models only")
     if kwargs.get("position_bias") is not None:

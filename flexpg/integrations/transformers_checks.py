@@ -44,7 +44,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
                 raise ValueError(f"the adapter ({kind}) depends on the whole row; take one that does not, as LoRA")
         return model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}; give the transformers model itself (or PEFT's around it)")
+        raise TypeError(f"model is of type {type(model).__name__}; give a transformers model, or PEFT's around one")
     return model
 
 
@@ -67,6 +67,8 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{name} has layers of {', '.join(sorted(other))}, which carry what they saw past the mask; "
             "a prefix can be shared in layers of full or sliding attention only"
         )
+    if any(path.endswith(".sinks") for path, _ in model.named_parameters()):
+        raise TypeError(f"{name} has attention sinks, which flexpg's attention has not; train it without flexpg")
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
             raise TypeError(f"{name} has convolutions over the row (a state-space layer), which would mix completions")
@@ -75,7 +77,7 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 
 def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
-    """Refuses dropout layers in training.
+    """Refuses dropout in training, of layers or of attention.
 
     Args:
         model: of any kind.
@@ -85,10 +87,17 @@ def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
         ValueError: a layer with dropout above 0.
     """
     for path, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and (will_train or module.training):
+        if not (will_train or module.training):
+            continue
+        if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(
                 f"{path} has dropout {module.p}, which would differ per copy of a prefix; set it to 0 "
                 "(lora_dropout=0; in TRL's config disable_dropout=True)"
+            )
+        if (rate := vars(module).get("attention_dropout") or 0) > 0:
+            raise ValueError(
+                f"{path} has attention_dropout={rate}, which would differ per copy of a prefix; load the model with "
+                'attention_dropout=0 (in TRL\'s config model_init_kwargs={"attention_dropout": 0})'
             )
 
 
@@ -113,8 +122,8 @@ def packed_forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | Non
             f'flexpg.integrations.transformers and model.set_attn_implementation("{NAME}")'
         )
     check_no_dropout(model)
-    _check_tree(whole, tree)
     mask = mask_of(tree, mask)
+    _check_tree(whole, tree)
     windows: dict[nn.Module, int | None] = {}
     random_state = _random_state(tree.end.device)
     outer = reached.set(windows)

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from flexpg.integrations.trl_forward import share_prefixes  # before TRL, whose other versions it refuses in words
+
+# isort: split
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from flexpg.integrations.transformers_checks import check_no_dropout
-from flexpg.integrations.trl_forward import share_prefixes
 from flexpg.tree import PrefixTree
 
 __all__ = ["SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer", "SharedPrefixRLOOTrainer", "share_prefixes"]
@@ -169,12 +172,21 @@ def regrouped(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class SharedPrefixGRPOTrainer(_KeepsGroups, GRPOTrainer):
-    """TRL's GRPOTrainer, each prompt encoded once per micro-batch: same arguments, same losses, same gradients."""
+    """TRL's GRPOTrainer, each prompt encoded once per micro-batch.
+
+    Same arguments, and same losses and gradients up to rounding; micro-batches hold whole groups.
+    """
 
 
 class SharedPrefixRLOOTrainer(_KeepsGroups, RLOOTrainer):
-    """TRL's RLOOTrainer, each prompt encoded once per micro-batch: same arguments, same losses, same gradients."""
+    """TRL's RLOOTrainer, each prompt encoded once per micro-batch.
+
+    Same arguments, and same losses and gradients up to rounding; micro-batches hold whole groups.
+    """
 
 
 class SharedPrefixDPOTrainer(_SharesPrefixes, DPOTrainer):
-    """TRL's DPOTrainer, the prompt of a chosen and a rejected completion encoded once: same losses, same gradients."""
+    """TRL's DPOTrainer, the prompt of a chosen and a rejected completion encoded once.
+
+    Same arguments, and same losses and gradients up to rounding.
+    """

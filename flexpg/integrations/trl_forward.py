@@ -12,14 +12,14 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers import register, softcap_of
 from flexpg.integrations.transformers_checks import NAME, causal_lm, check_architecture, packed_forward
@@ -27,9 +27,13 @@ from flexpg.tree import PrefixTree
 
 SUPPORTED = "1.16"  # the version of TRL whose fused head this file was written and tested against
 
-if not version("trl").startswith(f"{SUPPORTED}."):
+try:
+    installed = version("trl")
+except PackageNotFoundError:
+    installed = "none"
+if not installed.startswith(f"{SUPPORTED}."):
     raise ImportError(
-        f"flexpg shares prefixes in trl {SUPPORTED} and {version('trl')} is installed: pip install 'trl=={SUPPORTED}.*'"
+        f"flexpg shares prefixes in trl {SUPPORTED} and {installed} is installed: pip install 'trl=={SUPPORTED}.*'"
     )
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
@@ -132,7 +136,7 @@ def _shared_forward(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     **kwargs: Any,
-) -> FusedCausalLMOutput:
+) -> ModelOutput:
     other = sorted(name for name, value in kwargs.items() if value is not None and name not in PASSED_ON)
     if other or input_ids is None or attention_mask is None or labels is None:
         got = ", ".join(other) or "no input_ids, attention_mask or labels"
