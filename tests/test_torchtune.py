@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from cases import Case, found, grouped, three_levels, tokens
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchtune.generation import generate
@@ -36,47 +37,11 @@ EXACT_MODELS = [name for name in BUILDERS if name != "gemma2"]  # its attention 
 EOS = 2
 
 
-@dataclass
-class Case:
-    """Rollouts, and the tree that shares them."""
-
-    tree: PrefixTree
-    sequences: list[list[int]]
-    prompt_lens: list[int]
-
-
-def tokens(length: int, seed: int) -> list[int]:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 def groups(*lengths: tuple[int, list[int]]) -> Case:
     """Random tokens for groups of (prompt length, completion lengths)."""
     prompts = [tokens(prompt, g) for g, (prompt, _) in enumerate(lengths)]
     completions = [[tokens(n, 100 * g + i + 50) for i, n in enumerate(own)] for g, (_, own) in enumerate(lengths)]
     return grouped(prompts, completions)
-
-
-def grouped(prompts: list[list[int]], completions: list[list[list[int]]]) -> Case:
-    pairs = [(prompt, own) for prompt, group in zip(prompts, completions, strict=True) for own in group]
-    tree = PrefixTree.from_groups(prompts, completions)
-    return Case(tree, [prompt + own for prompt, own in pairs], [len(prompt) for prompt, _ in pairs])
-
-
-def found(sequences: list[list[int]], prompt_lens: list[int]) -> Case:
-    return Case(PrefixTree.from_sequences(sequences), sequences, prompt_lens)
-
-
-def three_levels() -> Case:
-    """A system prompt, two questions under it, and completions that start alike; rollouts in no order."""
-    system, first, second, reasoning = tokens(30, 1), tokens(12, 2), tokens(9, 3), tokens(6, 4)
-    sequences = [
-        system + second + tokens(8, 5),
-        system + first + reasoning + tokens(4, 6),
-        system + second + tokens(11, 7),
-        system + first + reasoning + tokens(7, 8),
-        system + first + tokens(3, 9),
-    ]
-    return found(sequences, [39, 42, 39, 42, 42])
 
 
 PROMPT = tokens(20, 11)

@@ -8,13 +8,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import accelerate
 import peft
 import pytest
 import torch
 import transformers
+from cases import VOCAB, Case, grouped, three_levels, tokens
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from unshared import relative_error
@@ -25,7 +26,7 @@ from flexpg.logprobs import token_logprobs
 from flexpg.masks import block_mask
 from flexpg.tree import PrefixTree
 
-VOCAB, WINDOW = 60, 7
+WINDOW = 7
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
 SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
@@ -69,42 +70,6 @@ ROUNDED = ["gemma2", "cohere", *EXPERT_MODELS]
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     register()
-
-
-@dataclass
-class Case:
-    """Rollouts, and the tree that shares them."""
-
-    tree: PrefixTree
-    sequences: list[list[int]]
-    prompt_lens: list[int]
-
-
-def tokens(length: int, seed: int) -> list[int]:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def grouped(prompts: list[list[int]], completions: list[list[list[int]]]) -> Case:
-    pairs = [(prompt, own) for prompt, group in zip(prompts, completions, strict=True) for own in group]
-    tree = PrefixTree.from_groups(prompts, completions)
-    return Case(tree, [prompt + own for prompt, own in pairs], [len(prompt) for prompt, _ in pairs])
-
-
-def found(sequences: list[list[int]], prompt_lens: list[int]) -> Case:
-    return Case(PrefixTree.from_sequences(sequences), sequences, prompt_lens)
-
-
-def three_levels() -> Case:
-    """A system prompt, two questions under it, and completions that start alike; rollouts in no order."""
-    system, first, second, reasoning = tokens(30, 1), tokens(12, 2), tokens(9, 3), tokens(6, 4)
-    sequences = [
-        system + second + tokens(8, 5),
-        system + first + reasoning + tokens(4, 6),
-        system + second + tokens(11, 7),
-        system + first + reasoning + tokens(7, 8),
-        system + first + tokens(3, 9),
-    ]
-    return found(sequences, [39, 42, 39, 42, 42])
 
 
 CASES = {
