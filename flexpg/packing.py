@@ -42,9 +42,10 @@ class _Part:
 def pack(rollouts: Rollouts, max_tokens: int, world_size: int = 1, sharing: bool = True) -> list[MicroBatch]:
     """Cuts a step into micro-batches of at most `max_tokens` tokens, groups whole where they fit.
 
-    A group that does not fit is split, and its prompt encoded once per part. Parts are given out largest first, to the
-    process with the least work so far. Processes get equally many micro-batches, as FSDP needs: where one would have
-    fewer, it repeats one of its rollouts with nothing trained, which adds zeros to the gradient.
+    A group that does not fit is split into few and evenly loaded parts, and its prompt encoded once per part. Parts are
+    given out largest first, to the process with the least work so far. Processes get equally many micro-batches, as
+    FSDP needs: where one would have fewer, it repeats one of its rollouts with nothing trained, which adds zeros to the
+    gradient.
 
     Args:
         rollouts: the step's rollouts.
@@ -80,22 +81,39 @@ def _parts(rollouts: Rollouts, max_tokens: int, sharing: bool) -> list[_Part]:
     for group, indices in enumerate(members):
         prompt = len(rollouts.prompts[group])
         again = 0 if sharing else prompt  # what the prompt costs after the first rollout
-        pieces: list[list[int]] = []
-        room = 0  # tokens that the last piece still takes
-        for n in indices:
-            length = len(rollouts.completions[n])
+        lengths = [len(rollouts.completions[n]) for n in indices]
+        for n, length in zip(indices, lengths, strict=True):
             if prompt + length > max_tokens:
                 raise ValueError(
                     f"rollout {n} of {len(rollouts)} has {prompt} + {length} tokens, over max_tokens={max_tokens}; "
                     "raise max_tokens, or shorten its prompt or completion"
                 )
-            if again + length > room:
-                pieces.append([])
-                room = max_tokens + again - prompt
-            pieces[-1].append(n)
-            room -= again + length
-        parts += [_part(prompt, again, [(n, len(rollouts.completions[n])) for n in piece]) for piece in pieces]
+        pieces = _pieces([again + length for length in lengths], max_tokens - prompt + again)
+        parts += [_part(prompt, again, [(indices[i], lengths[i]) for i in piece]) for piece in pieces]
     return parts
+
+
+def _pieces(sizes: list[int], room: int) -> list[list[int]]:
+    """Numbers of the sizes, in as few pieces as the largest first into the first that has room, but evenly loaded."""
+    if sum(sizes) <= room:
+        return [list(range(len(sizes)))]
+    largest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    fitted: list[list[int]] = []
+    loads: list[int] = []
+    for i in largest_first:
+        piece = next((p for p, load in enumerate(loads) if load + sizes[i] <= room), len(loads))
+        if piece == len(loads):
+            fitted.append([])
+            loads.append(0)
+        fitted[piece].append(i)
+        loads[piece] += sizes[i]
+    even: list[list[int]] = [[] for _ in fitted]
+    loads = [0] * len(fitted)
+    for i in largest_first:
+        piece = loads.index(min(loads))
+        even[piece].append(i)
+        loads[piece] += sizes[i]
+    return sorted(map(sorted, even if max(loads) <= room else fitted))
 
 
 def _part(prompt: int, again: int, completions: list[tuple[int, int]]) -> _Part:
