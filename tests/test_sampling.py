@@ -376,9 +376,8 @@ def counted(monkeypatch, backend: str) -> CompileCounterWithBackend:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3", "gemma2"])
-def test_compiled_steps_draw_the_same_and_compile_once_for_each_shape(name, monkeypatch):
-    model = tiny_model(name) if name == "gemma2" else in_float64(tiny_model(name))
+def test_compiled_steps_draw_the_same_and_compile_once_for_each_shape(monkeypatch):
+    model = tiny_model("gemma2")
     counter, shapes = counted(monkeypatch, "aot_eager"), Counter()
     next_logits = sampling._next_logits
 

@@ -94,6 +94,8 @@ def tiny_model(name: str, **settings: Any) -> transformers.PreTrainedModel:
 
 
 def with_fused_head(name: str, temperature: float = 0.7, **settings: Any) -> transformers.PreTrainedModel:
+    if name == "gemma2":  # which transformers before 5.23 runs with sdpa by itself, without the softcap
+        settings = {"attn_implementation": "eager"} | settings
     model = tiny_model(name, **settings)
     add_fused_lm_head(model, temperature=temperature, outputs=OUTPUTS)
     return model
