@@ -138,9 +138,15 @@ def _results(children: list[BaseProcess], pipes: list[Connection], timeout_s: fl
             try:
                 results[rank], error, text = pickle.loads(pipes[rank].recv_bytes())
             except EOFError:
-                children[rank].join()
-                code = children[rank].exitcode
-                raise RuntimeError(f"process {rank} of {len(pipes)} (from 0) died with exit code {code}") from None
+                raise _death(children, rank) from None
             if error is not None:
+                others = {children[other].sentinel: other for other in missing if other != rank}
+                if dead := wait(list(others), timeout=1.0):  # it may have failed of a death that is not known yet
+                    raise _death(children, others[dead[0]])
                 raise error from RuntimeError(f"in process {rank} of {len(pipes)} (from 0):\n{text}")
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _death(children: list[BaseProcess], rank: int) -> RuntimeError:
+    children[rank].join()
+    return RuntimeError(f"process {rank} of {len(children)} (from 0) died with exit code {children[rank].exitcode}")
