@@ -19,13 +19,15 @@ demo: $(INSTALLED) ## train the tiny model on a CPU
 test: $(INSTALLED) ## run the tests and the examples in the docstrings
 	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
-examples: $(INSTALLED) ## run what examples/ holds: a transformers update, a TRL run
+examples: $(INSTALLED) ## run what examples/ holds: a transformers update, conversations of an agent, a TRL run
 	@$(BIN)/python examples/transformers_update.py
+	@$(BIN)/python examples/agent_conversations.py
 	@$(BIN)/python examples/trl_grpo.py
 
-bench: $(INSTALLED) ## measure training with and without sharing, side by side: the recipe, and TRL's trainer
+bench: $(INSTALLED) ## measure training with and without sharing, side by side: the recipe, TRL's trainer, the paper's figure
 	@$(BIN)/python -m benchmarks.sharing
 	@$(BIN)/python -m benchmarks.trl_update
+	@$(BIN)/python -m benchmarks.paper_figure
 
 gpu: $(INSTALLED) ## on a machine with CUDA GPUs: the tests that need one, the benchmark, the recipe on all of them
 	@$(BIN)/pytest -k cuda -rs
@@ -46,5 +48,5 @@ clean: ## remove .venv, caches and build products; runs/ stays
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing flexpg and its tools into .venv (a few minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,trl,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,report,trl,dev]'
 	@touch $@

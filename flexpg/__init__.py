@@ -11,11 +11,23 @@ True means "counts" in every mask.
 """
 
 from flexpg.attention import attention
-from flexpg.cost import Cost, dense_cost, group_cost, shared_cost
+from flexpg.conversations import Conversation, conversation_rollouts
+from flexpg.cost import (
+    Cost,
+    Flops,
+    ModelShape,
+    activation_bytes,
+    dense_cost,
+    group_cost,
+    shared_cost,
+    update_flops,
+)
 from flexpg.logprobs import token_logprobs, token_logprobs_and_entropies
 from flexpg.losses import grpo_loss, loss_normalizer
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
-from flexpg.packing import MicroBatch, pack
+from flexpg.packing import MicroBatch, pack, recomputed_tokens, runs
+from flexpg.prefix import EncodedPrefix
+from flexpg.report import Report, report
 from flexpg.rollouts import Rollouts, group_advantages
 from flexpg.sampling import Samples, SamplingParams, sample
 from flexpg.tree import PrefixTree
@@ -23,15 +35,22 @@ from flexpg.tree import PrefixTree
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conversation",
     "Cost",
+    "EncodedPrefix",
+    "Flops",
     "MicroBatch",
+    "ModelShape",
     "PrefixTree",
+    "Report",
     "Rollouts",
     "Samples",
     "SamplingParams",
     "TreeBlockMask",
+    "activation_bytes",
     "attention",
     "block_mask",
+    "conversation_rollouts",
     "dense_cost",
     "dense_mask",
     "group_advantages",
@@ -40,9 +59,13 @@ __all__ = [
     "grpo_loss",
     "loss_normalizer",
     "pack",
+    "recomputed_tokens",
+    "report",
+    "runs",
     "sample",
     "shared_cost",
     "token_logprobs",
     "token_logprobs_and_entropies",
     "tree_mask_mod",
+    "update_flops",
 ]

@@ -1,4 +1,4 @@
-"""`python -m flexpg`: lists the recipes and configurations that come with the package, and copies them out.
+"""`python -m flexpg`: lists the recipes and configurations, copies them out, and reports what sharing would save.
 
 `tune ls` and `tune cp` know torchtune's own alone. `tune run` wants a recipe in a package `recipes` of the working
 directory, and our configurations name their assets from there, so every file is copied to the place that it has in the
@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexpg.cost import ModelShape
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def source() -> Path:
@@ -87,6 +95,94 @@ def run_cp(args: argparse.Namespace) -> None:
     copy(paths, folder, args.dest, force=args.force)
 
 
+def run_report(args: argparse.Namespace) -> None:
+    """Prints a table of what sharing saves of an update over a file's rollouts, and draws it."""
+    if args.out.suffix not in PICTURES:
+        raise ValueError(f"--out {args.out} is no picture; name a {', '.join(PICTURES)} file")
+    try:
+        from rich.console import Console
+
+        from flexpg.plot import plot_report
+        from flexpg.report import MAX_TOKENS, report
+        from flexpg.rollout_file import read_rollouts
+    except ImportError as error:
+        raise ImportError(f"{error}; a report needs more than flexpg alone: pip install 'flexpg[report]'") from error
+    if not args.file.is_file():
+        raise FileNotFoundError(f"no file {args.file}; give a .jsonl file of rollouts")
+    tokenizer = _tokenizer(args)
+    rollouts, names = read_rollouts(args.file, **tokenizer, per_turn=args.per_turn)
+    found = report(
+        rollouts,
+        _shape(args.model),
+        max_tokens=args.max_tokens or MAX_TOKENS,
+        activation_checkpointing=args.activation_checkpointing,
+        names=names,
+    )
+    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(found.table())
+    if args.json:
+        args.json.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+        print(f"numbers: {args.json}")
+    plot_report(args.out, found)
+    print(f"picture: {args.out}")
+
+
+def _shape(path: Path) -> ModelShape:
+    """The shape of a checkpoint of transformers, or of the torchtune model of a recipe's configuration."""
+    if path.suffix not in (".yaml", ".yml"):
+        from flexpg.integrations.transformers_files import local_config
+        from flexpg.integrations.transformers_shape import shape_of as of_config
+
+        return of_config(local_config(path))
+    import torch
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    from flexpg.integrations.torchtune_models import model_shape
+    from flexpg.integrations.torchtune_shape import shape_of as of_model
+
+    try:
+        config = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(config, DictConfig) or "model" not in config:
+        raise ValueError(f"{path} has no `model`; give a configuration of the recipe, or a checkpoint's folder")
+    try:
+        return of_model(model_shape(config, torch.float32, torch.float32))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    """What `read_rollouts` takes of a tokenizer: nothing, where none was named and the model's folder holds none."""
+    if str(args.tokenizer) == "bytes":
+        from flexpg.tasks import ByteTokenizer
+
+        return {"encode": ByteTokenizer().encode}
+    folder = args.tokenizer or (args.model if args.model.is_dir() else args.model.parent)
+    if args.tokenizer is None and args.model.suffix in (".yaml", ".yml"):
+        return {}
+    from flexpg.integrations.transformers_files import has_tokenizer, local_tokenizer
+
+    if args.tokenizer is None and not has_tokenizer(folder):
+        return {}
+    tokenizer = local_tokenizer(folder)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    return {"encode": encode, "chat": tokenizer if tokenizer.chat_template else None}
+
+
+def token_budgets(text: str) -> list[int]:
+    """The numbers of `4096,8192`.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    budgets = text.split(",")
+    if not all(budget.strip().isdecimal() and int(budget) > 0 for budget in budgets):
+        raise argparse.ArgumentTypeError(f"{text!r} came; give whole numbers of tokens, as in 4096,8192")
+    return list(map(int, budgets))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; without one, prints the help."""
     parser = argparse.ArgumentParser(prog="python -m flexpg", description="What comes with flexpg beside the library.")
@@ -98,6 +194,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     cp.add_argument("dest", metavar="DEST", nargs="?", type=Path, default=Path(), help="folder to copy into (here)")
     cp.add_argument("--force", action="store_true", help="overwrite files that differ")
     cp.set_defaults(run=run_cp)
+    report = commands.add_parser(
+        "report",
+        help="say what sharing prefixes saves of an update over given rollouts",
+        description="Tokens, attention pairs, FLOPs and activations of an update over the rollouts of a file, unshared "
+        "and shared, by group size and token budget: counted, not measured.",
+    )
+    report.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help='JSONL, a line like {"prompt": TEXT, "completions": [TEXT, ...]}, {"prompt": ..., "completion": ...} or '
+        '{"messages": [...]}; instead of a TEXT also its token ids',
+    )
+    report.add_argument(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        required=True,
+        help="what is trained: a transformers checkpoint's folder or its config.json, or a recipe's .yaml",
+    )
+    report.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        type=Path,
+        help="a folder that holds one (the model's, if it does), or `bytes`: one token per byte, a rough picture",
+    )
+    report.add_argument(
+        "--max-tokens",
+        metavar="N,N,...",
+        type=token_budgets,
+        help="token budgets of a micro-batch (4096,8192,16384,32768)",
+    )
+    report.add_argument("--per-turn", action="store_true", help="of messages, a rollout for each assistant's turn")
+    report.add_argument(
+        "--activation-checkpointing", action="store_true", help="layers are computed again in the backward"
+    )
+    report.add_argument(
+        "--out", metavar="PICTURE", type=Path, default=Path("report.png"), help="picture to write (report.png)"
+    )
+    report.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there, too")
+    report.set_defaults(run=run_report)
     parser.set_defaults(run=lambda args: parser.print_help())
     args = parser.parse_args(argv)
     try:
@@ -105,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # of a reader that has seen enough, as `head`
         sys.stdout = None
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")  # on one line
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ With lo and hi the least and greatest `end` in each block of 128 keys, query blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ def tree_mask_mod(end: Tensor) -> MaskMod:
         return (kv_idx <= q_idx) & (q_idx < end[kv_idx])
 
     return mask_mod
+
+
+def later_mask_mod(mask_mod: MaskMod, first_query: Tensor) -> MaskMod:
+    """The same for rows whose query 0 is the packed token `first_query`, a 0-d int tensor: an int would recompile."""
+
+    def later(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx + first_query, kv_idx)
+
+    return later
 
 
 def windowed_mask_mod(end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
@@ -66,16 +76,29 @@ def dense_mask(end: Tensor) -> Tensor:
     return tree_mask_mod(end)(nothing, nothing, index[:, None], index[None, :])
 
 
+class KeyValues(Protocol):
+    """Keys and values of an earlier forward, per layer; `flexpg.prefix.EncodedPrefix` is one."""
+
+    tree: PrefixTree
+
+    def joined(self, mask: TreeBlockMask, layer: Hashable, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A row's own [1, Hkv, S, D], with those that stand before them."""
+
+
 class TreeBlockMask(BlockMask):
     """A BlockMask that also carries its tree, which the other attention backends read.
 
     Attributes:
         tree: the PrefixTree that it masks.
         window: the sliding window in positions, or None.
+        first_query: the packed token that is query 0, a multiple of 128; keys and values are those of the whole tree.
+        prefix: where the keys and values before the first query come from; None where the row is the whole tree.
     """
 
     tree: PrefixTree
     window: int | None
+    first_query: int
+    prefix: KeyValues | None
     _windowed: dict[int, TreeBlockMask]
     _elsewhere: dict[torch.device, TreeBlockMask]
     ndim = 4  # [1, 1, S, S], as some models of transformers ask of a mask
@@ -86,17 +109,26 @@ class TreeBlockMask(BlockMask):
         if device == self.tree.end.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = block_mask(self.tree.to(device), self.window)
+            self._elsewhere[device] = self._like(self.tree.to(device), self.window)
         return self._elsewhere[device]
 
     def for_window(self, window: int) -> TreeBlockMask:
         """The same tree's mask with another sliding window; made once, however many layers ask for it."""
         if window not in self._windowed:
-            self._windowed[window] = block_mask(self.tree, window)
+            self._windowed[window] = self._like(self.tree, window)
         return self._windowed[window]
 
+    def joined(self, layer: Hashable, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [1, Hkv, S, D] as `attention` takes them: behind those of the prefix, if any."""
+        return (k, v) if self.prefix is None else self.prefix.joined(self, layer, k, v)
 
-def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
+    def _like(self, tree: PrefixTree, window: int | None) -> TreeBlockMask:
+        mask = block_mask(tree, window, first_query=self.first_query)
+        mask.prefix = self.prefix
+        return mask
+
+
+def block_mask(tree: PrefixTree, window: int | None = None, *, first_query: int = 0) -> TreeBlockMask:
     """The FlexAttention mask of a tree: tables equal to `create_block_mask`'s, in O(blocks^2) booleans.
 
     With a window the tables may list a block that holds nothing visible, or evaluate one that is full; never one less.
@@ -105,12 +137,15 @@ def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
     Args:
         tree: the packed row, of S tokens.
         window: tokens that a query sees at most, itself among them, counted in positions; None for all.
+        first_query: the packed token that is query 0, a multiple of 128: those before it are keys alone.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: a window below 1, or a first query that is no block's first token.
     """
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; a token sees at least itself, so give 1 or more, or None for no window")
+    if first_query % BLOCK or not 0 <= first_query < len(tree):
+        raise ValueError(f"first_query is {first_query}; give a multiple of {BLOCK} from 0 to below {len(tree)}")
     with torch.inference_mode(False):
         end, size = tree.end, len(tree)
         start = torch.arange(0, size, BLOCK, device=end.device)  # [n] first token of each block
@@ -126,9 +161,12 @@ def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
             visible &= first[:, None] - last[None, :] < window
             full &= last[:, None] - first[None, :] < window
             mask_mod = windowed_mask_mod(end, position_ids, torch.full((), window, device=end.device))
+        if first_query:
+            mask_mod = later_mask_mod(mask_mod, torch.full((), first_query, device=end.device))
+            visible, full = visible[first_query // BLOCK :], full[first_query // BLOCK :]
         partial = visible & ~full
         mask = TreeBlockMask(
-            (size, size),
+            (size - first_query, size),
             *_ordered(partial),
             *_ordered(full),
             *_ordered(partial.T),
@@ -136,7 +174,8 @@ def block_mask(tree: PrefixTree, window: int | None = None) -> TreeBlockMask:
             BLOCK_SIZE=(BLOCK, BLOCK),
             mask_mod=mask_mod,
         )
-    mask.tree, mask.window, mask._windowed, mask._elsewhere = tree, window, {}, {}
+    mask.tree, mask.window, mask.first_query, mask.prefix = tree, window, first_query, None
+    mask._windowed, mask._elsewhere = {}, {}
     return mask
 
 
@@ -180,11 +219,11 @@ def group_block_mask(
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, n] bool -> int32 [1, 1, n] counts of the rows, and [1, 1, n, n] their set columns, then the others."""
+    """[n, m] bool -> int32 [1, 1, n] counts of the rows, and [1, 1, n, m] their set columns, then the others."""
     count = blocks.sum(1, dtype=torch.int32)
     # Where each column goes: set ones by their rank, the others behind them. A scatter, as a sort would cost more.
     rank = blocks.cumsum(1, dtype=torch.int32)
-    column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
+    column = torch.arange(blocks.shape[1], dtype=torch.int32, device=blocks.device)
     target = torch.where(blocks, rank - 1, count[:, None] + column - rank)
     indices = torch.empty_like(target, memory_format=torch.contiguous_format)
     indices.scatter_(1, target.long(), column.expand_as(target))

@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexpg.cost import dense_cost, group_cost
-from flexpg.packing import MicroBatch
+from flexpg.cost import Cost, ModelShape, causal_cost, dense_cost, group_cost, shared_cost, update_flops
+from flexpg.packing import MicroBatch, encoded_tokens, recomputed_tokens, runs
 from flexpg.rollouts import Rollouts
+from flexpg.tree import padded_size
+
+# Sharing that saves less than this is left: a packed row's own costs (masks, merging of partial results) may be more.
+PAYS = 1.05
 
 
 def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]:
@@ -37,22 +41,26 @@ def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]
     }
 
 
-def cost_metrics(batches: Sequence[MicroBatch], sharing: bool) -> dict[str, float]:
-    """What micro-batches cost, as sums, which can be added up over processes.
+def cost_metrics(batches: Sequence[MicroBatch], sharing: bool, shape: ModelShape) -> dict[str, float]:
+    """What a step's micro-batches cost.
 
     Args:
-        batches: of one process, or of all.
+        batches: of all processes.
         sharing: whether they are trained on as packed rows; else as padded rows of whole sequences.
+        shape: of the model.
 
     Returns:
         "tokens_unshared" with every prompt once per completion, "tokens_prompts_once" with every prompt once per
-        micro-batch, "tokens_trained" that the model encodes, and "pads" beside them. Micro-batches that train
-        nothing count in the last two alone.
+        micro-batch, "tokens_trained" that the model encodes, "pads" beside them, "tokens_recomputed", those trained
+        again because micro-batches have them in common, and "flop_ratio", how many times fewer FLOPs the layers need
+        than without sharing. Micro-batches that train nothing count in what is trained alone.
     """
     busy = [batch for batch in batches if batch.rollouts.trained.any()]
     trees = [batch.tree for batch in batches]
     if sharing:
-        trained, padded = sum(tree.num_tokens for tree in trees), sum(len(tree) for tree in trees)
+        trained = encoded_tokens(batches)
+        padded = sum(padded_size(batch.tree.num_tokens - batch.prefix_tokens) for batch in batches)
+        padded += sum(padded_size(max(batch.prefix_tokens for batch in run)) for run in runs(batches) if len(run) > 1)
     else:
         trained = sum(dense_cost(tree).tokens for tree in trees)
         padded = sum(len(tree.lengths) * tree.max_length for tree in trees)
@@ -61,7 +69,32 @@ def cost_metrics(batches: Sequence[MicroBatch], sharing: bool) -> dict[str, floa
         "tokens_prompts_once": sum(group_cost(batch.rollouts).tokens for batch in busy),
         "tokens_trained": trained,
         "pads": padded - trained,
+        "tokens_recomputed": recomputed_tokens(batches) if sharing else 0,
+        "flop_ratio": flop_ratio(batches, shape) if sharing else 1.0,
     }
+
+
+def flop_ratio(batches: Sequence[MicroBatch], shape: ModelShape) -> float:
+    """FLOPs of the layers without sharing over those of the packed rows; logits, which are alike, are left out."""
+    unshared = sum((dense_cost(batch.tree) for batch in batches if batch.rollouts.trained.any()), Cost(0, 0))
+    packed = sum((shared_cost(batch.tree) for batch in batches), Cost(0, 0))
+    for run in runs(batches):
+        for batch in [batch for batch in run if batch.prefix_tokens][1:]:  # their prompt is encoded by the first
+            packed -= causal_cost(batch.prefix_tokens)
+    return update_flops(unshared, 0, shape).total / update_flops(packed, 0, shape).total
+
+
+def sharing_pays(batches: Sequence[MicroBatch], shape: ModelShape) -> tuple[bool, str]:
+    """Whether packed rows save enough to be worth their masks, by the cost model, and a sentence that says so.
+
+    Args:
+        batches: of all processes, packed with sharing.
+        shape: of the model.
+    """
+    ratio = flop_ratio(batches, shape)
+    if ratio < PAYS:
+        return False, f"every prompt is encoded once per completion, as sharing would save only {1 - 1 / ratio:.1%}"
+    return True, f"prompts are shared, for {ratio:.1f} times fewer FLOPs in the layers of an update"
 
 
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:

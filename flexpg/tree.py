@@ -61,7 +61,7 @@ class PrefixTree:
         [[0, 1, 2, -1], [0, 1, 3, 4]]
         """
         arrays, device = _token_arrays("sequence", sequences)
-        order = _sorted_order(arrays)
+        order = sorted_order(arrays)
         lengths = np.array([len(a) for a in arrays])
         node = np.full((len(arrays), lengths.max()), -1)
         end = np.empty(lengths.sum(), dtype=np.int32)
@@ -69,7 +69,7 @@ class PrefixTree:
         parts, packed, previous = [], 0, None
         for n in order:
             tokens = arrays[n]
-            shared = 0 if previous is None else _common_prefix(arrays[previous], tokens)
+            shared = 0 if previous is None else common_prefix(arrays[previous], tokens)
             _close(path, shared, packed, end)
             if previous is not None:
                 node[n, :shared] = node[previous, :shared]
@@ -134,7 +134,7 @@ class PrefixTree:
         cls, tokens: np.ndarray | None, end: np.ndarray, node: np.ndarray, lengths: np.ndarray, device: torch.device
     ) -> PrefixTree:
         num_tokens = len(end)
-        size = max(MIN_BLOCKS, -(-num_tokens // BLOCK)) * BLOCK
+        size = padded_size(num_tokens)
         padded_end = np.arange(1, size + 1, dtype=np.int32)
         padded_end[:num_tokens] = end
         row = None if tokens is None else torch.from_numpy(np.pad(tokens, (0, size - num_tokens)))
@@ -208,6 +208,11 @@ class PrefixTree:
         return torch.stack([starts, stops, end[starts]], dim=1)
 
 
+def padded_size(num_tokens: int) -> int:
+    """S, the length of a packed row of so many tokens."""
+    return max(MIN_BLOCKS, -(-num_tokens // BLOCK)) * BLOCK
+
+
 def checked_tree(tree: object) -> PrefixTree:
     """The same, if it is a tree.
 
@@ -254,15 +259,19 @@ def _group_layout(
     return np.repeat(subtree_end, runs), node, lengths
 
 
-def _sorted_order(arrays: list[np.ndarray]) -> list[int]:
-    """Lexicographic order: big-endian bytes compare as the tokens do, and a prefix stands before what extends it."""
-    width = ">u4" if max(int(a.max()) for a in arrays) < 2**32 else ">u8"
+def sorted_order(arrays: list[np.ndarray]) -> list[int]:
+    """Lexicographic order of [T_n] int64: a prefix stands before what extends it, and what is alike side by side."""
+    # Big-endian bytes compare as the tokens do.
+    width = ">u4" if max((int(a.max(initial=0)) for a in arrays), default=0) < 2**32 else ">u8"
     keys = [a.astype(width).tobytes() for a in arrays]
     return sorted(range(len(arrays)), key=keys.__getitem__)
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common from their first on."""
     shortest = min(len(a), len(b))
+    if not shortest:
+        return 0
     differs = a[:shortest] != b[:shortest]
     first = int(differs.argmax())
     return first if differs[first] else shortest

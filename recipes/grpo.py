@@ -11,6 +11,7 @@ import logging
 import random
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,9 @@ from flexpg.distributed import World
 from flexpg.integrations import torchtune as shared
 from flexpg.integrations import torchtune_models as models
 from flexpg.integrations import torchtune_setup as tune
-from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, seconds, summary
+from flexpg.integrations.torchtune_shape import shape_of
+from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, seconds, sharing_pays, summary
+from flexpg.packing import runs
 from flexpg.plot import plot_mask, plot_reward, plot_savings
 from flexpg.rewards import named_rewards, score
 from flexpg.tasks import Problem
@@ -62,7 +65,8 @@ AT_LEAST = {  # whole numbers
     **dict.fromkeys(("checkpoint_every_n_steps", "seed"), 0),
 }
 CHOICES = {
-    **dict.fromkeys(("sharing", "compile", "activation_checkpointing", "resume"), (True, False)),
+    **dict.fromkeys(("compile", "activation_checkpointing", "resume"), (True, False)),
+    "sharing": ("auto", True, False),
     **dict.fromkeys(("dtype", "param_dtype"), ("fp32", "bf16")),
     **{"prompt_format": ("plain", "bos", "chat"), "scale_rewards": ("group", "batch", "none")},
 }
@@ -71,13 +75,15 @@ SAME_ON_RESUME = (
     *("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems", "test_problems"),
     *("prompt_format", "model", "optimizer", "lr_scheduler"),
 )
+Scores = list[Tensor | None]  # [n, C] of each micro-batch
 
 
 class GRPORecipe(FTRecipeInterface):
     """The policy, its old and its reference log-probabilities share prompts alike."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        check_options(cfg)
+        tune.check_keys(cfg, COMPONENTS, AT_LEAST, CHOICES, OTHERS)
+        tune.check_values(cfg)
         OmegaConf.resolve(cfg)
         self.cfg = cfg
         device, self.dtype, self.param_dtype = tune.device_and_dtypes(cfg)
@@ -93,6 +99,7 @@ class GRPORecipe(FTRecipeInterface):
         self.is_told_to_stop = False
         self.checkpointer = None  # the first process alone has one
         self.first_rollouts = None  # for the picture of the mask
+        self.is_sharing = None  # the last step's
         utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's own chatter
 
     def setup(self) -> None:
@@ -106,6 +113,7 @@ class GRPORecipe(FTRecipeInterface):
         self.problems, self.test_problems = tune.component("train_problems", cfg), tune.component("test_problems", cfg)
         self.model = models.model_shape(cfg, self.dtype, self.param_dtype)
         self.is_lora = bool(get_adapter_params(self.model))
+        self.shape = shape_of(self.model, with_adapters=True)
         self.prompts = self.tokenized("train", self.problems)
         self.test_prompts = self.tokenized("test", self.test_problems)
         earlier = checkpoints(self.checkpoint_dir)
@@ -177,24 +185,24 @@ class GRPORecipe(FTRecipeInterface):
         started = seconds(self.world.device)
         rollouts, metrics = self.sample(number)
         sampled = seconds(self.world.device)
-        batches = self.packed(rollouts)
-        scored_batches = [[(batch, *self.old_and_ref(batch)) for batch in minibatch] for minibatch in batches]
+        minibatches, costs = self.packed(rollouts)
+        scored_minibatches = [(batches, *self.old_and_ref(batches)) for batches in minibatches]
         scored = seconds(self.world.device)
         if self.is_stopping():
             return None
         advantages = group_advantages(rollouts.rewards, rollouts.group_ids, self.cfg.scale_rewards)
         updates = []
         for _ in range(self.cfg.num_iterations):
-            for n, minibatch in enumerate(scored_batches):
+            for n, minibatch in enumerate(scored_minibatches):
                 trained = rollouts.trained[self._rows(n)]
                 normalizer = loss_normalizer(trained, self.loss.keywords["loss_type"], self.sampling.max_new_tokens)
-                updates.append(self.update(minibatch, normalizer, advantages))
+                updates.append(self.update(*minibatch, normalizer, advantages))
         metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
         metrics["lr"] = training.get_lr(self.optimizer)
         self.lr_scheduler.step()
         finished = seconds(self.world.device)
         metrics |= {"sample_s": sampled - started, "score_s": scored - sampled, "train_s": finished - scored}
-        metrics |= self.world.total(cost_metrics([batch for part in batches for batch in part], self.cfg.sharing))
+        metrics |= costs
         metrics["peak_memory_gib"] = self.world.largest(peak_memory_gib(self.world.device))
         return metrics | rates(metrics)
 
@@ -228,37 +236,43 @@ class GRPORecipe(FTRecipeInterface):
         self.first_rollouts = self.first_rollouts or rollouts
         return rollouts, metrics
 
-    def packed(self, rollouts: Rollouts) -> list[list[MicroBatch]]:
-        """This process's micro-batches of each mini-batch: equally many on every process."""
-        minibatches = []
-        for n in range(self.cfg.minibatches):
-            rows = range(len(rollouts))[self._rows(n)]
-            batches = pack(rollouts.select(rows), self.cfg.max_tokens, self.world.size, self.cfg.sharing)
-            own = [batch for batch in batches if batch.rank == self.world.rank]
-            minibatches.append([replace(batch, indices=[rows[i] for i in batch.indices]) for batch in own])
-        return minibatches
+    def packed(self, rollouts: Rollouts) -> tuple[list[list[MicroBatch]], dict[str, float]]:
+        """This process's micro-batches of each mini-batch, equally many on every process, and what all of them cost."""
+        rows = [range(len(rollouts))[self._rows(n)] for n in range(self.cfg.minibatches)]
+        options = self.cfg.max_tokens, self.world.size
+        is_first, self.is_sharing = self.is_sharing is None, self.cfg.sharing is not False
+        packed = [pack(rollouts, *options, self.is_sharing, own) for own in rows]
+        if self.cfg.sharing == "auto":
+            self.is_sharing, why = sharing_pays([batch for batches in packed for batch in batches], self.shape)
+            if not self.is_sharing:
+                packed = [pack(rollouts, *options, False, own) for own in rows]
+            if is_first and self.world.is_first:
+                print(f"sharing=auto: {why}")
+        costs = cost_metrics([batch for batches in packed for batch in batches], self.is_sharing, self.shape)
+        return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
 
     @torch.no_grad()
-    def old_and_ref(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Old and reference log-probabilities [n, C], where they are needed."""
-        old = ref = None
+    def old_and_ref(self, batches: list[MicroBatch]) -> tuple[Scores, Scores]:
+        """Old and reference log-probabilities [n, C] of each micro-batch, where they are needed."""
+        old: Scores = [None] * len(batches)
+        ref: Scores = [None] * len(batches)
         if self.cfg.num_iterations * self.cfg.minibatches > 1:  # else the old policy is the one in training
-            old = self.logprobs(self.model, batch)[0]
+            old = [logprobs for logprobs, _ in self.logprobs(self.model, batches)]
         if self.reference is not None:
-            ref = self.logprobs(self.reference, batch)[0]
+            ref = [logprobs for logprobs, _ in self.logprobs(self.reference, batches)]
         elif self.cfg.loss.get("beta", 0.0) > 0:
             with disable_adapter(self.model):
-                ref = self.logprobs(self.model, batch)[0]
+                ref = [logprobs for logprobs, _ in self.logprobs(self.model, batches)]
         return old, ref
 
     def update(
-        self, batches: list[tuple[MicroBatch, Tensor | None, Tensor | None]], normalizer: Tensor, advantages: Tensor
+        self, batches: list[MicroBatch], olds: Scores, refs: Scores, normalizer: Tensor, advantages: Tensor
     ) -> dict[str, float]:
         """One optimizer step: the losses of all micro-batches, on all processes, add up to that of the mini-batch."""
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
-        for batch, old, ref in batches:
-            logprobs, entropies = self.logprobs(self.model, batch)
+        scores = self.logprobs(self.model, batches)
+        for (logprobs, entropies), batch, old, ref in zip(scores, batches, olds, refs, strict=True):
             loss, metrics = self.loss(
                 logprobs,
                 old,
@@ -281,12 +295,23 @@ class GRPORecipe(FTRecipeInterface):
         loss, tokens = sums.pop("loss"), sums.pop("tokens")
         return {"loss": loss, "grad_norm": grad_norm.item()} | {name: value / tokens for name, value in sums.items()}
 
-    def logprobs(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [n, C] of a micro-batch's completions."""
-        with self.autocast(cache_enabled=self.world.size == 1):  # a cache would hold the layers that FSDP has freed
-            if self.cfg.sharing:
-                return shared.logprobs(model, batch, self.sampling.temperature)
-            return shared.unshared_logprobs(model, batch.rollouts, self.sampling.temperature)
+    def logprobs(self, model: nn.Module, batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-probabilities and entropies [n, C] of each micro-batch; its backward belongs before the next is taken.
+
+        The prompt of a group over the budget is encoded once for its micro-batches, and its backward runs after theirs.
+        """
+        autocast = partial(self.autocast, cache_enabled=self.world.size == 1)  # or it would hold what FSDP has freed
+        for run in runs(batches):
+            with autocast():
+                prefix = shared.encode_run(model, run)
+            with prefix as encoded:
+                for batch in run:
+                    with autocast():
+                        if self.is_sharing:
+                            scores = shared.logprobs(model, batch, self.sampling.temperature, encoded)
+                        else:
+                            scores = shared.unshared_logprobs(model, batch.rollouts, self.sampling.temperature)
+                    yield scores
 
     def evaluate(self, bar: tqdm) -> None:
         """Notes and prints the mean `test_reward` of the likeliest completion of every held-out problem."""
@@ -405,26 +430,6 @@ class GRPORecipe(FTRecipeInterface):
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(random.Random(f"{self.cfg.seed} {purpose}").getrandbits(63))
-
-
-def check_options(cfg: DictConfig) -> None:
-    """Refuses options that are missing, unknown or out of range, before anything is made."""
-    tune.check_keys(cfg, COMPONENTS, AT_LEAST, CHOICES, OTHERS)
-    if cfg.group_size == 1:
-        raise ValueError("group_size is 1, which makes every advantage zero; give 2 or more")
-    if type(cfg.clip_grad_norm) not in (int, float) or not cfg.clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm is {cfg.clip_grad_norm!r}; give a number above 0, .inf for no clipping")
-    temperature = cfg.sampling.get("temperature")
-    if type(temperature) not in (int, float) or not temperature > 0:
-        raise ValueError(f"sampling.temperature is {temperature!r}; rollouts need a number above 0")
-    if not isinstance(cfg.loss, DictConfig) or "max_completion_length" in cfg.loss:
-        raise ValueError(f"loss is {cfg.loss!r}; give grpo_loss its options, and sampling.max_new_tokens as the length")
-    one = torch.ones(1, 1)
-    try:
-        grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **cfg.loss)
-        loss_normalizer(one.bool(), cfg.loss.loss_type, 1)
-    except (TypeError, ValueError, OmegaConfBaseException) as error:
-        raise ValueError(f"loss: {error}") from None
 
 
 @config.parse

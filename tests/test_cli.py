@@ -33,7 +33,24 @@ def tree(folder):
 def test_without_a_command_the_help_is_printed():
     result = subprocess.run([sys.executable, "-m", "flexpg"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage: python -m flexpg") and "ls " in result.stdout and "cp " in result.stdout
+    assert result.stdout.startswith("usage: python -m flexpg")
+    assert {"ls", "cp", "report"} <= {line.split()[0] for line in result.stdout.splitlines() if line.startswith("    ")}
+
+
+def test_the_help_of_report_names_every_option_and_what_stands_in_the_file(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["report", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    options = ("--model", "--tokenizer", "--max-tokens", "--per-turn", "--activation-checkpointing", "--out", "--json")
+    assert all(option in text for option in options)
+    assert '"completions": [TEXT, ...]' in text and '"messages"' in text and "counted, not measured" in text
+
+
+def test_ls_imports_nothing_that_a_report_needs():
+    lazy = "{'rich', 'matplotlib', 'transformers', 'torchtune', 'omegaconf', 'flexpg.report'}"
+    command = f"import sys; from flexpg.__main__ import main; main(['ls']); assert not {lazy} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_ls_prints_every_name_with_the_first_sentence_of_its_file(capsys):

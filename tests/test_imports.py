@@ -21,6 +21,7 @@ ORDER = [
     "attention.flex",
     "attention.split",
     "attention",
+    "prefix",
     "logprobs",
     "losses",
     "sample_cache",
@@ -28,6 +29,9 @@ ORDER = [
     "rewards",
     "cost",
     "metrics",
+    "conversations",
+    "rollout_file",
+    "report",
     "plot",
     "tasks",
     "distributed",
@@ -47,7 +51,7 @@ import flexpg
 seconds = time.perf_counter() - start
 import flexpg.rewards, flexpg.tasks
 assert dict(os.environ) == environment, "changed environment variables"
-unwanted = {"torchtune", "torchao", "transformers", "trl", "matplotlib", "datasets"} & set(sys.modules)
+unwanted = {"torchtune", "torchao", "transformers", "trl", "matplotlib", "rich", "datasets"} & set(sys.modules)
 assert not unwanted, unwanted
 assert "torch._inductor.compile_fx" not in sys.modules, "loaded the compiler"
 assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from processes import run_processes
 
-from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, summary
+from flexpg.cost import ModelShape
+from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, sharing_pays, summary
 from flexpg.packing import MicroBatch, pack
 from flexpg.rollouts import Rollouts
 
@@ -38,31 +39,65 @@ def test_rewards_and_lengths_are_counted_per_group_and_a_group_of_one_has_no_spr
 TWO_GROUPS = ([[1, 2, 3, 4, 5], [1, 2, 3]], [[7, 8], [7, 9, 9, 9], [6, 6, 6, 6, 6, 6]], [0, 0, 1], [1.0, 0.0, 1.0])
 
 
+SHAPE = ModelShape(2, 8, 2, 1, 4, 16, vocab_size=10, layer_weights=600)
+
+
 def test_costs_are_counted_with_and_without_sharing():
     batches = pack(rollouts_of(*TWO_GROUPS), 100)
-    counted = {"tokens_unshared": 7 + 9 + 9, "tokens_prompts_once": 5 + 2 + 4 + 3 + 6}
+    counted = {"tokens_unshared": 7 + 9 + 9, "tokens_prompts_once": 5 + 2 + 4 + 3 + 6, "tokens_recomputed": 0}
     trained = 5 + 1 + 1 + 3 + 6  # the row has both completions' 7 once, and the prompts' 1, 2, 3 too
+    shared, unshared = (cost_metrics(batches, sharing, SHAPE) for sharing in (True, False))
+    ratio = shared.pop("flop_ratio")
     # A row is 256 tokens long at least.
-    assert cost_metrics(batches, sharing=True) == counted | {"tokens_trained": trained, "pads": 256 - trained}
-    assert cost_metrics(batches, sharing=False) == counted | {"tokens_trained": 25, "pads": 3 * 9 - 25}
+    assert shared == counted | {"tokens_trained": trained, "pads": 256 - trained}
+    assert unshared == counted | {"tokens_trained": 25, "pads": 3 * 9 - 25, "flop_ratio": 1.0}
+    pairs = sum(n + 1 for length in (7, 9, 9) for n in range(length))
+    packed_pairs = sum(range(1, 6)) + 6 + 7 + (7 + 8 + 9) + sum(range(4, 10))
+    assert ratio == pytest.approx((25 * 2 * 600 + pairs * 2 * 16) / (trained * 2 * 600 + packed_pairs * 2 * 16))
+
+
+def test_a_prompt_that_a_run_encodes_once_is_counted_once():
+    prompt, completions = list(range(10, 40)), [[n] * 5 for n in range(4)]
+    rollouts = rollouts_of([prompt], completions, [0] * 4, [1.0] * 4)
+    batches = pack(rollouts, 41)
+    assert [(len(batch.indices), batch.prefix_tokens) for batch in batches] == [(2, 30), (2, 30)]
+    metrics = cost_metrics(batches, True, SHAPE)
+    assert (metrics["tokens_trained"], metrics["tokens_recomputed"]) == (30 + 4 * 5, 0)
+    assert metrics["pads"] == 3 * 256 - 50  # the prompt's row, and one for each micro-batch's completions
+    assert metrics["flop_ratio"] == pytest.approx(cost_metrics(pack(rollouts, 100), True, SHAPE)["flop_ratio"])
+    apart = [replace(batch, prefix_tokens=0, run=n) for n, batch in enumerate(batches)]
+    metrics = cost_metrics(apart, True, SHAPE)
+    assert (metrics["tokens_trained"], metrics["tokens_recomputed"], metrics["pads"]) == (80, 30, 2 * 256 - 80)
+
+
+def test_a_run_without_a_prompt_on_this_process_encodes_an_idle_row():
+    batches = pack(rollouts_of(*TWO_GROUPS), 100)
+    run = [replace(batches[0], rank=rank, run=0) for rank in (0, 0, 1, 1)]
+    trained = 4 * batches[0].tree.num_tokens
+    assert cost_metrics(run, True, SHAPE)["pads"] == 4 * 256 + 2 * 256 - trained
 
 
 def test_idle_micro_batches_count_in_what_is_encoded_alone():
     busy, idle = pack(rollouts_of([[1, 2, 3]], [[4, 4], [5]], [0, 0], [1.0, 0.0]), 100, world_size=2)
-    assert cost_metrics([idle], sharing=True) == {
-        "tokens_unshared": 0,
-        "tokens_prompts_once": 0,
-        "tokens_trained": 4,
-        "pads": 252,
-    }
-    assert cost_metrics([busy], sharing=True) == {
+    metrics = cost_metrics([busy, idle], True, SHAPE)
+    assert metrics.pop("flop_ratio") == pytest.approx((9 * 1200 + 25 * 32) / (10 * 1200 + 29 * 32))
+    assert metrics == {
         "tokens_unshared": 9,
         "tokens_prompts_once": 6,
-        "tokens_trained": 6,
-        "pads": 250,
+        "tokens_trained": 6 + 4,
+        "tokens_recomputed": 4,
+        "pads": 2 * 256 - 10,
     }
     as_busy = replace(idle, rollouts=replace(idle.rollouts, loss_mask=None))
-    assert cost_metrics([as_busy], sharing=True)["tokens_unshared"] == 4
+    assert cost_metrics([busy, as_busy], True, SHAPE)["tokens_unshared"] == 9 + 4
+
+
+def test_sharing_pays_by_what_it_saves():
+    long = pack(rollouts_of([[1] * 40], [[2, 3], [4]], [0, 0], [1.0, 0.0]), 100)
+    assert sharing_pays(long, SHAPE)[0] and "1.9 times fewer FLOPs" in sharing_pays(long, SHAPE)[1]
+    short = pack(rollouts_of([[1]], [[2] * 30, [4] * 30], [0, 0], [1.0, 0.0]), 100)
+    pays, why = sharing_pays(short, SHAPE)
+    assert not pays and why.endswith("sharing would save only 1.2%")
 
 
 def random_batches(rng: random.Random, world_size: int) -> list[MicroBatch]:
@@ -72,18 +107,17 @@ def random_batches(rng: random.Random, world_size: int) -> list[MicroBatch]:
     return pack(rollouts_of(prompts, completions, groups, [1.0] * len(groups)), 80, world_size)
 
 
-def test_costs_of_all_processes_add_up_to_those_of_one():
+def test_any_number_of_processes_has_the_same_work_beside_what_is_encoded_again():
     differ = 0
     for seed in range(50):
-        (alone,) = [cost_metrics(random_batches(random.Random(seed), 1), sharing=True)]
+        alone = cost_metrics(random_batches(random.Random(seed), 1), True, SHAPE)
         for world_size in (2, 3, 4):
-            batches = random_batches(random.Random(seed), world_size)
-            parts = [cost_metrics([b for b in batches if b.rank == rank], sharing=True) for rank in range(world_size)]
-            summed = {name: sum(part[name] for part in parts) for name in alone}
-            assert summed == cost_metrics(batches, sharing=True)
+            metrics = cost_metrics(random_batches(random.Random(seed), world_size), True, SHAPE)
             for name in ("tokens_unshared", "tokens_prompts_once"):  # no group is over the budget
-                assert summed[name] == alone[name]
-            differ += summed["tokens_trained"] != alone["tokens_trained"]
+                assert metrics[name] == alone[name]
+            again = metrics["tokens_recomputed"] - alone["tokens_recomputed"]
+            assert metrics["tokens_trained"] - alone["tokens_trained"] == again
+            differ += again > 0
     assert differ > 10  # idle micro-batches are encoded, and fewer tokens are merged
 
 

@@ -1,8 +1,12 @@
 """Micro-batches hold every rollout once, keep groups whole where they fit, and stay under the budget."""
 
+import json
 import random
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from unshared import VOCAB, tiny_model
@@ -10,8 +14,11 @@ from unshared import VOCAB, tiny_model
 from flexpg.cost import dense_cost, group_cost
 from flexpg.integrations.torchtune import logprobs, unshared_logprobs
 from flexpg.losses import grpo_loss
-from flexpg.packing import PAIRS_PER_TOKEN, MicroBatch, pack
+from flexpg.packing import PAIRS_PER_TOKEN, MicroBatch, encoded_tokens, pack, recomputed_tokens, runs
 from flexpg.rollouts import Rollouts
+from flexpg.tree import PrefixTree
+
+DATA = Path(__file__).parents[2] / "shared/data"
 
 
 def random_rollouts(rng: random.Random) -> Rollouts:
@@ -53,7 +60,8 @@ def test_a_group_that_fits_is_not_torn_apart():
 
 def test_groups_share_a_micro_batch_while_they_fit():
     completions = [torch.tensor([n, n]) for n in range(4)]
-    rollouts = Rollouts([torch.arange(5)] * 2, completions, torch.tensor([0, 0, 1, 1]), torch.ones(4))
+    prompts = [torch.arange(5), torch.arange(1, 6)]
+    rollouts = Rollouts(prompts, completions, torch.tensor([0, 0, 1, 1]), torch.ones(4))
     assert [b.indices for b in pack(rollouts, 18)] == [[0, 1, 2, 3]]
     assert [b.indices for b in pack(rollouts, 17)] == [[0, 1], [2, 3]]
 
@@ -144,8 +152,8 @@ def test_every_rollout_is_trained_once_over_all_processes_which_get_equally_many
             trained = batch.rollouts.trained
             if not trained.any() and len(batch.indices) == 1 and batch.indices[0] in held:
                 num_idle += 1
-                first = next(other for other in batches if other.rank == batch.rank)  # it repeats what costs it least
-                assert len(batch.rollouts.sequences[0]) == min(map(len, first.rollouts.sequences))
+                own = [row for other in batches if other.rank == batch.rank for row in other.rollouts.sequences]
+                assert len(batch.rollouts.sequences[0]) == min(map(len, own))  # it repeats what costs it least
                 continue
             held += batch.indices
             times_trained[batch.indices, : trained.shape[1]] += trained
@@ -219,18 +227,181 @@ def test_work_counts_attention_beside_tokens():
     assert [(batch.rank, batch.indices) for batch in batches] == [(0, [0]), (1, [1, 2, 3, 4, 5, 6, 7])]
 
 
-def test_one_process_has_the_groups_in_their_order_and_each_of_several_too():
+def test_one_process_has_nothing_idle_and_a_row_has_its_rollouts_in_their_order():
     for seed in range(100):
         rng = random.Random(seed)
         torch.manual_seed(seed)
         rollouts, max_tokens = random_rollouts(rng), rng.randint(32, 120)
-        in_order = sorted(range(len(rollouts)), key=lambda n: (int(rollouts.group_ids[n]), n))
         batches = pack(rollouts, max_tokens)
-        groups = [int(rollouts.group_ids[n]) for batch in batches for n in batch.indices]
-        assert groups == sorted(groups)
         assert all(batch.rank == 0 and batch.rollouts.trained.any() for batch in batches)
-        for batch in pack(rollouts, max_tokens, world_size=3):
-            assert batch.indices == [n for n in in_order if n in batch.indices]
+        for batch in (*batches, *pack(rollouts, max_tokens, world_size=3)):
+            assert batch.indices == sorted(batch.indices)
+
+
+def test_some_rollouts_are_packed_as_if_they_were_all_under_their_own_numbers():
+    for seed in range(50):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rollouts = random_rollouts(rng)
+        chosen = sorted(rng.sample(range(len(rollouts)), rng.randint(1, len(rollouts))))
+        some, alone = pack(rollouts, 60, 3, indices=chosen), pack(rollouts.select(chosen), 60, 3)
+        assert [batch.indices for batch in some] == [[chosen[i] for i in batch.indices] for batch in alone]
+        assert all(torch.equal(a.tree.end, b.tree.end) for a, b in zip(some, alone, strict=True))
+
+
+def test_runs_are_alike_on_every_process_and_the_parts_of_a_group_stand_in_one():
+    lengths, seen = set(), 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rollouts, max_tokens, world_size = random_rollouts(rng), rng.randint(32, 60), rng.randint(1, 4)
+        batches = pack(rollouts, max_tokens, world_size)
+        by_rank = [[run for run in runs(batches) if run[0].rank == rank] for rank in range(world_size)]
+        assert len({tuple(map(len, own)) for own in by_rank}) == 1
+        assert sum(map(len, runs(batches))) == len(batches)
+        for run in runs(batches):
+            lengths.add(len(run))
+            prompts = [batch.rollouts.prompts[0] for batch in run if batch.prefix_tokens]
+            assert len(prompts) != 1 and all(torch.equal(prompt, prompts[0]) for prompt in prompts)
+            for batch in run:
+                assert batch.prefix_tokens in (0, len(batch.rollouts.prompts[0]))
+                assert not batch.prefix_tokens or batch.rollouts.num_groups == 1
+            seen += bool(prompts)
+    assert {1, 2, 3} <= lengths and seen > 100
+
+
+def test_a_group_far_over_the_budget_is_given_to_several_processes_and_several_groups_to_one_each():
+    completions = [torch.full((10,), n) for n in range(40)]
+    one = Rollouts([torch.arange(50, 60)], completions, torch.zeros(40, dtype=torch.long), torch.ones(40))
+    batches = pack(one, 60, world_size=2)
+    assert [[len(run) for run in runs(batches) if run[0].rank == rank] for rank in range(2)] == [[4], [4]]
+    assert encoded_tokens(batches) == 2 * 10 + 400 and recomputed_tokens(batches) == 10
+    prompts = [torch.arange(50 + group, 60 + group) for group in range(4)]
+    four = Rollouts(prompts, completions, torch.arange(4).repeat_interleave(10), torch.ones(40))
+    batches = pack(four, 60, world_size=2)
+    assert [[len(run) for run in runs(batches) if run[0].rank == rank] for rank in range(2)] == [[2, 2], [2, 2]]
+    assert encoded_tokens(batches) == 4 * 10 + 400 and recomputed_tokens(batches) == 0
+
+
+def least_tokens(rollouts: Rollouts, max_tokens: int) -> tuple[int, int]:
+    """What no packing can go below: every token once, in rows that all hold the beginning that everything shares."""
+    tree = PrefixTree.from_sequences(rollouts.sequences)
+    common = int((tree.end[: int(tree.lengths.min())] == tree.num_tokens).int().cumprod(0).sum())
+    rows = -(-(tree.num_tokens - common) // (max_tokens - common))
+    return tree.num_tokens + common * (rows - 1), rows
+
+
+def random_step(system: int, group_size: int) -> Rollouts:
+    """10,000 rollouts, with a system prompt in front of all."""
+    rng = np.random.default_rng(0)
+    count = 10000 // group_size
+    front = rng.integers(1000, size=system)
+    prompts = [torch.from_numpy(np.append(front, rng.integers(1000, size=n))) for n in rng.integers(20, 400, count)]
+    completions = [torch.from_numpy(rng.integers(1000, size=n)) for n in rng.integers(1, 300, count * group_size)]
+    return Rollouts(prompts, completions, torch.arange(count).repeat_interleave(group_size), torch.ones(10000))
+
+
+@pytest.mark.parametrize(("system", "group_size", "max_tokens"), [(0, 8, 8192), (1000, 1, 8192), (200, 8, 4096)])
+def test_ten_thousand_rollouts_are_packed_in_no_time_within_5_percent_of_the_least(system, group_size, max_tokens):
+    rollouts = random_step(system, group_size)
+    began = time.process_time()
+    batches = pack(rollouts, max_tokens)
+    seconds = time.process_time() - began
+    least, rows = least_tokens(rollouts, max_tokens)
+    assert least <= sum(batch.tree.num_tokens for batch in batches) < 1.05 * least
+    assert rows <= len(batches) < 1.05 * rows or group_size > 1  # a group is a large piece to fill rows with
+    assert sorted(n for batch in batches for n in batch.indices) == list(range(10000))
+    assert seconds < 3.0  # under one on two quiet cores, three times that beside other work
+
+
+def test_rows_in_the_order_of_groups_would_be_more_than_5_percent_above_the_least():
+    """What best fit along the tree replaces: turns of conversations, shuffled, each row filled as they come."""
+    rollouts = conversations(60, 12)
+    least, _ = least_tokens(rollouts, 2000)
+    as_they_come, room = [[0]], 2000 - len(rollouts.sequences[0])
+    for n, sequence in enumerate(rollouts.sequences[1:], 1):
+        if len(sequence) > room:
+            as_they_come.append([])
+            room = 2000
+        as_they_come[-1].append(n)
+        room -= len(sequence)
+    trees = [PrefixTree.from_sequences([rollouts.sequences[n] for n in row]) for row in as_they_come]
+    assert sum(tree.num_tokens for tree in trees) > 3 * least
+    packed = sum(batch.tree.num_tokens for batch in pack(rollouts, 2000))
+    assert least <= packed < 1.05 * least
+
+
+def conversations(count: int, turns: int) -> Rollouts:
+    """Each turn a rollout with its history as prompt, a system prompt in front of all, in no order."""
+    rng = random.Random(0)
+    system = [rng.randrange(99) for _ in range(100)]
+    prompts, completions = [], []
+    for _ in range(count):
+        history = system
+        for _ in range(turns):
+            history = history + [rng.randrange(99) for _ in range(rng.randint(5, 40))]
+            answer = [rng.randrange(99) for _ in range(rng.randint(5, 20))]
+            prompts.append(torch.tensor(history))
+            completions.append(torch.tensor(answer))
+            history = history + answer
+    order = rng.sample(range(len(prompts)), len(prompts))
+    prompts, completions = [prompts[n] for n in order], [completions[n] for n in order]
+    return Rollouts(prompts, completions, torch.arange(len(prompts)), torch.ones(len(prompts)))
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_turns_of_a_conversation_stay_on_one_process_mostly_and_the_work_is_even(world_size):
+    rollouts = conversations(64, 8)
+    batches = pack(rollouts, 2000, world_size)
+    work = [sum(batch.tree.num_tokens for batch in batches if batch.rank == rank) for rank in range(world_size)]
+    assert max(work) < 1.1 * sum(work) / world_size
+    # Dealt out one by one, histories would be encoded on every process: 3 times as many tokens and more.
+    assert sum(work) < 1.3 * least_tokens(rollouts, 2000)[0]
+
+
+def texts(prompts: list[str], completions: list[list[str]]) -> Rollouts:
+    """A token for each byte."""
+    return Rollouts(
+        [torch.tensor(list(prompt.encode())) for prompt in prompts],
+        [torch.tensor(list(text.encode())) for group in completions for text in group],
+        torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(group) for group in completions])),
+        torch.ones(sum(map(len, completions))),
+    )
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real data are not beside the project")
+@pytest.mark.parametrize("max_tokens", [4096, 16384])
+def test_real_solutions_of_gsm8k_are_packed_within_5_percent_of_the_least(max_tokens):
+    lines = (DATA / "gsm8k/example_model_solutions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = [name for name in rows[0] if name not in ("question", "ground_truth")]
+    rollouts = texts([row["question"] for row in rows], [[str(row[name]) for name in names] for row in rows])
+    packed = pack(rollouts, max_tokens)
+    least, fewest = least_tokens(rollouts, max_tokens)
+    assert sum(batch.tree.num_tokens for batch in packed) < 1.05 * least
+    assert fewest <= len(packed) < 1.15 * fewest  # a group is a large piece to fill rows with
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real data are not beside the project")
+@pytest.mark.parametrize("max_tokens", [65536, 131072])
+def test_real_conversations_are_packed_within_5_percent_of_the_least(max_tokens):
+    entries = json.loads((DATA / "tau_bench/gpt-4o-airline.json").read_text())
+    spoken = [[str(message["content"]) for message in entry["traj"]] for entry in entries]
+    rollouts = texts(["\n".join(lines[:2]) for lines in spoken], [["\n".join(lines[2:])] for lines in spoken])
+    packed = pack(rollouts, max_tokens)
+    least, fewest = least_tokens(rollouts, max_tokens)
+    assert sum(batch.tree.num_tokens for batch in packed) < 1.05 * least
+    assert fewest <= len(packed) <= fewest + 2
+
+
+def test_a_system_prompt_over_all_groups_is_shared_without_being_told():
+    system = torch.arange(40)
+    prompts = [torch.cat([system, torch.full((3,), group)]) for group in range(5)]
+    completions = [torch.tensor([n, n]) for n in range(10)]
+    rollouts = Rollouts(prompts, completions, torch.arange(5).repeat_interleave(2), torch.ones(10))
+    (batch,) = pack(rollouts, 75)
+    assert batch.tree.num_tokens == 40 + 5 * 3 + 10 * 2
+    assert len(pack(rollouts, 74)) == 2 and recomputed_tokens(pack(rollouts, 74)) == 40
 
 
 def test_packing_is_a_function_of_its_arguments():

@@ -28,7 +28,7 @@ def attention(
     """Every token of a packed row attends to itself and its ancestors: the same output and gradients as unshared.
 
     Args:
-        q: [1, Hq, S, D] floating, S = len(mask.tree).
+        q: [1, Hq, S, D] floating, S = len(mask.tree), less by `mask.first_query`.
         k: [1, Hkv, S, D], heads not expanded: query head h reads key/value head h // (Hq / Hkv).
         v: [1, Hkv, S, D].
         mask: `block_mask(tree)`, on the device of q.
@@ -62,7 +62,7 @@ def attention(
             )
         from flexpg.attention.split import split_attention  # at first use: its torch.compiler.disable loads dynamo, 1 s
 
-        return split_attention(q, k, v, mask.tree, scale)
+        return split_attention(q, k, v, mask, scale)
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError('backend "flex" has no backward on CPU (torch); use "split", or run under torch.no_grad()')
@@ -90,9 +90,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float 
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.dim() != 4 or x.shape[0] != 1 for x in (q, k, v)):
         raise ValueError(f"a packed row is q [1, Hq, S, D] with k and v [1, Hkv, S, D]; got {shapes}")
-    if any(x.shape[2] != len(mask.tree) for x in (q, k, v)):
+    if [x.shape[2] for x in (q, k, v)] != [len(mask.tree) - mask.first_query, len(mask.tree), len(mask.tree)]:
+        queries = f", {len(mask.tree) - mask.first_query} of them queries" if mask.first_query else ""
         raise ValueError(
-            f"the mask's tree has {len(mask.tree)} packed tokens; got {shapes}; pack and mask the same tree"
+            f"the mask's tree has {len(mask.tree)} packed tokens{queries}; got {shapes}; pack and mask the same tree"
         )
     if k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k and v need one shape, q's head size, and a number of heads that divides q's; got {shapes}")

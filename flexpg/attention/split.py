@@ -16,54 +16,56 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexpg.tree import PrefixTree
+from flexpg.masks import TreeBlockMask
+
+Piece = tuple[slice, slice, bool]  # queries, keys, and whether these are the queries' own, under a causal mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @torch.compiler.disable  # the loop over segments would be unrolled, and compiled anew for every tree
-def split_attention(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float) -> Tensor:
+def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float) -> Tensor:
     """Attention of a packed row in causal and rectangular pieces, merged by logsumexp.
 
     Args:
-        q: [1, Hq, S, D] on the CPU.
+        q: [1, Hq, S, D] on the CPU, from the mask's first query on.
         k: [1, Hkv, S, D].
         v: [1, Hkv, S, D].
-        tree: the packed row.
+        mask: the packed row's mask, of which tree and first query are read.
         scale: factor of the scores.
 
     Returns:
         [1, Hq, S, D] in q's dtype.
     """
-    return _SplitAttention.apply(q, k, v, tree, scale)
+    return _SplitAttention.apply(q, k, v, mask, scale)
 
 
 class _SplitAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, scale: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float) -> Tensor:
         queries, keys, values = _by_kv_head(q, k, v)
         merged = torch.promote_types(q.dtype, torch.float32)
         heads, group, size, width = queries.shape
         # In memory [S, Hkv, group, D], which is what the output projection reads.
         out = q.new_empty(size, heads, group, width, dtype=merged).permute(1, 2, 0, 3)
         lse = q.new_empty(heads, group, size, dtype=merged)
-        segments = tree.segments.tolist()
-        for start, stop, _ in segments:
-            rows = slice(start, stop)
-            out[:, :, rows], lse[:, :, rows] = _attend(queries, keys, values, rows, rows, scale)
-        for start, stop, subtree_end in segments:
-            if subtree_end > stop:
-                below, above = slice(stop, subtree_end), slice(start, stop)
-                piece, piece_lse = _attend(queries, keys, values, below, above, scale)
-                share = torch.sigmoid(piece_lse - lse[:, :, below])  # of the softmax, that this piece holds
-                out[:, :, below].lerp_(piece.to(merged), share[..., None])
-                lse[:, :, below] = torch.logaddexp(lse[:, :, below], piece_lse)
-        pads = slice(tree.num_tokens, None)
-        out[:, :, pads] = values[:, :, pads]  # a pad sees itself alone
+        pieces = _pieces(mask)
+        for rows, columns, is_causal in pieces:
+            piece, piece_lse = _flash(
+                queries[:, :, rows], keys[:, :, columns], values[:, :, columns], 0.0, is_causal, scale=scale
+            )
+            if is_causal:  # the first of its queries' pieces
+                out[:, :, rows], lse[:, :, rows] = piece, piece_lse
+                continue
+            share = torch.sigmoid(piece_lse - lse[:, :, rows])  # of the softmax, that this piece holds
+            out[:, :, rows].lerp_(piece.to(merged), share[..., None])
+            lse[:, :, rows] = torch.logaddexp(lse[:, :, rows], piece_lse)
+        pads = k.shape[2] - mask.tree.num_tokens
+        out[:, :, size - pads :] = values[:, :, k.shape[2] - pads :]  # a pad sees itself alone
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.segments, ctx.num_tokens, ctx.scale = segments, tree.num_tokens, scale
+        ctx.pieces, ctx.pads, ctx.scale = pieces, pads, scale
         return out.flatten(0, 1)[None]
 
     @staticmethod
@@ -75,8 +77,7 @@ class _SplitAttention(torch.autograd.Function):
         total = lse.dtype
         grad_q = torch.zeros_like(queries, dtype=total)
         grad_k, grad_v = torch.zeros_like(k[0], dtype=total), torch.zeros_like(v[0], dtype=total)
-
-        def add(rows: slice, columns: slice) -> None:
+        for rows, columns, is_causal in ctx.pieces:
             piece_q, piece_k, piece_v = _flash_backward(
                 grad_out[:, :, rows],
                 queries[:, :, rows],
@@ -85,27 +86,22 @@ class _SplitAttention(torch.autograd.Function):
                 out[:, :, rows],
                 lse[:, :, rows],
                 0.0,
-                rows == columns,
+                is_causal,
                 scale=ctx.scale,
             )
             grad_q[:, :, rows] += piece_q
             grad_k[:, columns] += piece_k.sum(1, dtype=total)
             grad_v[:, columns] += piece_v.sum(1, dtype=total)
-
-        for start, stop, subtree_end in ctx.segments:
-            add(slice(start, stop), slice(start, stop))
-            if subtree_end > stop:
-                add(slice(stop, subtree_end), slice(start, stop))
-        grad_v[:, ctx.num_tokens :] += grad_out[:, :, ctx.num_tokens :].sum(1, dtype=total)
+        grad_v[:, k.shape[2] - ctx.pads :] += grad_out[:, :, q.shape[2] - ctx.pads :].sum(1, dtype=total)
         return grad_q.to(q.dtype).flatten(0, 1)[None], grad_k.to(k.dtype)[None], grad_v.to(v.dtype)[None], None, None
 
 
 def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each as [Hkv, Hq / Hkv, S, D], a view: a key/value head stands in the batch, its query heads share it."""
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    heads = k.shape[1]
-    queries = q[0].unflatten(0, (heads, -1))
-    return queries, k[0][:, None].expand_as(queries), v[0][:, None].expand(*queries.shape[:3], -1)
+    queries = q[0].unflatten(0, (k.shape[1], -1))
+    keys, values = (x[0][:, None].expand(-1, queries.shape[1], -1, -1) for x in (k, v))
+    return queries, keys, values
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -113,6 +109,15 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, columns: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of queries `rows` over keys `columns`: causal where the two are the same, full otherwise."""
-    return _flash(q[:, :, rows], k[:, :, columns], v[:, :, columns], 0.0, rows == columns, scale=scale)
+def _pieces(mask: TreeBlockMask) -> list[Piece]:
+    """Every segment with itself, then what hangs under each with it; tokens before the first query are keys alone."""
+    first = mask.first_query
+    own, below = [], []
+    for start, stop, subtree_end in mask.tree.segments.tolist():
+        cut = min(max(start, first), stop)  # a segment may reach over the first query
+        if cut < stop:
+            own.append((slice(cut - first, stop - first), slice(cut, stop), True))
+        for since, until in ((start, cut), (cut, stop)):
+            if since < until and subtree_end > (query := max(until, first)):
+                below.append((slice(query - first, subtree_end - first), slice(since, until), False))
+    return [*own, *below]

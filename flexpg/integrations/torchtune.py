@@ -8,8 +8,8 @@ holds in the recomputation of activation checkpointing too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -22,34 +22,84 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder, Transforme
 
 from flexpg.attention import attention
 from flexpg.logprobs import token_logprobs_and_entropies
-from flexpg.masks import TreeBlockMask, mask_of
+from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
+from flexpg.prefix import EncodedPrefix, row_mask
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
-from flexpg.tree import PrefixTree
+from flexpg.tree import PrefixTree, Tokens
 
 T = TypeVar("T")
 
 
-def forward(model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None = None) -> Tensor:
+def forward(
+    model: TransformerDecoder,
+    tree: PrefixTree,
+    mask: TreeBlockMask | None = None,
+    *,
+    prefix: EncodedPrefix | None = None,
+) -> Tensor:
     """Hidden states of the packed row, each token's equal to those of its own sequence run alone.
 
     Args:
         model: a torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
         tree: the packed row, with tokens, on the model's device.
         mask: `block_mask(tree)`, where one is at hand; None makes it.
+        prefix: what all sequences begin with, from `encode_prefix(model, ...)`: it is not encoded again.
 
     Returns:
         [1, S, E] hidden states after the final norm; `output(model)` makes logits of them.
 
     Raises:
         ValueError: tokens beyond the vocabulary, sequences beyond the model's context, dropout in training, a tree
-            without tokens or on another device, another tree's mask.
+            without tokens or on another device, another tree's mask or prefix.
         TypeError: a model that is no TransformerDecoder of self-attention layers.
     """
-    row = _packed_row(model, tree, mask)
-    return _within(model, lambda model: _hidden(model, *row))
+    row = _packed_row(model, tree, mask, prefix)
+    hidden = _within(model, lambda model: _hidden(model, *row))
+    return hidden if prefix is None else prefix.whole(hidden, tree)
+
+
+def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
+    """Encodes what a group has in common, once for all micro-batches of its completions; exact, for any size of group.
+
+        with encode_prefix(model, prompt) as prefix:  # leaving the block runs the prompt's backward
+            for tree in trees:
+                hidden = forward(model, tree, prefix=prefix)
+                ...
+                loss.backward()
+
+    Args:
+        model: as in `forward`.
+        tokens: [P] int64, the prompt, on the model's device.
+
+    Raises:
+        ValueError: as `forward`.
+        TypeError: as `forward`.
+    """
+    prefix = EncodedPrefix(tokens)
+    prefix.keep_hidden(forward(model, prefix.tree, prefix.mask))
+    return prefix
+
+
+def encode_run(model: TransformerDecoder, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:
+    """The prompt that several micro-batches have in common, encoded; None for a micro-batch on its own.
+
+    Where other processes encode a prompt and this one has none, one token goes through the model, as FSDP needs.
+
+    Args:
+        model: as in `forward`.
+        run: micro-batches of one run, as `flexpg.packing.runs` gives them.
+
+    Raises:
+        ValueError: as `forward`.
+        TypeError: as `forward`.
+    """
+    if len(run) == 1:
+        return nullcontext()
+    batch = max(run, key=lambda batch: batch.prefix_tokens)
+    return encode_prefix(model, batch.rollouts.prompts[0][: max(batch.prefix_tokens, 1)])
 
 
 def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
@@ -60,7 +110,9 @@ def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
     return model.output
 
 
-def logprobs(model: TransformerDecoder, batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logprobs(
+    model: TransformerDecoder, batch: MicroBatch, temperature: float = 1.0, prefix: EncodedPrefix | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of a micro-batch's trained tokens, in one forward of the model.
 
     Under FSDP2 the output layer's weights are whole in the root's forward alone, so they are computed inside it.
@@ -69,6 +121,7 @@ def logprobs(model: TransformerDecoder, batch: MicroBatch, temperature: float = 
         model: as in `forward`.
         batch: rollouts and their packed row, on the model's device.
         temperature: divides the logits.
+        prefix: of the micro-batch's run; not used where the micro-batch does not begin with it.
 
     Returns:
         [n, C] and [n, C], as `flexpg.token_logprobs_and_entropies`.
@@ -78,11 +131,13 @@ def logprobs(model: TransformerDecoder, batch: MicroBatch, temperature: float = 
         TypeError: as `forward`.
     """
     tree, rollouts = batch.tree, batch.rollouts
-    row = _packed_row(model, tree, None)
+    prefix = prefix if batch.prefix_tokens else None
+    row = _packed_row(model, tree, None, prefix)
 
     def scored(model: TransformerDecoder) -> tuple[Tensor, Tensor]:
+        hidden = _hidden(model, *row)
         return token_logprobs_and_entropies(
-            _hidden(model, *row),
+            hidden if prefix is None else prefix.whole(hidden, tree),
             output(model),
             tree,
             prompt_lens=rollouts.prompt_lens,
@@ -193,14 +248,14 @@ def check_fits(model: TransformerDecoder, max_token: int, max_length: int, devic
 
 
 def _packed_row(
-    model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None
+    model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix | None
 ) -> tuple[Tensor, Tensor, TreeBlockMask]:
-    """Tokens [1, S], position ids [1, S] and mask, when they fit the model."""
-    mask = mask_of(tree, mask)
-    tokens = tree.token_row()
+    """Tokens [1, S], position ids [1, S] and mask, when they fit the model; without the prefix, where there is one."""
+    mask = row_mask(tree, mask, prefix)
+    tokens, position_ids = mask.tree.token_row(), mask.tree.position_ids[None]
     _prepare(model)
     check_fits(model, tree.max_token, tree.max_length, tokens.device)
-    return tokens, tree.position_ids[None], mask
+    return tokens[:, mask.first_query :], position_ids[:, mask.first_query :], mask
 
 
 def _within(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:
@@ -251,6 +306,7 @@ def _prepare(model: TransformerDecoder) -> None:
 
 
 _attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers would recompile, each and every step
+_joined = torch.compiler.disable(TreeBlockMask.joined)  # or for every layer and prefix
 
 
 def _forward(
@@ -277,5 +333,7 @@ def _forward(
         attend = SampleCache.attend if mask.is_filled and mask.compiled else _attend_cached  # a step is one graph
         out = attend(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
     else:
+        if mask.prefix is not None:
+            k, v = _joined(mask, attn, k, v)
         out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
     return attn.output_proj(out.transpose(1, 2).flatten(2))

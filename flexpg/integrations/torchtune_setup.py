@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
 from torchtune.data import Message
+
+from flexpg.losses import grpo_loss, loss_normalizer
 
 NO_TEXT = (KeyError, TypeError, ValueError)  # what tokenizers raise of an id that they do not know
 
@@ -53,6 +56,40 @@ def check_keys(
     for name in components:
         if not isinstance(cfg[name], DictConfig) or not isinstance(cfg[name].get("_component_"), str):
             raise ValueError(f"{name} is {cfg[name]!r}; give a _component_ and its arguments")
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Refuses what a GRPO recipe's options cannot mean.
+
+    Args:
+        cfg: the whole configuration, its keys checked.
+
+    Raises:
+        ValueError: the first that is wrong, named.
+    """
+    if cfg.group_size == 1:
+        raise ValueError("group_size is 1, which makes every advantage zero; give 2 or more")
+    if type(cfg.clip_grad_norm) not in (int, float) or not cfg.clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm is {cfg.clip_grad_norm!r}; give a number above 0, .inf for no clipping")
+    temperature = cfg.sampling.get("temperature")
+    if type(temperature) not in (int, float) or not temperature > 0:
+        raise ValueError(f"sampling.temperature is {temperature!r}; rollouts need a number above 0")
+    if not isinstance(cfg.loss, DictConfig) or "max_completion_length" in cfg.loss:
+        raise ValueError(f"loss is {cfg.loss!r}; give grpo_loss its options, and sampling.max_new_tokens as the length")
+    one = torch.ones(1, 1)
+    try:
+        grpo_loss(
+            one,
+            one,
+            one[0],
+            one.bool(),
+            ref_logprobs=one,
+            normalizer=1.0,
+            **{str(name): value for name, value in cfg.loss.items()},
+        )
+        loss_normalizer(one.bool(), cfg.loss.loss_type, 1)
+    except (TypeError, ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"loss: {error}") from None
 
 
 def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:

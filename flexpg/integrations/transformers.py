@@ -25,7 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from flexpg.attention import attention
 from flexpg.integrations.transformers_checks import NAME, causal_lm, packed_forward, reached
 from flexpg.masks import TreeBlockMask
-from flexpg.tree import PrefixTree
+from flexpg.prefix import EncodedPrefix, row_mask
+from flexpg.tree import PrefixTree, Tokens
 
 
 class _Hidden(BaseModelOutputWithPast):
@@ -52,7 +53,9 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _ordinary_mask)
 
 
-def forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = None) -> Tensor:
+def forward(
+    model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = None, *, prefix: EncodedPrefix | None = None
+) -> Tensor:
     """Hidden states of the packed row, each token's equal to those of its own sequence run alone.
 
     Args:
@@ -60,6 +63,7 @@ def forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = Non
             gradient checkpointing. Not in a wrapper that shares work between processes.
         tree: the packed row, with tokens, on the model's device.
         mask: `block_mask(tree)`, where one is at hand; None makes it.
+        prefix: what all sequences begin with, from `encode_prefix(model, ...)`: it is not encoded again.
 
     Returns:
         [1, S, E] hidden states after the final norm; `output(model)` makes logits of them.
@@ -67,13 +71,38 @@ def forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = Non
     Raises:
         ValueError: another attention implementation, tokens beyond the vocabulary, dropout or noise in training, rotary
             positions that depend on the longest sequence, a tree without tokens or on another device, another tree's
-            mask.
+            mask or prefix.
         TypeError: a model in which a prefix cannot be shared exactly.
     """
     decoder = causal_lm(model).base_model
-    with packed_forward(model, tree, mask) as mask:
-        row = {"input_ids": tree.token_row(), "position_ids": tree.position_ids[None]}
-        return decoder(**row, attention_mask=mask, use_cache=False).last_hidden_state
+    mask = row_mask(tree, mask, prefix)
+    own = slice(mask.first_query, None)
+    with packed_forward(model, mask.tree, mask):
+        row = {"input_ids": mask.tree.token_row()[:, own], "position_ids": mask.tree.position_ids[None, own]}
+        hidden = decoder(**row, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden if prefix is None else prefix.whole(hidden, tree)
+
+
+def encode_prefix(model: nn.Module, tokens: Tokens) -> EncodedPrefix:
+    """Encodes what a group has in common, once for all micro-batches of its completions; exact, for any size of group.
+
+        with encode_prefix(model, prompt) as prefix:  # leaving the block runs the prompt's backward
+            for tree in trees:
+                hidden = forward(model, tree, prefix=prefix)
+                ...
+                loss.backward()
+
+    Args:
+        model: as in `forward`; gradient checkpointing must not be reentrant.
+        tokens: [P] int64, the prompt, on the model's device.
+
+    Raises:
+        ValueError: as `forward`.
+        TypeError: as `forward`.
+    """
+    prefix = EncodedPrefix(tokens)
+    prefix.keep_hidden(forward(model, prefix.tree, prefix.mask))
+    return prefix
 
 
 def output(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -164,6 +193,7 @@ def _attend(
     width = value.shape[-1]
     if width < key.shape[-1]:  # in DeepSeek
         value = functional.pad(value, (0, key.shape[-1] - width))
+    key, value = attention_mask.joined(module, key, value)
     out = attention(query, key, value, attention_mask, scale=scaling, window=sliding_window, softcap=softcap)
     return out[..., :width].transpose(1, 2).contiguous(), None
 

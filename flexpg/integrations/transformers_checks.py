@@ -123,7 +123,7 @@ def packed_forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | Non
         )
     check_no_dropout(model)
     mask = mask_of(tree, mask)
-    _check_tree(whole, tree)
+    _check_tree(whole, tree, tree if mask.prefix is None else mask.prefix.tree)
     windows: dict[nn.Module, int | None] = {}
     random_state = _random_state(tree.end.device)
     outer = reached.set(windows)
@@ -139,16 +139,17 @@ def packed_forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | Non
         )
 
 
-def _check_tree(model: PreTrainedModel, tree: PrefixTree) -> None:
+def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) -> None:
     if tree.end.device != (device := next(model.parameters()).device):
         raise ValueError(f"the tree is on {tree.end.device} and the model on {device}; move the tree with .to()")
     if tree.max_token >= (vocab := model.config.vocab_size):
         raise ValueError(f"token id {tree.max_token} is beyond the model's vocabulary of {vocab}; check the tokenizer")
+    shortest = min(int(tree.lengths.min()), prefix.max_length)  # a prefix on its own is turned by its own length
     rope = getattr(model.config, "rope_parameters", None) or {}
     for scaling in [rope] if "rope_type" in rope else rope.values():  # or one per kind of layer
         kind, original = scaling["rope_type"], scaling.get("original_max_position_embeddings")
         original = original or model.config.max_position_embeddings
-        depends_on_longest = "dynamic" in kind or (kind == "longrope" and int(tree.lengths.min()) <= original)
+        depends_on_longest = "dynamic" in kind or (kind == "longrope" and shortest <= original)
         if depends_on_longest and tree.max_length > original:
             raise ValueError(
                 f"rotary scaling {kind!r} turns all tokens of a row by its longest sequence, {tree.max_length} tokens, "
