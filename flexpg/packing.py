@@ -87,7 +87,11 @@ def pack(
         ValueError: a rollout that is longer than the budget, named.
     """
     chosen = list(range(len(rollouts)) if indices is None else indices)
-    loads = _loads(rollouts, chosen, max_tokens, sharing)
+    rows = rollouts.sequences
+    if rollouts.group_ids.device.type != "cpu":
+        rows = list(torch.cat(rows).cpu().split(list(map(len, rows))))  # one transfer
+    sequences = [row.numpy() for row in rows]
+    loads = _loads(rollouts, sequences, chosen, max_tokens, sharing)
     ranks: list[list[_Load]] = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     for unit, cost in sorted(_units(loads, max_tokens, world_size), key=lambda item: -item[1]):
@@ -95,7 +99,9 @@ def pack(
         ranks[rank] += unit
         work[rank] += cost
     plans = _aligned([_runs(share, max_tokens) for share in ranks])
-    return [batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, chosen, plan, rank)]
+    return [
+        batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, sequences, chosen, plan, rank)
+    ]
 
 
 def runs(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
@@ -115,13 +121,11 @@ def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
     return encoded_tokens(batches) - everything.num_tokens
 
 
-def _loads(rollouts: Rollouts, chosen: list[int], max_tokens: int, sharing: bool) -> list[_Load]:
+def _loads(
+    rollouts: Rollouts, sequences: list[np.ndarray], chosen: list[int], max_tokens: int, sharing: bool
+) -> list[_Load]:
     """Every group that fits the budget, and the parts of every other."""
-    lengths = (rollouts.prompt_lens + rollouts.completion_lens).tolist()
-    rows = rollouts.sequences
-    if rollouts.group_ids.device.type != "cpu":
-        rows = list(torch.cat(rows).cpu().split(lengths))  # one transfer
-    sequences = [row.numpy() for row in rows]
+    lengths = list(map(len, sequences))
     members: list[list[int]] = [[] for _ in rollouts.prompts]
     groups = rollouts.group_ids.tolist()
     for n in chosen:
@@ -297,12 +301,11 @@ def _aligned(ranks: list[list[list[_Load]]]) -> list[list[list[_Load | None]]]:
 
 
 def _micro_batches(
-    rollouts: Rollouts, chosen: list[int], plan: list[list[_Load | None]], rank: int
+    rollouts: Rollouts, sequences: list[np.ndarray], chosen: list[int], plan: list[list[_Load | None]], rank: int
 ) -> list[MicroBatch]:
     """A rank's micro-batches; where nothing is left to do, its shortest rollout with nothing trained."""
     known = [n for run in plan for load in run if load is not None for n in load.indices] or chosen
-    lengths = (rollouts.prompt_lens + rollouts.completion_lens).tolist()
-    shortest = min(known, key=lengths.__getitem__)
+    shortest = min(known, key=lambda n: len(sequences[n]))
     batches = []
     for number, run in enumerate(plan):
         groups = [load.group for load in run if load is not None]
@@ -312,7 +315,8 @@ def _micro_batches(
             if load is None:
                 part = replace(part, loss_mask=torch.zeros_like(part.trained))
             prefix = load.prompt if load is not None and groups.count(load.group) > 1 else 0
-            tree = PrefixTree.from_sequences([rollouts.sequences[n] for n in indices])
+            tree = PrefixTree.from_sequences([torch.from_numpy(sequences[n]) for n in indices])
+            tree = tree.to(rollouts.group_ids.device)
             batches.append(MicroBatch(indices, part, tree, rank, number, prefix))
     return batches
 

@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["mask", "torchtune", "transformers", "trl"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["mask", "torchtune", "transformers", "trl", "large group"])
 def test_snippets_run(snippet, monkeypatch, tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # which they name, and runs/ is made beside it
     monkeypatch.chdir(tmp_path)

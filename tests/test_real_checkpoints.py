@@ -233,8 +233,10 @@ def their_logprobs(model: torch.nn.Module, rollouts: Rollouts) -> Tensor:
 
 def logprobs(run: GRPORecipe) -> tuple[Rollouts, Tensor | None, Tensor]:
     """Rollouts that the model samples now, the reference's log-probabilities [N, C] and the model's own."""
-    [[batch]] = run.packed(run.sample(3)[0])
-    return batch.rollouts, run.old_and_ref(batch)[1], run.logprobs(run.model, batch)[0].detach()
+    [[batch]], _ = run.packed(run.sample(3)[0])
+    _, [reference] = run.old_and_ref([batch])
+    [(policy, _)] = run.logprobs(run.model, [batch])
+    return batch.rollouts, reference, policy.detach()
 
 
 def error(found: Tensor, right: Tensor) -> float:
