@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -201,8 +202,7 @@ class GRPORecipe(FTRecipeInterface):
         metrics["lr"] = training.get_lr(self.optimizer)
         self.lr_scheduler.step()
         finished = seconds(self.world.device)
-        metrics |= {"sample_s": sampled - started, "score_s": scored - sampled, "train_s": finished - scored}
-        metrics |= costs
+        metrics |= costs | {"sample_s": sampled - started, "score_s": scored - sampled, "train_s": finished - scored}
         metrics["peak_memory_gib"] = self.world.largest(peak_memory_gib(self.world.device))
         return metrics | rates(metrics)
 
@@ -239,23 +239,21 @@ class GRPORecipe(FTRecipeInterface):
     def packed(self, rollouts: Rollouts) -> tuple[list[list[MicroBatch]], dict[str, float]]:
         """This process's micro-batches of each mini-batch, equally many on every process, and what all of them cost."""
         rows = [range(len(rollouts))[self._rows(n)] for n in range(self.cfg.minibatches)]
-        options = self.cfg.max_tokens, self.world.size
+        pack_some = partial(pack, rollouts, self.cfg.max_tokens, self.world.size)
         is_first, self.is_sharing = self.is_sharing is None, self.cfg.sharing is not False
-        packed = [pack(rollouts, *options, self.is_sharing, own) for own in rows]
+        packed = [pack_some(self.is_sharing, own) for own in rows]
         if self.cfg.sharing == "auto":
-            self.is_sharing, why = sharing_pays([batch for batches in packed for batch in batches], self.shape)
-            if not self.is_sharing:
-                packed = [pack(rollouts, *options, False, own) for own in rows]
+            self.is_sharing, why = sharing_pays(list(chain(*packed)), self.shape)
+            packed = packed if self.is_sharing else [pack_some(False, own) for own in rows]
             if is_first and self.world.is_first:
                 print(f"sharing=auto: {why}")
-        costs = cost_metrics([batch for batches in packed for batch in batches], self.is_sharing, self.shape)
+        costs = cost_metrics(list(chain(*packed)), self.is_sharing, self.shape)
         return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
 
     @torch.no_grad()
     def old_and_ref(self, batches: list[MicroBatch]) -> tuple[Scores, Scores]:
         """Old and reference log-probabilities [n, C] of each micro-batch, where they are needed."""
-        old: Scores = [None] * len(batches)
-        ref: Scores = [None] * len(batches)
+        old = ref = [None] * len(batches)
         if self.cfg.num_iterations * self.cfg.minibatches > 1:  # else the old policy is the one in training
             old = [logprobs for logprobs, _ in self.logprobs(self.model, batches)]
         if self.reference is not None:
@@ -303,12 +301,12 @@ class GRPORecipe(FTRecipeInterface):
         autocast = partial(self.autocast, cache_enabled=self.world.size == 1)  # or it would hold what FSDP has freed
         for run in runs(batches):
             with autocast():
-                prefix = shared.encode_run(model, run)
-            with prefix as encoded:
+                encoded = shared.encode_run(model, run)
+            with encoded as prefix:
                 for batch in run:
                     with autocast():
                         if self.is_sharing:
-                            scores = shared.logprobs(model, batch, self.sampling.temperature, encoded)
+                            scores = shared.logprobs(model, batch, self.sampling.temperature, prefix)
                         else:
                             scores = shared.unshared_logprobs(model, batch.rollouts, self.sampling.temperature)
                     yield scores
