@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexpg.cost import Cost, ModelShape, causal_cost, dense_cost, group_cost, shared_cost, update_flops
-from flexpg.packing import MicroBatch, encoded_tokens, recomputed_tokens, runs
+from flexpg.cost import Cost, ModelShape, dense_cost, group_cost, update_flops
+from flexpg.packing import MicroBatch, encoded_tokens, recomputed_tokens, run_cost, runs
 from flexpg.rollouts import Rollouts
 from flexpg.tree import padded_size
 
@@ -41,60 +41,70 @@ def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]
     }
 
 
-def cost_metrics(batches: Sequence[MicroBatch], sharing: bool, shape: ModelShape) -> dict[str, float]:
+def cost_metrics(minibatches: Sequence[Sequence[MicroBatch]], sharing: bool, shape: ModelShape) -> dict[str, float]:
     """What a step's micro-batches cost.
 
     Args:
-        batches: of all processes.
+        minibatches: what `pack` gave for each, of all processes.
         sharing: whether they are trained on as packed rows; else as padded rows of whole sequences.
         shape: of the model.
 
     Returns:
         "tokens_unshared" with every prompt once per completion, "tokens_prompts_once" with every prompt once per
-        micro-batch, "tokens_trained" that the model encodes, "pads" beside them, "tokens_recomputed", those trained
-        again because micro-batches have them in common, and "flop_ratio", how many times fewer FLOPs the layers need
-        than without sharing. Micro-batches that train nothing count in what is trained alone.
+        micro-batch, or run of them, "tokens_trained" that the model encodes, "pads" beside them, "tokens_recomputed",
+        those trained again because micro-batches have them in common, and "flop_ratio", how many times fewer FLOPs the
+        layers need than without sharing. Idle micro-batches count in what is trained, and its pads, alone.
     """
-    busy = [batch for batch in batches if batch.rollouts.trained.any()]
-    trees = [batch.tree for batch in batches]
+    every_run = [run for batches in minibatches for run in runs(batches)]
+    batches = [batch for run in every_run for batch in run]
+    busy = [batch for batch in batches if not batch.is_idle]
     if sharing:
-        trained = encoded_tokens(batches)
+        trained = sum(map(encoded_tokens, minibatches))
         padded = sum(padded_size(batch.tree.num_tokens - batch.prefix_tokens) for batch in batches)
-        padded += sum(padded_size(max(batch.prefix_tokens for batch in run)) for run in runs(batches) if len(run) > 1)
+        padded += sum(padded_size(_prompt_tokens(run)) for run in every_run if len(run) > 1)
     else:
-        trained = sum(dense_cost(tree).tokens for tree in trees)
-        padded = sum(len(tree.lengths) * tree.max_length for tree in trees)
+        trained = sum(dense_cost(batch.tree).tokens for batch in batches)
+        padded = sum(len(batch.tree.lengths) * batch.tree.max_length for batch in batches)
+    again = sum(sum(batch.prefix_tokens for batch in run) - _prompt_tokens(run) for run in every_run)
     return {
         "tokens_unshared": sum(dense_cost(batch.tree).tokens for batch in busy),
-        "tokens_prompts_once": sum(group_cost(batch.rollouts).tokens for batch in busy),
+        "tokens_prompts_once": sum(group_cost(batch.rollouts).tokens for batch in busy) - again,
         "tokens_trained": trained,
         "pads": padded - trained,
-        "tokens_recomputed": recomputed_tokens(batches) if sharing else 0,
-        "flop_ratio": flop_ratio(batches, shape) if sharing else 1.0,
+        "tokens_recomputed": sum(map(recomputed_tokens, minibatches)) if sharing else 0,
+        "flop_ratio": flop_ratio(minibatches, shape) if sharing else 1.0,
     }
 
 
-def flop_ratio(batches: Sequence[MicroBatch], shape: ModelShape) -> float:
-    """FLOPs of the layers without sharing over those of the packed rows; logits, which are alike, are left out."""
-    unshared = sum((dense_cost(batch.tree) for batch in batches if batch.rollouts.trained.any()), Cost(0, 0))
-    packed = sum((shared_cost(batch.tree) for batch in batches), Cost(0, 0))
-    for run in runs(batches):
-        for batch in [batch for batch in run if batch.prefix_tokens][1:]:  # their prompt is encoded by the first
-            packed -= causal_cost(batch.prefix_tokens)
+def flop_ratio(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -> float:
+    """FLOPs of the layers without sharing over those of the packed rows; logits, which are alike, are left out.
+
+    Args:
+        minibatches: as in `cost_metrics`, packed with sharing.
+        shape: of the model.
+    """
+    every_run = [run for batches in minibatches for run in runs(batches)]
+    unshared = sum((dense_cost(batch.tree) for run in every_run for batch in run if not batch.is_idle), Cost(0, 0))
+    packed = sum(map(run_cost, every_run), Cost(0, 0))
     return update_flops(unshared, 0, shape).total / update_flops(packed, 0, shape).total
 
 
-def sharing_pays(batches: Sequence[MicroBatch], shape: ModelShape) -> tuple[bool, str]:
+def sharing_pays(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -> tuple[bool, str]:
     """Whether packed rows save enough to be worth their masks, by the cost model, and a sentence that says so.
 
     Args:
-        batches: of all processes, packed with sharing.
+        minibatches: as in `cost_metrics`, packed with sharing.
         shape: of the model.
     """
-    ratio = flop_ratio(batches, shape)
+    ratio = flop_ratio(minibatches, shape)
     if ratio < PAYS:
         return False, f"every prompt is encoded once per completion, as sharing would save only {1 - 1 / ratio:.1%}"
     return True, f"prompts are shared, for {ratio:.1f} times fewer FLOPs in the layers of an update"
+
+
+def _prompt_tokens(run: Sequence[MicroBatch]) -> int:
+    """Of the prompt that a run's micro-batches have in common."""
+    return max(batch.prefix_tokens for batch in run)
 
 
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:

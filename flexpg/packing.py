@@ -18,6 +18,7 @@ from itertools import groupby, pairwise
 import numpy as np
 import torch
 
+from flexpg.cost import Cost, causal_cost, shared_cost
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree, common_prefix, sorted_order
 
@@ -37,6 +38,7 @@ class MicroBatch:
         run: number of its run; the runs of all processes are alike in their number and their numbers of micro-batches.
         prefix_tokens: of the prompt that the micro-batches of its run have in common, and that needs to be encoded but
             once (`flexpg.prefix`); 0 where the group is whole. A micro-batch can do without the others all the same.
+        is_idle: it keeps a process in step with the others: two tokens of rollout `indices[0]`, and none is trained.
     """
 
     indices: list[int]
@@ -45,6 +47,7 @@ class MicroBatch:
     rank: int = 0
     run: int = 0
     prefix_tokens: int = 0
+    is_idle: bool = False
 
 
 @dataclass(eq=False)
@@ -70,7 +73,7 @@ def pack(
 
     A group that does not fit is split into few and evenly loaded parts. Work is given out largest first, to the process
     with the least so far. Processes get equally many runs and micro-batches, as FSDP needs: where one would have fewer,
-    it repeats a rollout with nothing trained, which adds zeros to the gradient.
+    it gets idle ones, in which nothing is trained and which add zeros to the gradient.
 
     Args:
         rollouts: the step's rollouts.
@@ -81,12 +84,15 @@ def pack(
         indices: the rollouts to pack, as of one mini-batch; None for all.
 
     Returns:
-        Micro-batches in the order of ranks and runs; their `indices` restore the order of the rollouts.
+        Micro-batches in the order of ranks and runs. The `indices` of those that are not idle hold every rollout once,
+        and so restore their order.
 
     Raises:
-        ValueError: a rollout that is longer than the budget, named.
+        ValueError: a rollout that is longer than the budget, named; indices that are none, or twice the same.
     """
-    chosen = list(range(len(rollouts)) if indices is None else indices)
+    chosen = _chosen(indices, len(rollouts))
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; give the number of processes, 1 or more")
     rows = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":
         rows = list(torch.cat(rows).cpu().split(list(map(len, rows))))  # one transfer
@@ -98,7 +104,7 @@ def pack(
         rank = work.index(min(work))
         ranks[rank] += unit
         work[rank] += cost
-    plans = _aligned([_runs(share, max_tokens) for share in ranks])
+    plans = _aligned([_runs(share, max_tokens) for share in ranks], max_tokens)
     return [
         batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, sequences, chosen, plan, rank)
     ]
@@ -109,16 +115,41 @@ def runs(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
     return [list(run) for _, run in groupby(batches, key=lambda batch: (batch.rank, batch.run))]
 
 
+def run_cost(run: Sequence[MicroBatch]) -> Cost:
+    """What goes through the model for a run, pads left out: its prompt once."""
+    whole = sum((shared_cost(batch.tree) for batch in run), Cost(0, 0))
+    prefixes = [causal_cost(batch.prefix_tokens) for batch in run if batch.prefix_tokens]
+    return whole - sum(prefixes[1:], Cost(0, 0))
+
+
 def encoded_tokens(batches: Iterable[MicroBatch]) -> int:
     """Tokens that go through the model, pads left out and a run's prompt counted once."""
-    own = [[(batch.tree.num_tokens, batch.prefix_tokens) for batch in run] for run in runs(batches)]
-    return sum(sum(tokens - prefix for tokens, prefix in run) + max(prefix for _, prefix in run) for run in own)
+    return sum(run_cost(run).tokens for run in runs(batches))
 
 
 def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
-    """Tokens that are encoded again, as rows or processes have prefixes in common; 0 where one row holds everything."""
-    everything = PrefixTree.from_sequences([row for batch in batches for row in batch.rollouts.sequences])
-    return encoded_tokens(batches) - everything.num_tokens
+    """Tokens that are encoded again, as rows or processes have prefixes in common; 0 where one row holds everything.
+
+    Args:
+        batches: what `pack` gave, of all processes.
+    """
+    busy = [batch for batch in batches if not batch.is_idle]
+    everything = PrefixTree.from_sequences([row for batch in busy for row in batch.rollouts.sequences])
+    return encoded_tokens(busy) - everything.num_tokens
+
+
+def _chosen(indices: Sequence[int] | None, count: int) -> list[int]:
+    """Indices as ints, if each names a rollout of its own."""
+    chosen = list(range(count)) if indices is None else [int(n) for n in indices]
+    if not chosen:
+        raise ValueError("indices are empty; give at least one rollout to pack, or None for all")
+    for n in chosen:
+        if not 0 <= n < count:
+            raise ValueError(f"indices name rollout {n}; there are 0 to {count - 1}")
+    if len(set(chosen)) < len(chosen):
+        twice = next(n for n in chosen if chosen.count(n) > 1)
+        raise ValueError(f"indices name rollout {twice} more than once, and it would be trained as often; give it once")
+    return chosen
 
 
 def _loads(
@@ -279,10 +310,11 @@ def _row(loads: list[_Load], shared: int) -> _Load:
     )
 
 
-def _aligned(ranks: list[list[list[_Load]]]) -> list[list[list[_Load | None]]]:
+def _aligned(ranks: list[list[list[_Load]]], max_tokens: int) -> list[list[list[_Load | None]]]:
     """The runs of every rank, alike in number and length: filled up with runs of one row, then with None.
 
-    Runs stand in the order of their length; a rank without a long one puts rows of its own into its place.
+    Runs stand in the order of their length; a rank without a long one puts rows of its own into its place. Into one
+    with a prompt go rows that fit the budget beside that, whose activations wait for the end of the run.
     """
     long = [[run for run in plan if len(run) > 1] for plan in ranks]
     singles = [[run[0] for run in plan if len(run) == 1] for plan in ranks]
@@ -291,9 +323,11 @@ def _aligned(ranks: list[list[list[_Load]]]) -> list[list[list[_Load | None]]]:
         size = max(len(own[i]) for own in long if i < len(own))
         for rank, own in enumerate(long):
             run: list[_Load | None] = list(own[i]) if i < len(own) else []
-            while len(run) < size:
-                run.append(singles[rank].pop() if singles[rank] else None)
-            plans[rank].append(run)
+            room = max_tokens - (own[i][0].prompt if i < len(own) else 0)
+            fitting = [row for row in singles[rank] if row.tokens <= room][: size - len(run)]
+            singles[rank] = [row for row in singles[rank] if row not in fitting]
+            run += fitting
+            plans[rank].append(run + [None] * (size - len(run)))
     most = max(map(len, singles))
     for rank, rows in enumerate(singles):
         plans[rank] += [[row] for row in [*rows, *[None] * (most - len(rows))]]
@@ -303,22 +337,35 @@ def _aligned(ranks: list[list[list[_Load]]]) -> list[list[list[_Load | None]]]:
 def _micro_batches(
     rollouts: Rollouts, sequences: list[np.ndarray], chosen: list[int], plan: list[list[_Load | None]], rank: int
 ) -> list[MicroBatch]:
-    """A rank's micro-batches; where nothing is left to do, its shortest rollout with nothing trained."""
-    known = [n for run in plan for load in run if load is not None for n in load.indices] or chosen
-    shortest = min(known, key=lambda n: len(sequences[n]))
+    """A rank's micro-batches, idle where it has nothing left to do."""
     batches = []
     for number, run in enumerate(plan):
         groups = [load.group for load in run if load is not None]
         for load in run:
-            indices = [shortest] if load is None else sorted(load.indices)
-            part = rollouts.select(indices)
             if load is None:
-                part = replace(part, loss_mask=torch.zeros_like(part.trained))
-            prefix = load.prompt if load is not None and groups.count(load.group) > 1 else 0
+                batches.append(_idle(rollouts, chosen[0], rank, number))
+                continue
+            indices = sorted(load.indices)
             tree = PrefixTree.from_sequences([torch.from_numpy(sequences[n]) for n in indices])
             tree = tree.to(rollouts.group_ids.device)
-            batches.append(MicroBatch(indices, part, tree, rank, number, prefix))
+            prefix = load.prompt if groups.count(load.group) > 1 else 0
+            batches.append(MicroBatch(indices, rollouts.select(indices), tree, rank, number, prefix))
     return batches
+
+
+def _idle(rollouts: Rollouts, index: int, rank: int, run: int) -> MicroBatch:
+    """The last token of a rollout's prompt and the first of its completion, and nothing trained."""
+    whole = rollouts.select([index])
+    part = Rollouts(
+        prompts=[whole.prompts[0][-1:]],
+        completions=[whole.completions[0][:1]],
+        group_ids=whole.group_ids,
+        rewards=whole.rewards,
+        loss_mask=torch.zeros_like(whole.trained[:, :1]),
+        old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[:, :1],
+        ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[:, :1],
+    )
+    return MicroBatch([index], part, PrefixTree.from_sequences(part.sequences), rank, run, is_idle=True)
 
 
 def _cost(tokens: int, pairs: int) -> float:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -99,8 +98,7 @@ class GRPORecipe(FTRecipeInterface):
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.is_told_to_stop = False
         self.checkpointer = None  # the first process alone has one
-        self.first_rollouts = None  # for the picture of the mask
-        self.is_sharing = None  # the last step's
+        self.first_rollouts = self.is_sharing = None  # for the picture of the mask; whether the last step shared
         utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's own chatter
 
     def setup(self) -> None:
@@ -243,11 +241,11 @@ class GRPORecipe(FTRecipeInterface):
         is_first, self.is_sharing = self.is_sharing is None, self.cfg.sharing is not False
         packed = [pack_some(self.is_sharing, own) for own in rows]
         if self.cfg.sharing == "auto":
-            self.is_sharing, why = sharing_pays(list(chain(*packed)), self.shape)
+            self.is_sharing, why = sharing_pays(packed, self.shape)
             packed = packed if self.is_sharing else [pack_some(False, own) for own in rows]
             if is_first and self.world.is_first:
                 print(f"sharing=auto: {why}")
-        costs = cost_metrics(list(chain(*packed)), self.is_sharing, self.shape)
+        costs = cost_metrics(packed, self.is_sharing, self.shape)
         return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ PACKAGE = Path(flexpg.__file__).parent
 ORDER = [
     "rollouts",
     "tree",
+    "cost",
     "packing",
     "masks",
     "attention.dense",
@@ -27,7 +28,6 @@ ORDER = [
     "sample_cache",
     "sampling",
     "rewards",
-    "cost",
     "metrics",
     "conversations",
     "rollout_file",

@@ -148,16 +148,15 @@ def test_every_rollout_is_trained_once_over_all_processes_which_get_equally_many
         held = []
         for batch in batches:
             assert tokens_of(batch, sharing) <= max_tokens
+            if batch.is_idle:
+                num_idle += 1
+                assert batch.tree.num_tokens == 2 and not batch.rollouts.trained.any() and not batch.prefix_tokens
+                continue
             assert all(map(torch.equal, batch.rollouts.sequences, (rollouts.sequences[n] for n in batch.indices)))
             trained = batch.rollouts.trained
-            if not trained.any() and len(batch.indices) == 1 and batch.indices[0] in held:
-                num_idle += 1
-                own = [row for other in batches if other.rank == batch.rank for row in other.rollouts.sequences]
-                assert len(batch.rollouts.sequences[0]) == min(map(len, own))  # it repeats what costs it least
-                continue
             held += batch.indices
             times_trained[batch.indices, : trained.shape[1]] += trained
-        assert sorted(held) == list(range(len(rollouts))) or world_size > 1
+        assert sorted(held) == list(range(len(rollouts)))
         assert torch.equal(times_trained, rollouts.trained.long())
     assert num_idle > 100
 
@@ -172,7 +171,7 @@ def loads(rollouts: Rollouts, max_tokens: int, world_size: int, sharing: bool) -
 
     work = [0.0] * world_size
     for batch in pack(rollouts, max_tokens, world_size, sharing):
-        if batch.rollouts.trained.any():
+        if not batch.is_idle:
             work[batch.rank] += cost(batch.rollouts)
     ids = rollouts.group_ids
     return work, [cost(rollouts.select((ids == group).nonzero().flatten())) for group in range(rollouts.num_groups)]
@@ -268,6 +267,35 @@ def test_runs_are_alike_on_every_process_and_the_parts_of_a_group_stand_in_one()
                 assert not batch.prefix_tokens or batch.rollouts.num_groups == 1
             seen += bool(prompts)
     assert {1, 2, 3} <= lengths and seen > 100
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_rows_tokens_and_those_of_the_prompt_that_waits_fit_the_budget_together(world_size):
+    seen = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        rollouts, max_tokens = random_rollouts(rng), rng.randint(32, 60)
+        for run in runs(pack(rollouts, max_tokens, world_size)):
+            waiting = max(batch.prefix_tokens for batch in run)
+            assert all(batch.tree.num_tokens - batch.prefix_tokens + waiting <= max_tokens for batch in run)
+            seen += waiting > 0 and any(not batch.prefix_tokens and not batch.is_idle for batch in run)
+    assert seen > 0 or world_size == 1  # rows that stand in for a part
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world_size": 0}, "world_size is 0; give the number of processes, 1 or more"),
+        ({"indices": []}, "indices are empty; give at least one rollout to pack, or None for all"),
+        ({"indices": [0, 2]}, "indices name rollout 2; there are 0 to 1"),
+        ({"indices": torch.tensor([1, 1])}, "indices name rollout 1 more than once, and it would be trained as often"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(options, message):
+    rollouts = Rollouts([torch.arange(3)], [torch.tensor([1])] * 2, torch.tensor([0, 0]), torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        pack(rollouts, 100, **options)
 
 
 def test_a_group_far_over_the_budget_is_given_to_several_processes_and_several_groups_to_one_each():

@@ -400,3 +400,7 @@ def test_auto_shares_where_it_pays_says_so_once_and_logs_the_ratio(tmp_path, cap
             name: told[name] for name in ("loss", "tokens_trained", "flop_ratio")
         }
         assert auto["flop_ratio"] > 2 if pays < 2 else auto["flop_ratio"] == 1
+
+
+def test_the_recipe_stays_short_enough_to_be_read():
+    assert len((ROOT / "recipes/grpo.py").read_text().splitlines()) < 450

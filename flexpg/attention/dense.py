@@ -27,7 +27,7 @@ def dense_attention(
     exact = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     keys, values = (x.to(exact).repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = q.to(exact) @ keys.transpose(-1, -2) * scale  # [1, Hq, S, S]
+    scores = q.to(exact) @ keys.transpose(-1, -2) * scale  # [1, Hq, queries, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = dense_mask(mask.tree.end)[mask.first_query :]
