@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from unshared import relative_error
@@ -226,6 +227,29 @@ def test_a_conversation_may_begin_with_the_assistant(tokenizer):
     assert tokenizer.decode(rollouts.completions[0]) == f"Hello!{END}"
 
 
+def test_an_opening_assistant_behind_a_second_generation_prompt_is_refused(tokenizer):
+    example = with_template(tokenizer, "{{- 'As in <|im_start|>assistant\nYes.' }}" + tokenizer.chat_template)
+    message = "conversation 0 of 1, message 0: the template does not .* and once, so where it begins is unknown"
+    for template, said in ((example, "Hello!"), (tokenizer, "I am <|im_start|>assistant\n")):
+        with pytest.raises(ValueError, match=message):
+            conversation_rollouts([chat(("assistant", said), ("user", "hi"))], template)
+    rollouts, _ = conversation_rollouts([chat(("user", "hi"), ("assistant", "Hello!"))], example)
+    assert tokenizer.decode(rollouts.completions[0]) == f"Hello!{END}"  # behind a message, it is known
+
+
+def test_a_template_that_ends_turns_only_where_another_follows_has_no_end_trained(tokenizer):
+    between = "{% for m in messages %}{{ m.role + m.content }}{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}"
+    prompted = with_template(tokenizer, between + "{% if add_generation_prompt %}<|im_end|>assistant{% endif %}")
+    rollouts, _ = conversation_rollouts([chat(("user", "a"), ("assistant", "b"))], prompted)
+    assert tokenizer.decode(rollouts.completions[0]) == "b"
+
+
+@pytest.mark.parametrize("reward", [1, 0.5, np.float32(0.5), -3e38])
+def test_a_reward_that_float32_holds_is_kept(tokenizer, reward):
+    rollouts, _ = conversation_rollouts([replace(GOOD, reward=reward)], tokenizer)
+    assert torch.equal(rollouts.rewards, torch.tensor([float(reward)]))
+
+
 def test_tools_and_options_reach_the_template(tokenizer):
     conversation = chat(("system", "S"), ("user", "a"), ("assistant", "b"), tools=[{"name": "refund_by_mail"}])
     rollouts, _ = conversation_rollouts([conversation], tokenizer)
@@ -389,6 +413,15 @@ GOOD = Conversation([USER, SAID])
         ),
         ([Conversation([USER, {"role": "assistant"}])], ValueError, "message 1 has neither content nor tool_calls"),
         ([GOOD, Conversation([USER, SAID], float("nan"))], ValueError, "conversation 1 of 2 has reward nan; drop it"),
+        ([Conversation([USER, SAID], 10**400)], ValueError, "conversation 0 of 1 has reward 1000"),
+        ([Conversation([USER, SAID], 1e39)], ValueError, "conversation 0 of 1 has reward 1e+39; drop it"),
+        ([Conversation([USER, SAID], "1")], ValueError, "conversation 0 of 1 has reward '1'; drop it"),
+        (
+            [GOOD, Conversation([USER, SAID | {"tool_calls": 5}])],
+            ValueError,
+            "conversation 1 of 2, message 1 has tool_calls '5'; give a list of calls",
+        ),
+        ([Conversation([USER, SAID | {"tool_calls": {}}])], ValueError, "message 1 has tool_calls '{}'; give a list"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_its_number(tokenizer, given, error, message):
@@ -456,6 +489,7 @@ def test_messages_of_an_api_become_those_of_a_template_and_stay_as_they_were():
     assert (first["tool_calls"][0]["id"], second) == ("1", {"role": "tool", "content": "x"})
     assert json.dumps(messages) == before
     assert template_messages([first, second]) == [first, second]
+    assert template_messages([{"role": "assistant", "tool_calls": [call]}])[0]["content"] == ""
 
 
 @pytest.mark.parametrize(
@@ -502,6 +536,12 @@ ENTRY = {"task_id": 1, "reward": 0.0, "traj": [USER, SAID]}
         ([ENTRY, ENTRY | {"task_id": "x"}], "entry 1 of 2 has task_id 'x'; it needs a whole number"),
         ([ENTRY | {"reward": None}], "entry 0 of 1 has reward None; it needs a finite number"),
         ([ENTRY | {"reward": True}], "entry 0 of 1 has reward True; it needs a finite number"),
+        ([ENTRY, ENTRY | {"reward": 10**400}], "entry 1 of 2 has reward 1000"),
+        ([ENTRY | {"reward": "1"}], "entry 0 of 1 has reward '1'; it needs a finite number"),
+        (
+            [ENTRY, ENTRY | {"traj": [USER, SAID | {"tool_calls": 5}]}],
+            "entry 1 of 2, traj: message 1 has tool_calls '5'; give a list of calls",
+        ),
         ([ENTRY | {"traj": None}], "entry 0 of 1 has traj 'None'; it needs a list of messages"),
         ([ENTRY | {"traj": [USER, 1]}], "entry 0 of 1, traj: message 1 is a int; give a dict"),
     ],

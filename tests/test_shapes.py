@@ -305,6 +305,11 @@ def test_experts_count_as_many_as_a_token_goes_through():
     assert all_of_four.layer_weights == attention_and_router + 4 * 3 * 32 * 48
 
 
+def test_a_config_of_no_layer_is_refused():
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no layer \(num_hidden_layers is 0\)"):
+        transformers_shape(replaced(CONFIGS["llama"], num_hidden_layers=0))
+
+
 def replaced(config: transformers.PretrainedConfig, **changes) -> transformers.PretrainedConfig:
     return type(config)(**{**config.to_dict(), **changes})
 
