@@ -109,11 +109,12 @@ def run_report(args: argparse.Namespace) -> None:
         raise ImportError(f"{error}; a report needs more than flexpg alone: pip install 'flexpg[report]'") from error
     if not args.file.is_file():
         raise FileNotFoundError(f"no file {args.file}; give a .jsonl file of rollouts")
+    shape = _shape(args.model)  # first: a mistyped path is no folder to look for a tokenizer in
     tokenizer = _tokenizer(args)
-    rollouts, names = read_rollouts(args.file, **tokenizer, per_turn=args.per_turn)
+    rollouts, names = read_rollouts(args.file, **tokenizer, per_turn=args.per_turn, vocab_size=shape.vocab_size)
     found = report(
         rollouts,
-        _shape(args.model),
+        shape,
         max_tokens=args.max_tokens or MAX_TOKENS,
         activation_checkpointing=args.activation_checkpointing,
         names=names,
@@ -128,18 +129,28 @@ def run_report(args: argparse.Namespace) -> None:
 
 def _shape(path: Path) -> ModelShape:
     """The shape of a checkpoint of transformers, or of the torchtune model of a recipe's configuration."""
-    if path.suffix not in (".yaml", ".yml"):
-        from flexpg.integrations.transformers_files import local_config
-        from flexpg.integrations.transformers_shape import shape_of as of_config
+    return _shape_of_recipe(path) if path.suffix in (".yaml", ".yml") else _shape_of_checkpoint(path)
 
-        return of_config(local_config(path))
+
+def _shape_of_checkpoint(path: Path) -> ModelShape:
+    from flexpg.integrations.transformers_files import local_config
+    from flexpg.integrations.transformers_shape import shape_of
+
+    config = local_config(path)
+    try:
+        return shape_of(config)
+    except Exception as error:  # a config's numbers meet whatever its family's layers do with them
+        raise ValueError(f"{path}: {_said(error)}") from error
+
+
+def _shape_of_recipe(path: Path) -> ModelShape:
     import torch
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     from flexpg.integrations.torchtune_models import model_shape
-    from flexpg.integrations.torchtune_shape import shape_of as of_model
+    from flexpg.integrations.torchtune_shape import shape_of
 
     try:
         config = OmegaConf.load(path)
@@ -148,9 +159,14 @@ def _shape(path: Path) -> ModelShape:
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"{path} has no `model`; give a configuration of the recipe, or a checkpoint's folder")
     try:
-        return of_model(model_shape(config, torch.float32, torch.float32))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return shape_of(model_shape(config, torch.float32, torch.float32))
+    except Exception as error:  # a builder of torchtune's, or of anyone's
+        raise ValueError(f"{path}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says; its kind before that where it is not written for a user, as of `KeyError: 'zzz'`."""
+    return str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,7 +175,7 @@ def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
         from flexpg.tasks import ByteTokenizer
 
         return {"encode": ByteTokenizer().encode}
-    folder = args.tokenizer or (args.model if args.model.is_dir() else args.model.parent)
+    folder = args.tokenizer or (args.model.parent if args.model.is_file() else args.model)
     if args.tokenizer is None and args.model.suffix in (".yaml", ".yml"):
         return {}
     from flexpg.integrations.transformers_files import has_tokenizer, local_tokenizer
@@ -183,17 +199,8 @@ def token_budgets(text: str) -> list[int]:
     return list(map(int, budgets))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; without one, prints the help."""
-    parser = argparse.ArgumentParser(prog="python -m flexpg", description="What comes with flexpg beside the library.")
-    commands = parser.add_subparsers(title="commands")
-    ls = commands.add_parser("ls", help="list the recipes and their configurations")
-    ls.set_defaults(run=run_ls)
-    cp = commands.add_parser("cp", help="copy a recipe or a configuration, with what it needs, to edit and run it")
-    cp.add_argument("name", metavar="NAME", choices=[*items(source()), "all"], help="a name that ls lists, or all")
-    cp.add_argument("dest", metavar="DEST", nargs="?", type=Path, default=Path(), help="folder to copy into (here)")
-    cp.add_argument("--force", action="store_true", help="overwrite files that differ")
-    cp.set_defaults(run=run_cp)
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The parser of `report`."""
     report = commands.add_parser(
         "report",
         help="say what sharing prefixes saves of an update over given rollouts",
@@ -235,6 +242,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there, too")
     report.set_defaults(run=run_report)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; without one, prints the help."""
+    parser = argparse.ArgumentParser(prog="python -m flexpg", description="What comes with flexpg beside the library.")
+    commands = parser.add_subparsers(title="commands")
+    ls = commands.add_parser("ls", help="list the recipes and their configurations")
+    ls.set_defaults(run=run_ls)
+    cp = commands.add_parser("cp", help="copy a recipe or a configuration, with what it needs, to edit and run it")
+    cp.add_argument("name", metavar="NAME", choices=[*items(source()), "all"], help="a name that ls lists, or all")
+    cp.add_argument("dest", metavar="DEST", nargs="?", type=Path, default=Path(), help="folder to copy into (here)")
+    cp.add_argument("--force", action="store_true", help="overwrite files that differ")
+    cp.set_defaults(run=run_cp)
+    _add_report(commands)
     parser.set_defaults(run=lambda args: parser.print_help())
     args = parser.parse_args(argv)
     try:

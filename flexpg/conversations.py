@@ -11,11 +11,10 @@ here the template is the tokenizer's own, and one that rewrites earlier turns is
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flexpg.rollouts import Rollouts
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+LARGEST_REWARD = torch.finfo(torch.float32).max
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], bool], np.ndarray]  # messages, with a generation prompt behind them? -> [T] token ids
@@ -46,7 +46,7 @@ class Conversation:
     Attributes:
         messages: dicts with a "role" (system, developer, user, assistant or tool) and "content", "tool_calls" or both,
             as the chat template takes them; see `template_messages` for those of an API.
-        reward: of the whole conversation, finite.
+        reward: of the whole conversation; see `is_reward`.
         task: equal where conversations are trials of the same task, and so are compared with each other.
         tools: JSON schemas of the tools, which the template shows to the model; None where there are none.
     """
@@ -115,6 +115,7 @@ def conversation_rollouts(
         ValueError: a conversation without an assistant message, a message without a known role or any content, a
             reward that is not finite, or a template that cannot be cut into turns; with the numbers of conversation
             and message.
+        Exception: whatever the template itself raises, with a note that names the conversation.
     """
     if not len(conversations):
         raise ValueError("no conversation came; give at least one")
@@ -140,7 +141,8 @@ def template_messages(messages: list[Message]) -> list[Message]:
     """Messages as OpenAI's API writes them, in the form that most chat templates take.
 
     There, a tool call's arguments are JSON in a string, which a template that writes JSON would quote once more; here,
-    they are what that string holds. A content of None becomes "". Nothing else changes, and `messages` stays as it was.
+    they are what that string holds. A content of None, or none at all, becomes "". Nothing else changes, and `messages`
+    stays as it was.
 
     >>> call = {"function": {"name": "cancel", "arguments": '{"id": "ZFA04Y"}'}}
     >>> template_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
@@ -157,6 +159,17 @@ def template_messages(messages: list[Message]) -> list[Message]:
         | ({"tool_calls": _parsed_calls(j, message["tool_calls"])} if message.get("tool_calls") else {})
         for j, message in enumerate(messages)
     ]
+
+
+def is_reward(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that float32 holds, as rewards are kept in it: neither infinite nor NaN, and no bool.
+
+    >>> [is_reward(value) for value in (0, -1.5, 10**400, 1e39, float("nan"), True, None)]
+    [True, True, False, False, False, False, False]
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-LARGEST_REWARD <= value <= LARGEST_REWARD)
 
 
 def _parsed_calls(j: int, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,7 +221,8 @@ def _turn(where: str, render: Render, messages: list[Message], j: int, stop_toke
     if not _begins_with(through, history):
         raise ValueError(
             f"{where}, message {j}: the template does not render it as its generation prompt and what follows, token "
-            "by token, so where it begins is unknown; use a template that writes both alike, or other template_options"
+            f"by token{'' if j else ' and once'}, so where it begins is unknown; use a template that writes both "
+            "alike, or other template_options"
         )
     start = len(history)
     if not start:
@@ -223,13 +237,15 @@ def _first_prompt(render: Render, messages: list[Message], through: np.ndarray) 
     """What stands before an assistant message that opens the conversation, its generation prompt included.
 
     Templates cannot render no message. But what a generation prompt adds behind the message stands before it as well,
-    maybe behind a default system prompt.
+    maybe behind a default system prompt. Where it stands more than once, which of them begins the message is unknown.
     """
     added = render(messages[:1], True)[len(through) :]
-    for stop in range(len(added), len(through) + 1):
-        if np.array_equal(through[stop - len(added) : stop], added):
-            return through[:stop]
-    return np.append(through, -1)  # no beginning of `through`
+    if not len(added):
+        return added
+    stops = [
+        stop for stop in range(len(added), len(through) + 1) if np.array_equal(through[stop - len(added) : stop], added)
+    ]
+    return through[: stops[0]] if len(stops) == 1 else np.append(through, -1)  # -1: no beginning of `through`
 
 
 def _whole(where: str, turns: list[_Turn]) -> tuple[np.ndarray, np.ndarray]:
@@ -288,8 +304,8 @@ def _check(where: str, conversation: object) -> None:
     _check_messages(f"{where}, ", conversation.messages)
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise ValueError(f"{where} has no assistant message, so nothing to train; drop it")
-    if not math.isfinite(conversation.reward):
-        raise ValueError(f"{where} has reward {conversation.reward}; drop it or give a finite one")
+    if not is_reward(conversation.reward):
+        raise ValueError(f"{where} has reward {repr(conversation.reward)[:40]}; drop it or give a finite number")
 
 
 def _check_messages(where: str, messages: object) -> None:
@@ -302,5 +318,8 @@ def _check_messages(where: str, messages: object) -> None:
             raise ValueError(f"{where}message {j} has no role but {list(message)}; give it one of {', '.join(ROLES)}")
         if message["role"] not in ROLES:
             raise ValueError(f"{where}message {j} has role {message['role']!r}; known are {', '.join(ROLES)}")
-        if "content" not in message and not message.get("tool_calls"):
+        calls = message.get("tool_calls")
+        if calls is not None and not isinstance(calls, list | tuple):
+            raise ValueError(f"{where}message {j} has tool_calls {str(calls)[:40]!r}; give a list of calls")
+        if "content" not in message and not calls:
             raise ValueError(f"{where}message {j} has neither content nor tool_calls; give it one, or drop it")

@@ -6,15 +6,24 @@ well its kernels run at either size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flexpg.cost import Cost, ModelShape, activation_bytes, dense_cost, group_cost, shared_cost, update_flops
-from flexpg.packing import pack, runs
+from flexpg.cost import (
+    Cost,
+    ModelShape,
+    activation_bytes,
+    dense_cost,
+    group_cost,
+    shared_cost,
+    update_flops,
+)
+from flexpg.packing import MicroBatch, pack, run_cost, runs
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
@@ -23,6 +32,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_TOKENS = (4096, 8192, 16384, 32768)
+
+WorkOf = Callable[[Cost, int], "Work"]  # a forward's cost, how many tokens it predicts
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ def report(
 
     Raises:
         TypeError: neither rollouts nor a tree.
-        ValueError: a tree without fitting prompt lengths, or prompt lengths beside rollouts.
+        ValueError: a tree without fitting prompt lengths, prompt lengths beside rollouts, or a budget below 1.
 
     >>> rollouts = Rollouts(
     ...     [torch.arange(9)], [torch.tensor([1]), torch.tensor([2])], torch.tensor([0, 0]), torch.ones(2)
@@ -198,44 +209,10 @@ def report(
     elif prompt_lens is not None:
         raise ValueError("prompt_lens came beside Rollouts, which have their own; leave it out")
 
-    def work(cost: Cost, predicted: int) -> Work:
-        checkpointing = {"activation_checkpointing": activation_checkpointing}
-        return Work(
-            tokens=cost.tokens,
-            attention_pairs=cost.attention_pairs,
-            flops=update_flops(cost, predicted, shape, **checkpointing).total,
-            activation_bytes=activation_bytes(cost, predicted, shape, itemsize=itemsize, **checkpointing),
-        )
-
-    def comparison(part: Rollouts) -> Comparison:
-        tree, predicted = PrefixTree.from_sequences(part.sequences), int(part.trained.sum())
-        costs = (dense_cost(tree), group_cost(part), shared_cost(tree))
-        return Comparison(len(part), *(work(cost, predicted) for cost in costs))
-
-    def packed(budget: int) -> Packed | str:
-        lengths = rollouts.prompt_lens + rollouts.completion_lens  # [N]
-        longest = int(lengths.argmax())
-        if lengths[longest] > budget:
-            return f"{names[longest] if names else f'rollout {longest}'} has {lengths[longest]:,} tokens"
-
-        batches, apart = pack(rollouts, budget), pack(rollouts, budget, sharing=False)
-        shared = [work(shared_cost(batch.tree), int(batch.rollouts.trained.sum())) for batch in batches]
-        unshared = [work(dense_cost(batch.tree), int(batch.rollouts.trained.sum())) for batch in apart]
-        again = [work(_causal(batch.prefix_tokens), 0) for run in runs(batches) for batch in run[1:]]
-        tokens = sum(each.tokens for each in shared) - sum(each.tokens for each in again)
-        flops = sum(each.flops for each in shared) - sum(each.flops for each in again)
-        return Packed(
-            micro_batches=len(shared),
-            tokens=tokens,
-            recomputed_tokens=tokens - whole.tree.tokens,
-            flops=flops,
-            peak_activation_bytes=max(each.activation_bytes for each in shared),
-            unshared_micro_batches=len(unshared),
-            unshared_peak_activation_bytes=max(each.activation_bytes for each in unshared),
-            expected_speedup=whole.unshared.flops / flops,
-        )
-
-    whole = comparison(rollouts)
+    if (smallest := min(max_tokens, default=1)) < 1:
+        raise ValueError(f"max_tokens has {smallest}; give budgets of at least one token")
+    work = partial(_work, shape=shape, itemsize=itemsize, activation_checkpointing=activation_checkpointing)
+    whole, called = _comparison(rollouts, work), names or [f"rollout {n}" for n in range(len(rollouts))]
     return Report(
         prompts=rollouts.num_groups,
         prompt_tokens=sum(map(len, rollouts.prompts)),
@@ -245,8 +222,8 @@ def report(
         itemsize=itemsize,
         activation_checkpointing=activation_checkpointing,
         whole=whole,
-        by_group_size={size: comparison(part) for size, part in _first_completions(rollouts)},
-        by_max_tokens={budget: packed(budget) for budget in sorted(set(max_tokens))},
+        by_group_size={size: _comparison(part, work) for size, part in _first_completions(rollouts)},
+        by_max_tokens={budget: _packed(rollouts, budget, whole, work, called) for budget in sorted(set(max_tokens))},
     )
 
 
@@ -286,9 +263,47 @@ def _scaled(count: int, base: int, units: Sequence[str]) -> str:
     return f"{value:.{digits}f} {units[power]}".strip()
 
 
-def _causal(length: int) -> Cost:
-    """A sequence on its own."""
-    return Cost(length, length * (length + 1) // 2)
+def _work(cost: Cost, predicted: int, *, shape: ModelShape, itemsize: int, activation_checkpointing: bool) -> Work:
+    return Work(
+        tokens=cost.tokens,
+        attention_pairs=cost.attention_pairs,
+        flops=update_flops(cost, predicted, shape, activation_checkpointing=activation_checkpointing).total,
+        activation_bytes=activation_bytes(
+            cost, predicted, shape, itemsize=itemsize, activation_checkpointing=activation_checkpointing
+        ),
+    )
+
+
+def _comparison(rollouts: Rollouts, work: WorkOf) -> Comparison:
+    tree, predicted = PrefixTree.from_sequences(rollouts.sequences), int(rollouts.trained.sum())
+    costs = (dense_cost(tree), group_cost(rollouts), shared_cost(tree))
+    return Comparison(len(rollouts), *(work(cost, predicted) for cost in costs))
+
+
+def _packed(rollouts: Rollouts, budget: int, whole: Comparison, work: WorkOf, names: Sequence[str]) -> Packed | str:
+    """Micro-batches under one budget, or which rollout does not fit it."""
+    lengths = rollouts.prompt_lens + rollouts.completion_lens  # [N]
+    longest = int(lengths.argmax())
+    if lengths[longest] > budget:
+        return f"{names[longest]} has {lengths[longest]:,} tokens"
+
+    def works(batches: list[MicroBatch], cost: Callable[[PrefixTree], Cost]) -> list[Work]:
+        return [work(cost(batch.tree), int(batch.rollouts.trained.sum())) for batch in batches]
+
+    batches = pack(rollouts, budget)
+    shared, unshared = works(batches, shared_cost), works(pack(rollouts, budget, sharing=False), dense_cost)
+    together = [work(run_cost(run), sum(int(batch.rollouts.trained.sum()) for batch in run)) for run in runs(batches)]
+    tokens, flops = (sum(getattr(each, name) for each in together) for name in ("tokens", "flops"))
+    return Packed(
+        micro_batches=len(shared),
+        tokens=tokens,
+        recomputed_tokens=tokens - whole.tree.tokens,
+        flops=flops,
+        peak_activation_bytes=max(each.activation_bytes for each in shared),
+        unshared_micro_batches=len(unshared),
+        unshared_peak_activation_bytes=max(each.activation_bytes for each in unshared),
+        expected_speedup=whole.unshared.flops / flops,
+    )
 
 
 def _first_completions(rollouts: Rollouts) -> list[tuple[int, Rollouts]]:

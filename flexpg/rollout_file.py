@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from flexpg.conversations import ChatTokenizer, Conversation, conversation_rollouts, template_messages
+from flexpg.conversations import ChatTokenizer, Conversation, conversation_rollouts, is_reward, template_messages
 from flexpg.rollouts import Rollouts
 
 Encode = Callable[[str], Sequence[int]]  # a text's token ids, no token added
@@ -33,7 +32,12 @@ class _Sample:
 
 
 def read_rollouts(
-    path: Path, *, encode: Encode | None = None, chat: ChatTokenizer | None = None, per_turn: bool = False
+    path: Path,
+    *,
+    encode: Encode | None = None,
+    chat: ChatTokenizer | None = None,
+    per_turn: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[Rollouts, list[str]]:
     """Reads the rollouts of one step; those of equal prompts share a group, wherever they stand in the file.
 
@@ -46,14 +50,15 @@ def read_rollouts(
         encode: for texts; a prompt and its completion are encoded apart.
         chat: for messages: a tokenizer with a chat template.
         per_turn: of a conversation, a rollout for each assistant's turn instead of one for all.
+        vocab_size: of the model, whose token ids are below it; None for any.
 
     Returns:
         The rollouts, and for each the line that it comes from, as "line 17, completions[2]".
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line that is none of these, with its number; text without `encode`, messages without `chat`; a
-            file of both kinds, or of no line.
+        ValueError: a line that is none of these, with its number; text without `encode`, messages without `chat`, a
+            prompt with `per_turn`; a token id that the model has not; a file of both kinds, or of no line.
     """
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without a byte-order mark
     samples, names, first = [], [], None
@@ -69,7 +74,10 @@ def read_rollouts(
                 raise ValueError(
                     f"it has {kinds[has_messages]}, and line {first[0]} has {kinds[first[1]]}; give each a file"
                 )
+            if per_turn and not has_messages:
+                raise ValueError("it has a prompt and no messages, so no turns; leave --per-turn out")
             own = _of_messages(row, chat, per_turn) if has_messages else _of_prompt(row, encode)
+            _check_vocabulary(own, vocab_size)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         samples += own
@@ -77,6 +85,15 @@ def read_rollouts(
     if not samples:
         raise ValueError(f"{path} is empty; give one JSON object on each line")
     return _grouped(samples), names
+
+
+def _check_vocabulary(samples: list[_Sample], vocab_size: int | None) -> None:
+    largest = max(max(max(sample.prompt), max(sample.completion)) for sample in samples)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"its token id {largest} is beyond the model's vocabulary of {vocab_size}; give the tokenizer that belongs "
+            "to the model, or the model that belongs to the token ids"
+        )
 
 
 def _grouped(samples: list[_Sample]) -> Rollouts:
@@ -129,6 +146,13 @@ def _tokens(key: str, value: object, encode: Encode | None) -> list[int]:
             f"{key} is text, and there is no tokenizer; give --tokenizer PATH, a folder that holds one, or "
             "--tokenizer bytes, one token per byte, for a rough picture"
         )
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+            raise ValueError(
+                f"{key} has {value[error.start]!a} at character {error.start + 1}, which is no character on its own"
+            ) from error
     tokens = list(encode(value)) if isinstance(value, str) and encode is not None else list(value)
     if not tokens:
         raise ValueError(f"{key} has no token; drop it, or give it at least one")
@@ -144,7 +168,7 @@ def _of_messages(row: dict[str, Any], chat: ChatTokenizer | None, per_turn: bool
             "messages need a tokenizer with a chat template; give --tokenizer PATH, a folder that holds one"
         )
     reward, tools = row.get("reward"), row.get("tools")
-    if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
+    if reward is not None and not is_reward(reward):
         raise ValueError(f"reward is {_shown(reward)}; give a finite number")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"tools is {_shown(tools)}; give a list of JSON schemas")

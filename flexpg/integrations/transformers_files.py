@@ -18,15 +18,15 @@ def local_config(path: Path) -> PretrainedConfig:
 
     Raises:
         OSError: there is none.
-        ValueError: one that transformers does not know.
+        ValueError: one that transformers does not know, or cannot read.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():  # transformers would take the path for a name on the hub
         raise FileNotFoundError(f"no file {file}; give a checkpoint's folder or its config.json")
     try:
         return AutoConfig.from_pretrained(str(file), local_files_only=True)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # each family checks its own fields, in its own way
+        raise ValueError(f"{file}: {_first_line(error)}") from error
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -46,7 +46,11 @@ def local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         # Tokens are counted here, not run, so it need not warn of those beyond the model's context.
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{folder} holds no tokenizer that transformers loads: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # `tokenizers` raises nothing more precise
+        raise ValueError(f"{folder} holds no tokenizer that transformers loads: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, with the line that a colon announces; its kind, where it says nothing."""
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    return " ".join([first, *others[:1]]) if first.endswith(":") else first

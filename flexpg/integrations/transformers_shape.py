@@ -26,7 +26,7 @@ def shape_of(model_or_config: PreTrainedModel | PretrainedConfig) -> ModelShape:
     Raises:
         TypeError: something else (PEFT's adapters too, of whose frozen matrices the backward takes no gradient), an
             architecture in which prefixes cannot be shared, or one whose layers are not understood.
-        ValueError: a config that AutoModelForCausalLM does not know.
+        ValueError: a config that AutoModelForCausalLM does not know, or one of no layer.
     """
     model = model_or_config
     if isinstance(model, PretrainedConfig):
@@ -43,6 +43,8 @@ def shape_of(model_or_config: PreTrainedModel | PretrainedConfig) -> ModelShape:
     if getattr(config, "kv_lora_rank", None) is not None:
         raise TypeError(f"{name} has keys and values of different sizes (latent attention); write its ModelShape out")
     layers = _layers(model)
+    if not layers:
+        raise ValueError(f"{name} has no layer (num_hidden_layers is 0); give it at least one")
     weights = [_weights(model, layer) for layer in layers]
     first, (*_, last) = weights[0], weights[0]
     if "." not in last.removesuffix(".weight"):

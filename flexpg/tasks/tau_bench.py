@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-from flexpg.conversations import Conversation, template_messages
+from flexpg.conversations import Conversation, is_reward, template_messages
 
 
 def tau_bench(path: str | Path) -> list[Conversation]:
@@ -38,8 +37,8 @@ def _conversation(where: str, entry: object) -> Conversation:
     task, reward, messages = entry.get("task_id"), entry.get("reward"), entry.get("traj")
     if isinstance(task, bool) or not isinstance(task, int):
         raise ValueError(f"{where} has task_id {task!r}; it needs a whole number")
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise ValueError(f"{where} has reward {reward!r}; it needs a finite number")
+    if not is_reward(reward):
+        raise ValueError(f"{where} has reward {repr(reward)[:40]}; it needs a finite number")
     if not isinstance(messages, list):
         raise ValueError(f"{where} has traj {str(messages)[:40]!r}; it needs a list of messages")
     try:
