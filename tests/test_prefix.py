@@ -254,6 +254,29 @@ def test_queries_behind_a_prefix_attend_as_in_the_whole_row(backend):
             assert max(map(relative_error, grads, by_hand)) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_of_queries_behind_a_prefix_strays_no_further_than_in_the_whole_row(device, dtype):
+    for seed in range(6):
+        tree, first = later_rows(seed)
+        tree = tree.to(device)
+        torch.manual_seed(seed)
+        exact = [torch.randn(1, heads, len(tree), 64, dtype=torch.float64, device=device) for heads in (4, 2, 2)]
+        exact = [x.to(dtype).double().requires_grad_() for x in exact]
+        used = slice(first, tree.num_tokens)
+        weight = torch.randn(1, 4, tree.num_tokens - first, 64, dtype=torch.float64, device=device)
+
+        def values(q, k, v, mask, rows, weight=weight):
+            out = attention(q[:, :, mask.first_query :], k, v, mask)[:, :, rows]
+            return [out, *torch.autograd.grad((out * weight.to(out.dtype)).sum(), (q, k, v))]
+
+        expected = values(*exact, block_mask(tree), used)
+        low = [x.detach().to(dtype).requires_grad_() for x in exact]
+        ours = values(*low, block_mask(tree, first_query=first), slice(0, tree.num_tokens - first))
+        whole = values(*low, block_mask(tree), used)
+        for value, plain, right in zip(ours, whole, expected, strict=True):
+            assert relative_error(value, right) < 1.5 * relative_error(plain, right) + 1e-7
+
+
 @pytest.mark.parametrize("window", [None, 50])
 def test_block_tables_of_later_queries_are_create_block_masks(window):
     for seed in range(20):
