@@ -11,7 +11,7 @@ inputs), as recomputing them would cost another forward of what is longest.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -28,6 +28,12 @@ class EncodedPrefix:
 
     As a context manager it runs the prefix's backward when its block ends: the backward of every micro-batch belongs
     inside. Without gradients it just lets go of the memory.
+
+        with encode_prefix(model, prompt) as prefix:  # leaving the block runs the prompt's backward
+            for tree in trees:
+                hidden = forward(model, tree, prefix=prefix)
+                ...
+                loss.backward()
 
     Args:
         tokens: [P] int64, what all sequences of all micro-batches begin with.
@@ -167,6 +173,13 @@ class EncodedPrefix:
     def _close(self) -> None:
         self._is_done = True
         self._layers, self._hidden, self._made, self._sums = {}, None, [], []
+
+
+def encoded(tokens: Tokens, forward: Callable[[PrefixTree, TreeBlockMask], Tensor]) -> EncodedPrefix:
+    """A prefix that has gone through `forward`, which gives the hidden states [1, S, E] of a packed row."""
+    prefix = EncodedPrefix(tokens)
+    prefix.keep_hidden(forward(prefix.tree, prefix.mask))
+    return prefix
 
 
 def row_mask(tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix | None) -> TreeBlockMask:

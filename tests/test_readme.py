@@ -45,6 +45,15 @@ def test_the_table_of_trls_update_quotes_the_committed_benchmark(lengths):
     assert {"command", "machine", "versions", "commit"} <= set(result)
 
 
+def test_the_ratios_of_conversations_quote_the_committed_benchmark():
+    result = json.loads((ROOT / "benchmarks/results/conversations_cpu.json").read_text())
+    ratios = [result[way]["tokens"] / result[way]["one_tree"]["tokens"] for way in ("per_turn", "whole")]
+    quoted = (
+        f"one tree holds the turns in {ratios[0]:.1f} times fewer tokens than each on its own, and whole conversations"
+    )
+    assert f"{quoted} in {ratios[1]:.1f} times fewer" in " ".join(README.split())
+
+
 def test_every_file_that_is_named_exists():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / target).exists(), target

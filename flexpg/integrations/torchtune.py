@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -24,7 +25,7 @@ from flexpg.attention import attention
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
-from flexpg.prefix import EncodedPrefix, row_mask
+from flexpg.prefix import EncodedPrefix, encoded, row_mask
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
@@ -62,13 +63,7 @@ def forward(
 
 
 def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
-    """Encodes what a group has in common, once for all micro-batches of its completions; exact, for any size of group.
-
-        with encode_prefix(model, prompt) as prefix:  # leaving the block runs the prompt's backward
-            for tree in trees:
-                hidden = forward(model, tree, prefix=prefix)
-                ...
-                loss.backward()
+    """Encodes what a group has in common, once for all micro-batches of its completions: see `EncodedPrefix`.
 
     Args:
         model: as in `forward`.
@@ -78,9 +73,7 @@ def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
         ValueError: as `forward`.
         TypeError: as `forward`.
     """
-    prefix = EncodedPrefix(tokens)
-    prefix.keep_hidden(forward(model, prefix.tree, prefix.mask))
-    return prefix
+    return encoded(tokens, partial(forward, model))
 
 
 def encode_run(model: TransformerDecoder, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:

@@ -78,15 +78,8 @@ def check_values(cfg: DictConfig) -> None:
         raise ValueError(f"loss is {cfg.loss!r}; give grpo_loss its options, and sampling.max_new_tokens as the length")
     one = torch.ones(1, 1)
     try:
-        grpo_loss(
-            one,
-            one,
-            one[0],
-            one.bool(),
-            ref_logprobs=one,
-            normalizer=1.0,
-            **{str(name): value for name, value in cfg.loss.items()},
-        )
+        options: dict[str, Any] = {str(name): value for name, value in cfg.loss.items()}
+        grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **options)
         loss_normalizer(one.bool(), cfg.loss.loss_type, 1)
     except (TypeError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"loss: {error}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from flexpg.attention import attention
 from flexpg.integrations.transformers_checks import NAME, causal_lm, packed_forward, reached
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix import EncodedPrefix, row_mask
+from flexpg.prefix import EncodedPrefix, encoded, row_mask
 from flexpg.tree import PrefixTree, Tokens
 
 
@@ -84,13 +85,7 @@ def forward(
 
 
 def encode_prefix(model: nn.Module, tokens: Tokens) -> EncodedPrefix:
-    """Encodes what a group has in common, once for all micro-batches of its completions; exact, for any size of group.
-
-        with encode_prefix(model, prompt) as prefix:  # leaving the block runs the prompt's backward
-            for tree in trees:
-                hidden = forward(model, tree, prefix=prefix)
-                ...
-                loss.backward()
+    """Encodes what a group has in common, once for all micro-batches of its completions: see `EncodedPrefix`.
 
     Args:
         model: as in `forward`; gradient checkpointing must not be reentrant.
@@ -100,9 +95,7 @@ def encode_prefix(model: nn.Module, tokens: Tokens) -> EncodedPrefix:
         ValueError: as `forward`.
         TypeError: as `forward`.
     """
-    prefix = EncodedPrefix(tokens)
-    prefix.keep_hidden(forward(model, prefix.tree, prefix.mask))
-    return prefix
+    return encoded(tokens, partial(forward, model))
 
 
 def output(model: nn.Module) -> Callable[[Tensor], Tensor]:
