@@ -173,7 +173,7 @@ def activation_bytes(
 
     What the layers keep for their backward (`_kept_bytes`), and the larger of what the backward needs beside it:
 
-    - at its beginning, a chunk of logits: themselves, divided by the temperature, and their log_softmax; beside them
+    - at its beginning, a chunk of logits: themselves, their log_softmax, and a gradient of one of the two; beside them
       the final norm's three tensors and the rows that are predicted from;
     - in the last layer's MLP: the gradients of its two factors and of the residual stream, and the hidden states.
 

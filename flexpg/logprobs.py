@@ -96,25 +96,33 @@ def _scored(
     target = tokens[tree.node[sequence, position]]  # [M]
     parent = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the target
 
-    def chunk_scores(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    entropies: list[Tensor] = []
+
+    def chunk_logprobs(number: int, rows: Tensor, targets: Tensor) -> Tensor:
         logits = output(rows)  # [m, V]
-        scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-        entropies = scores.new_zeros(len(scores))
-        if with_entropy:
-            probabilities = scores.detach().exp()
-            entropies = -torch.special.xlogy(probabilities, probabilities).sum(-1)
-        return scores.gather(-1, targets[:, None])[:, 0], entropies
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        if number == len(entropies):  # not in the backward, which computes the scores again
+            entropies.append(_entropies(scores.detach()) if with_entropy else scores.new_zeros(len(scores)))
+        return scores.gather(-1, targets[:, None])[:, 0]
 
     rows = hidden[0].index_select(0, parent)  # [M, E], once: its backward fills an [S, E] gradient
     chunks = [
-        checkpoint(chunk_scores, row_chunk, target_chunk, use_reentrant=False)
-        for row_chunk, target_chunk in zip(rows.split(chunk_tokens), target.split(chunk_tokens), strict=True)
+        checkpoint(chunk_logprobs, number, row_chunk, target_chunk, use_reentrant=False)
+        for number, (row_chunk, target_chunk) in enumerate(
+            zip(rows.split(chunk_tokens), target.split(chunk_tokens), strict=True)
+        )
     ]
     scattered = []
-    for flat in zip(*chunks, strict=True):
+    for flat in (chunks, entropies):
         values = torch.cat(flat)
         scattered.append(values.new_zeros(trained.shape).index_put((sequence, step), values))  # [N, C]
     return scattered[0], scattered[1]
+
+
+def _entropies(scores: Tensor) -> Tensor:
+    """[m] nats of distributions that are given as log-probabilities [m, V]."""
+    return torch.special.entr(scores.exp()).sum(-1)
 
 
 def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:

@@ -103,6 +103,17 @@ class TreeBlockMask(BlockMask):
     _elsewhere: dict[torch.device, TreeBlockMask]
     ndim = 4  # [1, 1, S, S], as some models of transformers ask of a mask
 
+    @property
+    def row(self) -> slice:
+        """The packed tokens that go through a model: from the first query on, on a CPU without pads at the end.
+
+        Flex kernels want whole blocks, those of a CPU do not. A prefix has its pads anywhere: what hangs on it begins a
+        block.
+        """
+        is_prefix = self.prefix is not None and not self.first_query
+        is_padded = self.tree.end.device.type != "cpu" or is_prefix
+        return slice(self.first_query, len(self.tree) if is_padded else self.tree.num_tokens)
+
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """The same mask on `device`: itself if it is there, or made once, however many layers ask for it."""
         device = torch.empty(0, device=device).device  # "cuda" is the current one

@@ -18,6 +18,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flexpg.masks import TreeBlockMask, block_mask, mask_of
 from flexpg.tree import PrefixTree, Tokens, checked_tree, padded_size
@@ -104,20 +105,10 @@ class EncodedPrefix:
         mask.prefix = self
         return mask
 
-    def whole(self, hidden: Tensor, tree: PrefixTree) -> Tensor:
-        """The hidden states of a micro-batch's tree, those of the prefix in front.
-
-        Args:
-            hidden: [1, S', E], of the row without the prefix.
-            tree: as in `mask_of`.
-
-        Returns:
-            [1, S, E].
-        """
+    def before(self, hidden: Tensor) -> Tensor:
+        """The prefix's hidden states in front of those of a row without it: [1, S', E] -> [1, P + S', E]."""
         assert self._hidden is not None
-        length, size = self.tree.num_tokens, tree.num_tokens
-        pads = hidden.new_zeros(1, len(tree) - size, hidden.shape[2])
-        return torch.cat([self._hidden[:, :length], hidden[:, : size - length], pads], 1)
+        return torch.cat([self._hidden[:, : self.tree.num_tokens], hidden], 1)
 
     def backward(self) -> None:
         """The prefix's backward, from the summed gradients; zeros where none arrived, as FSDP waits for every process.
@@ -194,6 +185,24 @@ def row_mask(tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix
     if mask is not None:
         raise ValueError("mask and prefix came together; with a prefix leave the mask out, as it is another row's")
     return prefix.mask_of(checked_tree(tree))
+
+
+def whole_row(hidden: Tensor, tree: PrefixTree, prefix: EncodedPrefix | None) -> Tensor:
+    """The hidden states of a tree's packed row, whatever of it went through the model.
+
+    Args:
+        hidden: [1, S', E], of the mask's `row`.
+        tree: the packed row, of S tokens.
+        prefix: that the row stands behind, or None.
+
+    Returns:
+        [1, S, E]; what stands at pads has no meaning.
+    """
+    if prefix is not None:
+        hidden = prefix.before(hidden)
+    if hidden.shape[1] == len(tree):
+        return hidden
+    return functional.pad(hidden[:, : tree.num_tokens], (0, 0, 0, len(tree) - tree.num_tokens))
 
 
 def _apart(tree: PrefixTree, length: int, size: int) -> PrefixTree:

@@ -28,7 +28,8 @@ def attention(
     """Every token of a packed row attends to itself and its ancestors: the same output and gradients as unshared.
 
     Args:
-        q: [1, Hq, S, D] floating, S = len(mask.tree), less by `mask.first_query`.
+        q: [1, Hq, S, D] floating, S = len(mask.tree), less by `mask.first_query`. On CPU the pads at the end of all
+            three may be left out, as `mask.row` does; flex wants them.
         k: [1, Hkv, S, D], heads not expanded: query head h reads key/value head h // (Hq / Hkv).
         v: [1, Hkv, S, D].
         mask: `block_mask(tree)`, on the device of q.
@@ -46,6 +47,8 @@ def attention(
         TypeError: a mask that is no TreeBlockMask.
     """
     _check(q, k, v, mask, softcap)
+    if not (torch.compiler.is_compiling() and q.device.type == "cpu"):  # else each number of tokens compiles anew
+        _check_lengths(q, k, v, mask, backend)
     if window is not None and window != mask.window:
         mask = mask.for_window(window)
     is_windowed = mask.window is not None and mask.window < mask.tree.max_length
@@ -90,11 +93,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float 
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.dim() != 4 or x.shape[0] != 1 for x in (q, k, v)):
         raise ValueError(f"a packed row is q [1, Hq, S, D] with k and v [1, Hkv, S, D]; got {shapes}")
-    if [x.shape[2] for x in (q, k, v)] != [len(mask.tree) - mask.first_query, len(mask.tree), len(mask.tree)]:
-        queries = f", {len(mask.tree) - mask.first_query} of them queries" if mask.first_query else ""
-        raise ValueError(
-            f"the mask's tree has {len(mask.tree)} packed tokens{queries}; got {shapes}; pack and mask the same tree"
-        )
     if k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k and v need one shape, q's head size, and a number of heads that divides q's; got {shapes}")
     if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point:
@@ -104,3 +102,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float 
         raise ValueError(f"q, k, v and the mask's tree are on {', '.join(map(str, devices))}; move them to one device")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; give a positive number, or None for no softcap")
+
+
+def _check_lengths(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, backend: Backend) -> None:
+    length = len(mask.tree)
+    if q.device.type == "cpu" and backend != "flex" and k.shape[2] == mask.tree.num_tokens:
+        length = mask.tree.num_tokens
+    queries = length - mask.first_query
+    if [x.shape[2] for x in (q, k, v)] != [queries, length, length]:
+        of_them = f", {queries} of them queries" if mask.first_query else ""
+        raise ValueError(
+            f"the mask's tree has {length} packed tokens{of_them}; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}; pack and mask the same tree"
+        )

@@ -14,7 +14,7 @@ def dense_attention(
     """Attention with every score written out, in float32 or better; honours the mask's window.
 
     Args:
-        q: [1, Hq, S, D], from the mask's first query on.
+        q: [1, Hq, S, D], from the mask's first query on, with the row's pads or without.
         k: [1, Hkv, S, D]; query head h reads key/value head h // (Hq / Hkv).
         v: [1, Hkv, S, D].
         mask: the packed row's mask.
@@ -30,8 +30,9 @@ def dense_attention(
     scores = q.to(exact) @ keys.transpose(-1, -2) * scale  # [1, Hq, queries, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = dense_mask(mask.tree.end)[mask.first_query :]
+    length = k.shape[2]
+    visible = dense_mask(mask.tree.end[:length])[mask.first_query :]
     if mask.window is not None:
-        position_ids = mask.tree.position_ids
+        position_ids = mask.tree.position_ids[:length]
         visible &= position_ids[mask.first_query :, None] - position_ids[None, :] < mask.window
     return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values).to(q.dtype)

@@ -29,7 +29,7 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale:
     """Attention of a packed row in causal and rectangular pieces, merged by logsumexp.
 
     Args:
-        q: [1, Hq, S, D] on the CPU, from the mask's first query on.
+        q: [1, Hq, S, D] on the CPU, from the mask's first query on, with the row's pads or without.
         k: [1, Hkv, S, D].
         v: [1, Hkv, S, D].
         mask: the packed row's mask, of which tree and first query are read.
@@ -89,10 +89,11 @@ class _SplitAttention(torch.autograd.Function):
                 is_causal,
                 scale=ctx.scale,
             )
-            grad_q[:, :, rows] += piece_q
-            grad_k[:, columns] += piece_k.sum(1, dtype=total)
-            grad_v[:, columns] += piece_v.sum(1, dtype=total)
-        grad_v[:, k.shape[2] - ctx.pads :] += grad_out[:, :, q.shape[2] - ctx.pads :].sum(1, dtype=total)
+            # Not `+=`, which would write every slice back onto itself.
+            grad_q[:, :, rows].add_(piece_q)
+            grad_k[:, columns].add_(piece_k.sum(1, dtype=total))
+            grad_v[:, columns].add_(piece_v.sum(1, dtype=total))
+        grad_v[:, k.shape[2] - ctx.pads :].add_(grad_out[:, :, q.shape[2] - ctx.pads :].sum(1, dtype=total))
         return grad_q.to(q.dtype).flatten(0, 1)[None], grad_k.to(k.dtype)[None], grad_v.to(v.dtype)[None], None, None
 
 

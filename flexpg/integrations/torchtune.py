@@ -25,7 +25,7 @@ from flexpg.attention import attention
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
-from flexpg.prefix import EncodedPrefix, encoded, row_mask
+from flexpg.prefix import EncodedPrefix, encoded, row_mask, whole_row
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
@@ -58,8 +58,7 @@ def forward(
         TypeError: a model that is no TransformerDecoder of self-attention layers.
     """
     row = _packed_row(model, tree, mask, prefix)
-    hidden = _within(model, lambda model: _hidden(model, *row))
-    return hidden if prefix is None else prefix.whole(hidden, tree)
+    return whole_row(_within(model, lambda model: _hidden(model, *row)), tree, prefix)
 
 
 def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
@@ -128,9 +127,8 @@ def logprobs(
     row = _packed_row(model, tree, None, prefix)
 
     def scored(model: TransformerDecoder) -> tuple[Tensor, Tensor]:
-        hidden = _hidden(model, *row)
         return token_logprobs_and_entropies(
-            hidden if prefix is None else prefix.whole(hidden, tree),
+            whole_row(_hidden(model, *row), tree, prefix),
             output(model),
             tree,
             prompt_lens=rollouts.prompt_lens,
@@ -243,12 +241,14 @@ def check_fits(model: TransformerDecoder, max_token: int, max_length: int, devic
 def _packed_row(
     model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix | None
 ) -> tuple[Tensor, Tensor, TreeBlockMask]:
-    """Tokens [1, S], position ids [1, S] and mask, when they fit the model; without the prefix, where there is one."""
+    """Tokens [1, S'] and position ids [1, S'] of what goes through the model, and its mask, when they fit the model."""
     mask = row_mask(tree, mask, prefix)
     tokens, position_ids = mask.tree.token_row(), mask.tree.position_ids[None]
     _prepare(model)
     check_fits(model, tree.max_token, tree.max_length, tokens.device)
-    return tokens[:, mask.first_query :], position_ids[:, mask.first_query :], mask
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    row = slice(mask.first_query, None) if is_compiled else mask.row  # pads make fewer lengths, so fewer graphs
+    return tokens[:, row], position_ids[:, row], mask
 
 
 def _within(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:

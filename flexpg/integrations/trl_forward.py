@@ -159,9 +159,9 @@ def _shared_forward(
         decoder.register_forward_hook(keep_predicting),
     ):
         out = unshared(
-            input_ids=rows.tree.token_row(),
-            attention_mask=rows.copies[None],  # for the experts' auxiliary loss: a token counts once per row
-            position_ids=rows.tree.position_ids[None],
+            input_ids=rows.tree.token_row()[:, mask.row],
+            attention_mask=rows.copies[None, mask.row],  # for the experts' auxiliary loss: a token counts once per row
+            position_ids=rows.tree.position_ids[None, mask.row],
             shift_labels=rows.labels[None],
             fused_lm_head=True,
             **kwargs,
