@@ -8,10 +8,10 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns when this is unset.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test examples bench gpu lint clean
+.PHONY: help demo test examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## train the tiny model on a CPU
 	@$(BIN)/tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml
@@ -24,17 +24,17 @@ examples: $(INSTALLED) ## run what examples/ holds: a transformers update, conve
 	@$(BIN)/python examples/agent_conversations.py
 	@$(BIN)/python examples/trl_grpo.py
 
-bench: $(INSTALLED) ## measure training with and without sharing, side by side: the recipe, TRL's trainer, the paper's figure
-	@$(BIN)/python -m benchmarks.sharing
-	@$(BIN)/python -m benchmarks.trl_update
-	@$(BIN)/python -m benchmarks.paper_figure
+bench: $(INSTALLED) ## measure flexpg and its peers on a CPU, side by side, and write the tables; ARGS="update mask" for some
+	@$(BIN)/python -m benchmarks $(ARGS)
 
-gpu: $(INSTALLED) ## on a machine with CUDA GPUs: the tests that need one, the benchmark, the recipe on all of them
+bench-gpu: $(INSTALLED) ## the same on a CUDA GPU
+	@$(BIN)/python -m benchmarks --device cuda $(ARGS)
+
+gpu: $(INSTALLED) ## on a machine with CUDA GPUs: the tests that need one, the recipe on all of them, the benchmarks
 	@$(BIN)/pytest -k cuda -rs
-	@$(BIN)/python -m benchmarks.sharing device=cuda dtype=bf16
-	@$(BIN)/python -m benchmarks.trl_update --device cuda
 	@$(BIN)/tune run --nproc_per_node gpu recipes/grpo.py --config recipes/configs/tiny_lora_cpu.yaml \
 		device=cuda dtype=bf16 output_dir=runs/gpu num_steps=10
+	@$(MAKE) --no-print-directory bench-gpu
 
 lint: $(INSTALLED) ## check style, formatting and types
 	@$(BIN)/ruff check

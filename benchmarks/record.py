@@ -1,21 +1,60 @@
 """A benchmark's numbers on disk and on the screen, with what they were measured on."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+TRIALS = Path("runs/benchmarks")  # of --tiny, whose numbers say nothing
+PACKAGES = ("flexpg", "torch", "transformers", "torchtune", "trl", "prefix-grouper")
+Case = TypeVar("Case")  # a dataclass
 
 
-def save(name: str, device: torch.device, numbers: dict[str, Any]) -> None:
-    """Prints the numbers and writes benchmarks/results/NAME.json, with command, machine, versions and commit."""
-    packages = {name: version(name) for name in ("flexpg", "torch", "transformers", "torchtune", "trl")}
+def run(
+    name: str,
+    about: str,
+    cases: Mapping[str, Sequence[Case]],
+    measured: Callable[[Case, torch.device, int], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """The command line of a benchmark: measures its cases one by one and saves them as NAME_cpu or NAME_cuda.
+
+    Args:
+        name: of the benchmark.
+        about: text of its --help.
+        cases: for "cpu", "cuda" and "tiny"; a device that is missing is refused.
+        measured: case, device and number of turns -> its numbers.
+        argv: in place of the command line.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--turns", type=int, default=7, help="timings of each; at least 7 for numbers that are shown")
+    parser.add_argument("--tiny", action="store_true", help=f"small cases, to see that it works; saved in {TRIALS}/")
+    args = parser.parse_args(argv)
+    if not args.tiny and args.device not in cases:
+        parser.error(f"{name} has no cases for {args.device}")
+    rows = []
+    for case in cases["tiny" if args.tiny else args.device]:
+        rows.append(asdict(case) | measured(case, torch.device(args.device), args.turns))
+        print(json.dumps(rows[-1]), flush=True)
+    numbers = {"turns": args.turns, "cases": rows}
+    save(f"{name}_{args.device}", torch.device(args.device), numbers, TRIALS if args.tiny else RESULTS)
+
+
+def save(name: str, device: torch.device, numbers: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Prints the numbers and writes FOLDER/NAME.json, with command, machine, versions and commit."""
+    packages = {name: version(name) for name in PACKAGES}
     result = {
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         **numbers,
@@ -25,10 +64,11 @@ def save(name: str, device: torch.device, numbers: dict[str, Any]) -> None:
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         ).stdout.strip(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     for key, value in result.items():
-        print(f"{key:<30} {value}")
+        if key != "cases":
+            print(f"{key:<30} {value}")
 
 
 def machine(device: torch.device) -> str:
