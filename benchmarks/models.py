@@ -7,8 +7,8 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
 SHAPES = {
-    # Of Qwen2.5's proportions: heads of 64, few of them for keys and values, the output layer a fifth of all weights.
-    "small": dict(vocab_size=4096, num_layers=3, num_heads=8, num_kv_heads=2, embed_dim=512, intermediate_dim=1536),
+    # Of Qwen2.5-0.5B's proportions: heads of 64, few of them for keys and values, a quarter of all weights in the output.
+    "small": dict(vocab_size=4096, num_layers=2, num_heads=8, num_kv_heads=2, embed_dim=512, intermediate_dim=1536),
     "0.5B": dict(vocab_size=151_936, num_layers=24, num_heads=14, num_kv_heads=2, embed_dim=896, intermediate_dim=4864),
     "3B": dict(
         vocab_size=151_936, num_layers=36, num_heads=16, num_kv_heads=2, embed_dim=2048, intermediate_dim=11_008

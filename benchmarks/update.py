@@ -248,14 +248,17 @@ def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
     if case.checkpointing:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     group = Group(case, model.tok_embeddings.num_embeddings, device)
-    updates = {name: partial(update, model, group, way) for name, way in ways(model, group).items()}
-    times = by_turns(updates, turns, device)
+    values: dict[str, Tensor] = {}
+
+    def kept(name: str, way: Way) -> None:
+        values[name] = update(model, group, way)
+
+    times = by_turns({name: partial(kept, name, way) for name, way in ways(model, group).items()}, turns, device)
     predicted, shape = int(group.mask.sum()), shape_of(model)
     before, after = (
         update_flops(cost(group.tree), predicted, shape, activation_checkpointing=case.checkpointing).total
         for cost in (dense_cost, shared_cost)
     )
-    values = {name: updates[name]() for name in times}
     return {
         "tokens_unshared": dense_cost(group.tree).tokens,
         "tokens_shared": shared_cost(group.tree).tokens,
