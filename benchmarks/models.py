@@ -7,7 +7,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
 SHAPES = {
-    # Of Qwen2.5-0.5B's proportions: heads of 64, few of them for keys and values, a quarter of all weights in the output.
+    # Of Qwen2.5-0.5B's proportions: heads of 64, few of them for keys and values, a quarter of all weights for logits.
     "small": dict(vocab_size=4096, num_layers=2, num_heads=8, num_kv_heads=2, embed_dim=512, intermediate_dim=1536),
     "0.5B": dict(vocab_size=151_936, num_layers=24, num_heads=14, num_kv_heads=2, embed_dim=896, intermediate_dim=4864),
     "3B": dict(

@@ -60,15 +60,23 @@ def save(name: str, device: torch.device, numbers: dict[str, Any], folder: Path 
         **numbers,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **packages},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     for key, value in result.items():
         if key != "cases":
             print(f"{key:<30} {value}")
+
+
+def commit() -> str:
+    """What was measured; results that were written before do not count as a change."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS}")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def machine(device: torch.device) -> str:
