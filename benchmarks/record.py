@@ -75,7 +75,7 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS}")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
     return git("describe", "--always") + ("-dirty" if changed else "")
 
 
