@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32768, help="of a packed row, as `pack` counts them")
     parser.add_argument("--tasks", type=int, default=2, help="updated on as whole conversations, in float32")
     parser.add_argument("--tasks-per-turn", type=int, default=1, help="updated on turn by turn, in float32")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of whole conversations; the first is not timed")
+    parser.add_argument("--repeats", type=int, default=8, help="turns in float32; the first is not timed")
     args = parser.parse_args()
     if not args.file.is_file():
         parser.error(f"{args.file} is not there; give tau-bench's historical_trajectories/gpt-4o-airline.json")
@@ -141,8 +141,7 @@ def main() -> None:
         tasks = tasks_of(conversations)[origin]
         unequal = [task for task in tasks.unique().tolist() if len(rollouts.rewards[tasks == task].unique()) > 1]
         shortest = min(unequal, key=lambda task: int(rollouts.completion_lens[tasks == task].sum()))
-        repeats = 1 if per_turn else args.repeats
-        steps.append((name, repeats, *of_tasks(rollouts, tasks, unequal[:count])))
+        steps.append((name, args.repeats, *of_tasks(rollouts, tasks, unequal[:count])))
         steps.append((f"{name}_float64", 1, *of_tasks(rollouts, tasks, [shortest])))
     for name, repeats, rollouts, tasks in sorted(steps, key=lambda step: step[0].endswith("float64")):
         if name.endswith("float64"):

@@ -310,6 +310,46 @@ def paper_figure(result: Result) -> str:
     return markdown([*header, "FLOPs run, P = 512", "seconds, P = 512"], rows)
 
 
+CONVERSATIONS = {"whole": "one per conversation", "per_turn": "one per assistant turn"}
+
+
+def conversations_tokens(result: Result) -> str:
+    """Sequences and tokens, before and after."""
+    rows = []
+    for name, title in CONVERSATIONS.items():
+        case = result[name]
+        counts = (case["sequences"], case["tokens"], case["tree_per_task"]["tokens"], case["one_tree"]["tokens"])
+        rows.append([title, *(f"{count:,}" for count in counts)])
+    return markdown(["rollouts", "sequences", "tokens, each on its own", "a tree per task", "one tree"], rows)
+
+
+def conversations_ratios(result: Result) -> str:
+    """Times fewer."""
+    trees = {"a tree per task": "tree_per_task", "one tree": "one_tree"}
+    ratios = {"tokens": "token_ratio", "attention pairs": "attention_pair_ratio"}
+    columns = [(what, key, tree) for what, key in ratios.items() for tree in trees]
+    rows = [
+        [title, *(f"{result[name][trees[tree]][key]:.2f}" for _, key, tree in columns)]
+        for name, title in CONVERSATIONS.items()
+    ]
+    return markdown(["rollouts", *(f"{what}, {tree}" for what, _, tree in columns)], rows)
+
+
+def conversations_updates(result: Result) -> str:
+    """An update shared and unshared."""
+    rows = []
+    for name, title in CONVERSATIONS.items():
+        single, double = result[f"update_{name}"], result[f"update_{name}_float64"]
+        sizes = [f"{single[key]:,}" for key in ("sequences", "tokens", "packed_tokens")]
+        seconds = [f"{single[f'update_cpu_s_{way}']:.1f}" for way in ("unshared", "shared")]
+        keys = ("logprob_difference", "gradient_difference")
+        apart = [f"{case[key]:.0e}" for case in (single, double) for key in keys]
+        rows.append([title, *sizes, *seconds, f"**{single['speedup']:.2f} x**", *apart])
+    header = ["rollouts", "sequences", "tokens", "packed", "seconds, unshared", "shared", "faster"]
+    header += ["log-probabilities, float32", "gradients", "log-probabilities, float64", "gradients"]
+    return markdown(header, rows)
+
+
 BOTH: dict[str, Callable[[Result], str]] = {
     "update": update,
     "update.nothing_shared": nothing_shared,
@@ -325,6 +365,9 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "sharing_cpu": sharing,
     "trl_update_cpu": trl_update,
     "paper_figure_cpu": paper_figure,
+    "conversations_cpu.tokens": conversations_tokens,
+    "conversations_cpu.ratios": conversations_ratios,
+    "conversations_cpu.updates": conversations_updates,
     "update_cpu.short": update_short,
     "pieces_cpu": pieces,
     "kernels_cuda": kernels,

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -230,9 +231,14 @@ def _varlen(starts: Tensor, longest: int) -> Attention:
     """FlashAttention of sequences one behind the other."""
     from torch.nn.attention.varlen import varlen_attn
 
+    takes_groups = "enable_gqa" in signature(varlen_attn).parameters  # in torch 2.12; before, heads are expanded
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = (z[0].transpose(0, 1).contiguous() for z in (q, k, v))  # [T, H, D] each
-        return varlen_attn(*rows, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True)[None]
+        if not takes_groups:
+            k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
+        rows = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D] each
+        options = {"enable_gqa": True} if takes_groups else {}
+        return varlen_attn(*rows, starts, starts, longest, longest, window_size=(-1, 0), **options)[None]
 
     return attend
 

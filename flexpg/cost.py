@@ -132,7 +132,7 @@ def update_flops(
     A matrix of n entries takes 2 n per token, and in the backward 2 n for the gradient of its input and 2 n for its
     own. A visible pair takes 4 D per layer and head (QK^T and PV), and twice that in the backward. What flash kernels
     compute again in theirs, the scores, is not counted, nor are norms, activation functions, softmax and the optimizer.
-    Padding is left out: a row is padded to a multiple of 128 tokens, at least 256.
+    Padding is left out: for a GPU's kernels a row is padded to a multiple of 128 tokens, at least 256.
 
     Args:
         cost: of the row, or of its sequences unshared.

@@ -97,7 +97,6 @@ def test_logits_take_memory_a_chunk_at_a_time():
 # ---- docs/cost.md --------------------------------------------------------------------------------------------------
 
 DOCUMENT = ROOT / "docs/cost.md"
-PADDED = {(16, 2), (32, 2), (32, 4)}  # the packed row of 544 or 576 tokens to 640
 RESULT = json.loads((ROOT / "benchmarks/results/paper_figure_cpu.json").read_text())
 
 
@@ -107,36 +106,21 @@ def test_the_snippet_runs(capsys):
     assert capsys.readouterr().out.count("FLOPs") == 2
 
 
-def test_the_table_quotes_the_committed_benchmark():
+def test_the_page_quotes_the_committed_benchmark():
     document = " ".join(DOCUMENT.read_text().split())
     assert {(cell["group"], cell["ratio"]) for cell in RESULT["cells"]} == {(g, r) for g in GROUPS for r in RATIOS}
-    for cell in RESULT["cells"]:
-        counted = [f"{cell[f'counted_{prompt}']:.2f}" for prompt in PROMPTS]
-        columns = [
-            f"{cell['group']}",
-            f"{cell['ratio']:g}",
-            f"{cell['tokens']:.2f}",
-            f"{cell['published']:.2f}",
-            *counted,
-        ]
-        columns += [f"{cell['measured_flops']:.2f}", f"**{cell['measured_seconds']:.2f}**"]
-        assert f"| {' | '.join(columns)} |" in document
     largest = max(cell["counted_4096"] / cell["counted_4096_with_output"] for cell in RESULT["cells"])
     assert f"up to {largest - 1:.0%} higher" in document
     assert f"Log-probabilities add up to the same within {RESULT['largest_logprob_difference']:.0e}" in document
     saved = sorted(cell["measured_seconds"] / cell["measured_flops"] for cell in RESULT["cells"])
     assert f"ratio of seconds is {saved[0]:.2f} to {saved[-1]:.2f} times that of FLOPs" in document
-    assert {"command", "machine", "versions", "commit"} <= set(RESULT)
 
 
 def test_the_cost_model_is_what_the_committed_benchmark_says():
     for cell in RESULT["cells"]:
         group, ratio = cell["group"], cell["ratio"]
         assert cell["published"] == PUBLISHED[group][RATIOS.index(ratio)]
-        if (cell["ratio"], group) in PADDED:
-            assert cell["measured_flops"] < cell["counted_here"]
-        else:
-            assert cell["measured_flops"] == cell["counted_here"]
+        assert cell["measured_flops"] == cell["counted_here"]
         for prompt in PROMPTS:
             counted = counted_ratio(prompt, ratio, group, SHAPES[NAMED])
             assert cell[f"counted_{prompt}"] == pytest.approx(counted)

@@ -18,31 +18,21 @@ def test_snippets_run(snippet, monkeypatch, tmp_path):
     exec(snippet, {})
 
 
-def test_the_table_quotes_the_committed_benchmark():
+def test_the_demos_savings_quote_the_committed_benchmark():
     result = json.loads((ROOT / "benchmarks/results/sharing_cpu.json").read_text())
     for quoted in (
-        f"| {result['token_ratio']:.1f} x | 1 |",
-        f"| {result['train_s_unshared']:.2f} | {result['train_s_shared']:.2f} |",
-        f"| {result['largest_loss_difference']:.0e} |",
-        f"| {result['parameter_difference']:.0e} |",
         f"Training is {result['train_speedup']:.1f} times as fast",
         f"accounts for {result['token_ratio_prompts_once']:.1f} of the {result['token_ratio']:.1f}",
     ):
         assert quoted in README, quoted
-    assert {"command", "machine", "versions", "commit"} <= set(result)
 
 
-@pytest.mark.parametrize("lengths", ["even", "uneven"])
-def test_the_table_of_trls_update_quotes_the_committed_benchmark(lengths):
+def test_trls_update_quotes_the_committed_benchmark():
     result = json.loads((ROOT / "benchmarks/results/trl_update_cpu.json").read_text())
-    case = result[lengths]
-    quoted = f"{case['token_ratio']:.1f} | {case['attention_pair_ratio']:.1f} | {case['update_s_trl']:.2f} | "
-    quoted += f"{case['update_s_shared']:.2f} | **{case['speedup']:.1f} x** |"
-    assert quoted in README, quoted
     largest = max(result[name]["gradient_difference"] for name in ("even", "uneven"))
     assert f"The gradients are {largest:.0e} apart" in README
-    assert case["prompt_tokens"] == 1024 and max(case["completion_tokens"]) == 128
-    assert {"command", "machine", "versions", "commit"} <= set(result)
+    for case in (result["even"], result["uneven"]):
+        assert case["prompt_tokens"] == 1024 and max(case["completion_tokens"]) == 128
 
 
 def test_the_ratios_of_conversations_quote_the_committed_benchmark():
