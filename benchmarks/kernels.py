@@ -195,7 +195,13 @@ def tried(trial: Trial, expected: Sequence[Tensor], tolerance: float) -> dict[st
     """Whether a trial runs, and gives what is expected of it."""
     try:
         found = results(trial.way)
-    except RuntimeError as error:  # a refusal is a result: of torch, its compiler, or for want of memory
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # a refusal is a result: of torch, its compiler, or for want of memory
         return {"outcome": "refused", "error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
     if trial.tokens is not None:
         expected = [x[:, :, trial.tokens] for x in expected]

@@ -5,8 +5,8 @@
     python -m benchmarks.memory --tiny             # seconds, to see that it works
 
 The ways are those of benchmarks.update. A peak is the most that torch's allocator has given out at a time during one
-update (forward, log-probabilities, loss, backward), less what it had given out before: the weights, the tokens, and
-what a way is given beforehand, of which torchtune's dense mask is the largest (G T^2 bytes). Gradients do not count, as
+update (forward, log-probabilities, loss, backward), less what it had given out before: the weights and the tokens.
+torchtune's dense mask (G T^2 bytes) is made in the call and counts, as a recipe keeps it. Gradients do not count, as
 each is dropped as soon as it is made. So a peak is what has to be free beside weights and gradients: what a training
 step takes from its second micro-batch on, when each gradient is added to one that is there. The output layer is tied to
 the embeddings: its gradient (V E entries) waits for theirs and counts meanwhile, which the estimate leaves out.

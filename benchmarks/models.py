@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
+from torchtune.training import set_default_dtype
 
 SHAPES = {
     # Of Qwen2.5-0.5B's proportions: heads of 64, few of them for keys and values, a quarter of all weights for logits.
@@ -20,6 +21,5 @@ SHAPES = {
 def decoder(name: str, device: torch.device, dtype: torch.dtype) -> TransformerDecoder:
     """One of the shapes above, with its output layer tied."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model = qwen2(**SHAPES[name], max_seq_len=32_768, tie_word_embeddings=True)
-    return model.to(dtype)
+    with torch.device(device), set_default_dtype(dtype):  # as recipes do: rotary positions stay in float32
+        return qwen2(**SHAPES[name], max_seq_len=32_768, tie_word_embeddings=True)

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -41,36 +42,49 @@ def run(
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--turns", type=int, default=7, help="timings of each; at least 7 for numbers that are shown")
     parser.add_argument("--tiny", action="store_true", help=f"small cases, to see that it works; saved in {TRIALS}/")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if not args.tiny and args.device not in cases:
         parser.error(f"{name} has no cases for {args.device}")
-    rows = []
+    if args.turns < 2:
+        parser.error(f"--turns is {args.turns}; a median with quartiles needs 2 or more")
+    device, folder = torch.device(args.device), TRIALS if args.tiny else RESULTS
+    numbers: dict[str, Any] = {"command": " ".join([f"python -m benchmarks.{name}", *argv]), "turns": args.turns}
+    numbers |= {"cases": [], "failed": []}
     for case in cases["tiny" if args.tiny else args.device]:
-        rows.append(asdict(case) | measured(case, torch.device(args.device), args.turns))
-        print(json.dumps(rows[-1]), flush=True)
-    numbers = {"turns": args.turns, "cases": rows}
-    save(f"{name}_{args.device}", torch.device(args.device), numbers, TRIALS if args.tiny else RESULTS)
+        try:
+            numbers["cases"].append(asdict(case) | measured(case, device, args.turns))
+            print(json.dumps(numbers["cases"][-1]), flush=True)
+        except RuntimeError as error:  # torch's: the other cases are worth their time all the same
+            numbers["failed"].append(asdict(case) | {"error": f"{type(error).__name__}: {error}"})
+            print(traceback.format_exc(), file=sys.stderr, flush=True)
+        write(f"{name}_{args.device}", device, numbers, folder)  # what is measured is kept, whatever comes
+    if numbers["failed"]:
+        sys.exit(f"{name}: {len(numbers['failed'])} of its cases failed")
 
 
-def save(name: str, device: torch.device, numbers: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Prints the numbers and writes FOLDER/NAME.json, with command, machine, versions and commit."""
-    packages = {name: version(name) for name in PACKAGES}
+def save(name: str, device: torch.device, numbers: dict[str, Any]) -> None:
+    """Prints the numbers and writes them to benchmarks/results/NAME.json, as `write` does."""
+    command = " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    for key, value in write(name, device, {"command": command, **numbers}, RESULTS).items():
+        print(f"{key:<30} {value}")
+
+
+def write(name: str, device: torch.device, numbers: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes FOLDER/NAME.json: the numbers, with machine, versions and commit; gives it all back."""
     result = {
-        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         **numbers,
         "machine": machine(device),
-        "versions": {"python": platform.python_version(), **packages},
-        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": COMMIT,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    for key, value in result.items():
-        if key != "cases":
-            print(f"{key:<30} {value}")
+    return result
 
 
 def commit() -> str:
-    """What was measured; results that were written before do not count as a change."""
+    """Of this checkout; results that were written before do not count as a change."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
@@ -79,10 +93,14 @@ def commit() -> str:
     return git("describe", "--always") + ("-dirty" if changed else "")
 
 
+COMMIT = commit()  # now, when the code that is measured is loaded, and not when it has run
+
+
 def machine(device: torch.device) -> str:
     """What the numbers were measured on."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        return f"{torch.cuda.get_device_name(device)}, {libraries}"
     cpuinfo = Path("/proc/cpuinfo")  # Linux
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

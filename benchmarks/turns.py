@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,15 +25,25 @@ def by_turns(
     """
     times: dict[str, list[float]] = {}
     for name, way in ways.items():
-        try:
-            _call_ms(way, device, calls=1)
+        if fits(way, device):
             times[name] = []
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
     for turn in range(turns):
         for name in list(times) if turn % 2 == 0 else reversed(times):  # nobody always follows the same neighbour
             times[name].append(_call_ms(ways[name], device, calls))
     return times
+
+
+def fits(way: Callable[[], object], device: torch.device) -> bool:
+    """Whether one call gets through without running out of memory; what it held is free again."""
+    try:
+        _call_ms(way, device, calls=1)
+    except torch.OutOfMemoryError:
+        pass  # the traceback holds the call's tensors until here
+    else:
+        return True
+    gc.collect()
+    torch.cuda.empty_cache()
+    return False
 
 
 def median(values: list[float]) -> dict[str, float]:
