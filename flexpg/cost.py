@@ -173,8 +173,8 @@ def activation_bytes(
 
     What the layers keep for their backward (`_kept_bytes`), and the larger of what the backward needs beside it:
 
-    - at its beginning, a chunk of logits: themselves, their log_softmax, and a gradient of one of the two; beside them
-      the final norm's three tensors and the rows that are predicted from;
+    - at its beginning, a chunk of logits: themselves, their log_softmax, and a gradient of one of the two (with a
+      temperature other than 1 perhaps a copy more); the final norm's three tensors, and the rows predicted from;
     - in the last layer's MLP: the gradients of its two factors and of the residual stream, and the hidden states.
 
     With checkpointing a layer keeps its input alone, and the second needs one layer's tensors computed again.

@@ -103,17 +103,6 @@ class TreeBlockMask(BlockMask):
     _elsewhere: dict[torch.device, TreeBlockMask]
     ndim = 4  # [1, 1, S, S], as some models of transformers ask of a mask
 
-    @property
-    def row(self) -> slice:
-        """The packed tokens that go through a model: from the first query on, on a CPU without pads at the end.
-
-        Flex kernels want whole blocks, those of a CPU do not. A prefix has its pads anywhere: what hangs on it begins a
-        block.
-        """
-        is_prefix = self.prefix is not None and not self.first_query
-        is_padded = self.tree.end.device.type != "cpu" or is_prefix
-        return slice(self.first_query, len(self.tree) if is_padded else self.tree.num_tokens)
-
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """The same mask on `device`: itself if it is there, or made once, however many layers ask for it."""
         device = torch.empty(0, device=device).device  # "cuda" is the current one
@@ -205,6 +194,31 @@ def mask_of(tree: PrefixTree, mask: TreeBlockMask | None) -> TreeBlockMask:
             f"the mask was made for another tree ({mask.tree}); give block_mask(tree) of this one ({tree})"
         )
     return mask
+
+
+def check_lengths(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, *, padded: bool) -> None:
+    """Refuses what is no packed row of the mask's tree.
+
+    Args:
+        q: [1, Hq, S, D], less by the mask's first query.
+        k: [1, Hkv, S, D].
+        v: [1, Hkv, S, D].
+        mask: the packed row's mask.
+        padded: the row's pads have to be there; else they may be left out, of all three.
+
+    Raises:
+        ValueError: other lengths.
+    """
+    length = len(mask.tree)
+    if not padded and k.shape[2] == mask.tree.num_tokens:
+        length = mask.tree.num_tokens
+    queries = length - mask.first_query
+    if [x.shape[2] for x in (q, k, v)] != [queries, length, length]:
+        of_them = f", {queries} of them queries" if mask.first_query else ""
+        raise ValueError(
+            f"the mask's tree has {length} packed tokens{of_them}; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}; pack and mask the same tree"
+        )
 
 
 def group_block_mask(

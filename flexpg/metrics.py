@@ -41,13 +41,16 @@ def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]
     }
 
 
-def cost_metrics(minibatches: Sequence[Sequence[MicroBatch]], sharing: bool, shape: ModelShape) -> dict[str, float]:
+def cost_metrics(
+    minibatches: Sequence[Sequence[MicroBatch]], sharing: bool, shape: ModelShape, padded: bool = True
+) -> dict[str, float]:
     """What a step's micro-batches cost.
 
     Args:
         minibatches: what `pack` gave for each, of all processes.
         sharing: whether they are trained on as packed rows; else as padded rows of whole sequences.
         shape: of the model.
+        padded: packed rows keep their pads, as on a GPU or in compiled layers; else only a prompt of its own does.
 
     Returns:
         "tokens_unshared" with every prompt once per completion, "tokens_prompts_once" with every prompt once per
@@ -60,17 +63,18 @@ def cost_metrics(minibatches: Sequence[Sequence[MicroBatch]], sharing: bool, sha
     busy = [batch for batch in batches if not batch.is_idle]
     if sharing:
         trained = sum(map(encoded_tokens, minibatches))
-        padded = sum(padded_size(batch.tree.num_tokens - batch.prefix_tokens) for batch in batches)
-        padded += sum(padded_size(_prompt_tokens(run)) for run in every_run if len(run) > 1)
+        own = [batch.tree.num_tokens - batch.prefix_tokens for batch in batches]
+        encoded = sum(map(padded_size, own) if padded else own)
+        encoded += sum(padded_size(_prompt_tokens(run)) for run in every_run if len(run) > 1)
     else:
         trained = sum(dense_cost(batch.tree).tokens for batch in batches)
-        padded = sum(len(batch.tree.lengths) * batch.tree.max_length for batch in batches)
+        encoded = sum(len(batch.tree.lengths) * batch.tree.max_length for batch in batches)
     again = sum(sum(batch.prefix_tokens for batch in run) - _prompt_tokens(run) for run in every_run)
     return {
         "tokens_unshared": sum(dense_cost(batch.tree).tokens for batch in busy),
         "tokens_prompts_once": sum(group_cost(batch.rollouts).tokens for batch in busy) - again,
         "tokens_trained": trained,
-        "pads": padded - trained,
+        "pads": encoded - trained,
         "tokens_recomputed": sum(map(recomputed_tokens, minibatches)) if sharing else 0,
         "flop_ratio": flop_ratio(minibatches, shape) if sharing else 1.0,
     }

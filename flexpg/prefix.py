@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flexpg.masks import TreeBlockMask, block_mask, mask_of
@@ -187,11 +187,27 @@ def row_mask(tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix
     return prefix.mask_of(checked_tree(tree))
 
 
+def encoded_row(mask: TreeBlockMask, model: nn.Module) -> slice:
+    """The packed tokens that go through a model: from the first query on, on a CPU without the pads at the end.
+
+    Flex kernels want whole blocks, those of a CPU do not. A prefix keeps its pads, as what hangs on it begins a block,
+    and so do compiled layers: fewer lengths make fewer graphs.
+    """
+    is_prefix = mask.prefix is not None and not mask.first_query
+    is_padded = (
+        mask.tree.end.device.type != "cpu"
+        or is_prefix
+        or torch.compiler.is_compiling()
+        or any(module._compiled_call_impl is not None for module in model.modules())
+    )
+    return slice(mask.first_query, len(mask.tree) if is_padded else mask.tree.num_tokens)
+
+
 def whole_row(hidden: Tensor, tree: PrefixTree, prefix: EncodedPrefix | None) -> Tensor:
     """The hidden states of a tree's packed row, whatever of it went through the model.
 
     Args:
-        hidden: [1, S', E], of the mask's `row`.
+        hidden: [1, S', E], of `encoded_row`.
         tree: the packed row, of S tokens.
         prefix: that the row stands behind, or None.
 

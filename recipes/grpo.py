@@ -245,7 +245,7 @@ class GRPORecipe(FTRecipeInterface):
             packed = packed if self.is_sharing else [pack_some(False, own) for own in rows]
             if is_first and self.world.is_first:
                 print(f"sharing=auto: {why}")
-        costs = cost_metrics(packed, self.is_sharing, self.shape)
+        costs = cost_metrics(packed, self.is_sharing, self.shape, self.cfg.compile or self.world.device.type != "cpu")
         return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
 
     @torch.no_grad()

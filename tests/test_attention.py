@@ -206,6 +206,30 @@ def test_a_compiled_function_may_hold_it():
     assert largest_difference(values, expected) < 1e-14
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_compiled_function_refuses_a_row_of_another_tree(window):
+    compiled = torch.compile(lambda q, k, v, mask: attention(q, k, v, mask), backend="aot_eager")
+    for lengths in ([300], [900]):
+        tree, other = (PrefixTree.from_lengths(prompt, [[60, 70]]) for prompt in ([600], lengths))
+        with pytest.raises(
+            Exception, match=rf"the mask's tree has {len(other)} packed tokens; got q .*, {len(tree)}, 16"
+        ):
+            compiled(*qkv(tree), block_mask(other, window))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"backend": "dense"}], ids=str)
+def test_pads_may_be_left_out_on_a_cpu(options):
+    tree = TREES["five groups in a row"]
+    mask, inputs = block_mask(tree), qkv(tree)
+    assert tree.num_tokens < len(tree)
+    whole = out_and_grads(attention(*inputs, mask, **options)[:, :, : tree.num_tokens], inputs)
+    cut = [x.detach()[:, :, : tree.num_tokens].requires_grad_() for x in inputs]
+    rest = out_and_grads(attention(*cut, mask, **options), cut)
+    assert largest_difference(on_packed_tokens(whole, tree), rest) < 1e-14
+    with pytest.raises(ValueError, match=f"the mask's tree has {len(tree)} packed tokens"):
+        attention(*(x.detach() for x in cut), mask, backend="flex")
+
+
 @pytest.mark.parametrize(("backend", "is_small"), [("split", True), ("dense", False)])
 def test_split_makes_no_tensor_of_row_by_row_elements(backend, is_small):
     mask = group_block_mask([900], [[50] * 8])

@@ -70,6 +70,12 @@ def test_a_prompt_that_a_run_encodes_once_is_counted_once():
     assert (metrics["tokens_trained"], metrics["tokens_recomputed"], metrics["pads"]) == (80, 30, 2 * 256 - 80)
 
 
+def test_rows_without_pads_count_those_of_a_prompt_alone():
+    rollouts = rollouts_of([list(range(10, 40))], [[n] * 5 for n in range(4)], [0] * 4, [1.0] * 4)
+    for budget, pads in ((100, 0), (41, 256 - 30)):
+        assert cost_metrics([pack(rollouts, budget)], True, SHAPE, padded=False)["pads"] == pads
+
+
 def test_a_run_without_a_prompt_on_this_process_encodes_an_idle_row():
     batches = pack(rollouts_of(*TWO_GROUPS), 100)
     run = [replace(batches[0], rank=rank, run=0) for rank in (0, 0, 1, 1)]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.qwen2 import qwen2
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from flexpg import PrefixTree, block_mask, token_logprobs
 from flexpg.integrations import torchtune as shared
+from flexpg.integrations import transformers as transformers_integration
 
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = FORWARD + "_backward"
@@ -95,15 +97,39 @@ def test_a_token_adds_few_bytes_to_a_layer():
     assert more / (many.num_tokens - few.num_tokens) <= TOKEN_BYTES
 
 
-def test_a_row_goes_through_the_model_without_pads():
-    seen = []
+def torchtune_model():
     model = qwen2(
         vocab_size=50, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=64, intermediate_dim=128, max_seq_len=512
     )
-    model.layers[0].register_forward_hook(lambda layer, args, out: seen.append(out.shape[1]))
+    return model, shared.forward, model.layers
+
+
+def transformers_model():
+    transformers_integration.register()
+    config = Qwen2Config(
+        vocab_size=50,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=64,
+        intermediate_size=128,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flexpg")
+    return model, transformers_integration.forward, model.model.layers
+
+
+@pytest.mark.parametrize("make", [torchtune_model, transformers_model])
+def test_a_row_goes_through_the_model_without_pads_unless_its_layers_are_compiled(make):
+    seen = []
+    model, forward, layers = make()
+    layers[0].register_forward_hook(
+        lambda layer, args, out: seen.append((out if torch.is_tensor(out) else out[0]).shape[1])
+    )
     tree = groups(1, 3)
-    assert shared.forward(model, tree).shape[1] == len(tree) == 256
-    assert seen == [tree.num_tokens] == [80]
+    for _ in range(2):
+        assert forward(model, tree).shape[1] == len(tree) == 256
+        layers[0].compile(backend="eager")
+    assert seen == [tree.num_tokens, len(tree)] == [80, 256]
 
 
 def test_a_mask_takes_as_many_calls_for_any_length_and_bytes_of_its_blocks_alone():

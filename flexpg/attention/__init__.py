@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexpg.attention.dense import dense_attention
 from flexpg.attention.flex import packed_flex_attention
-from flexpg.masks import TreeBlockMask
+from flexpg.masks import TreeBlockMask, check_lengths
 
 Backend = Literal["auto", "flex", "split", "dense"]
 
@@ -29,7 +29,7 @@ def attention(
 
     Args:
         q: [1, Hq, S, D] floating, S = len(mask.tree), less by `mask.first_query`. On CPU the pads at the end of all
-            three may be left out, as `mask.row` does; flex wants them.
+            three may be left out, but for flex, and for dense in compiled code.
         k: [1, Hkv, S, D], heads not expanded: query head h reads key/value head h // (Hq / Hkv).
         v: [1, Hkv, S, D].
         mask: `block_mask(tree)`, on the device of q.
@@ -47,13 +47,14 @@ def attention(
         TypeError: a mask that is no TreeBlockMask.
     """
     _check(q, k, v, mask, softcap)
-    if not (torch.compiler.is_compiling() and q.device.type == "cpu"):  # else each number of tokens compiles anew
-        _check_lengths(q, k, v, mask, backend)
     if window is not None and window != mask.window:
         mask = mask.for_window(window)
     is_windowed = mask.window is not None and mask.window < mask.tree.max_length
     chosen = _chosen(backend, q, plain=not is_windowed and softcap is None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if chosen != "split":  # which looks itself, as a number of tokens in compiled code would compile anew
+        is_eager = not torch.compiler.is_compiling()
+        check_lengths(q, k, v, mask, padded=not (chosen == "dense" and is_eager and q.device.type == "cpu"))
     if chosen == "dense":
         return dense_attention(q, k, v, mask, scale, softcap)
     if chosen == "split":
@@ -102,16 +103,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float 
         raise ValueError(f"q, k, v and the mask's tree are on {', '.join(map(str, devices))}; move them to one device")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; give a positive number, or None for no softcap")
-
-
-def _check_lengths(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, backend: Backend) -> None:
-    length = len(mask.tree)
-    if q.device.type == "cpu" and backend != "flex" and k.shape[2] == mask.tree.num_tokens:
-        length = mask.tree.num_tokens
-    queries = length - mask.first_query
-    if [x.shape[2] for x in (q, k, v)] != [queries, length, length]:
-        of_them = f", {queries} of them queries" if mask.first_query else ""
-        raise ValueError(
-            f"the mask's tree has {length} packed tokens{of_them}; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
-            f"v {tuple(v.shape)}; pack and mask the same tree"
-        )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexpg.masks import TreeBlockMask
+from flexpg.masks import TreeBlockMask, check_lengths
 
 Piece = tuple[slice, slice, bool]  # queries, keys, and whether these are the queries' own, under a causal mask
 
@@ -37,7 +37,11 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale:
 
     Returns:
         [1, Hq, S, D] in q's dtype.
+
+    Raises:
+        ValueError: lengths that are not the tree's.
     """
+    check_lengths(q, k, v, mask, padded=False)
     return _SplitAttention.apply(q, k, v, mask, scale)
 
 

@@ -25,7 +25,7 @@ from flexpg.attention import attention
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
-from flexpg.prefix import EncodedPrefix, encoded, row_mask, whole_row
+from flexpg.prefix import EncodedPrefix, encoded, encoded_row, row_mask, whole_row
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
@@ -246,8 +246,7 @@ def _packed_row(
     tokens, position_ids = mask.tree.token_row(), mask.tree.position_ids[None]
     _prepare(model)
     check_fits(model, tree.max_token, tree.max_length, tokens.device)
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    row = slice(mask.first_query, None) if is_compiled else mask.row  # pads make fewer lengths, so fewer graphs
+    row = encoded_row(mask, model)
     return tokens[:, row], position_ids[:, row], mask
 
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from flexpg.attention import attention
 from flexpg.integrations.transformers_checks import NAME, causal_lm, packed_forward, reached
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix import EncodedPrefix, encoded, row_mask, whole_row
+from flexpg.prefix import EncodedPrefix, encoded, encoded_row, row_mask, whole_row
 from flexpg.tree import PrefixTree, Tokens
 
 
@@ -77,8 +77,9 @@ def forward(
     """
     decoder = causal_lm(model).base_model
     mask = row_mask(tree, mask, prefix)
+    own = encoded_row(mask, model)
     with packed_forward(model, mask.tree, mask):
-        row = {"input_ids": mask.tree.token_row()[:, mask.row], "position_ids": mask.tree.position_ids[None, mask.row]}
+        row = {"input_ids": mask.tree.token_row()[:, own], "position_ids": mask.tree.position_ids[None, own]}
         hidden = decoder(**row, attention_mask=mask, use_cache=False).last_hidden_state
     return whole_row(hidden, tree, prefix)
 

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers import register, softcap_of
 from flexpg.integrations.transformers_checks import NAME, causal_lm, check_architecture, packed_forward
+from flexpg.prefix import encoded_row
 from flexpg.tree import PrefixTree
 
 SUPPORTED = "1.16"  # the version of TRL whose fused head this file was written and tested against
@@ -158,10 +159,11 @@ def _shared_forward(
         decoder.register_forward_pre_hook(give_mask, with_kwargs=True),
         decoder.register_forward_hook(keep_predicting),
     ):
+        own = encoded_row(mask, model)
         out = unshared(
-            input_ids=rows.tree.token_row()[:, mask.row],
-            attention_mask=rows.copies[None, mask.row],  # for the experts' auxiliary loss: a token counts once per row
-            position_ids=rows.tree.position_ids[None, mask.row],
+            input_ids=rows.tree.token_row()[:, own],
+            attention_mask=rows.copies[None, own],  # for the experts' auxiliary loss: a token counts once per row
+            position_ids=rows.tree.position_ids[None, own],
             shift_labels=rows.labels[None],
             fused_lm_head=True,
             **kwargs,
