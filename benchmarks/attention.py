@@ -337,6 +337,8 @@ def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
     tree = tree_of(case).to(device)
     length = causal_length(shared_cost(tree).attention_pairs)
     inputs, causal_inputs = (inputs_of(case, size, device, dtype) for size in (len(tree), length))
+    if device.type == "cuda":
+        torch._dynamo.reset()  # what other shapes of heads have compiled would count towards torch's limit
     with nullcontext() if case.compiled else torch.compiler.set_stance("force_eager"):
         ways = flex_ways(case, tree, inputs, causal_inputs) if case.flex else {}
         if device.type == "cpu":

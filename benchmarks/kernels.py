@@ -13,7 +13,8 @@ flexpg.attention's flex:
 - forward_..., backward_...: tiles (queries, keys), stages and warps; a backward's tiles for dK and dV, the same swapped
   for dQ. torch's choices for an H100 in bf16 are among them (128, 128 forward for heads of 64, 128, 64 for those of
   128; 64, 128 backward).
-- tma: Hopper's tensor memory accelerator.
+- tma: Hopper's tensor memory accelerator; where the compiler cannot use it, it leaves it out in silence, and the ratio
+  is 1.
 - expanded_heads: keys and values copied for each query head.
 - short_first, long_first: where completions differ in length, their order in the row.
 - flash_split: segment by segment, see flash_split.py.

@@ -8,6 +8,7 @@ A page says where a table goes: what stands between `<!-- table: NAME -->` and `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ PICTURE = ROOT / "docs" / "update.png"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Result = dict[str, Any]
+ESTIMATED = ("unshared", "flexpg")  # the ways that the cost model knows
 PEERS = {  # ways of benchmarks.update, as tables and picture call them
     "unshared": "unshared",
     "packed": "unshared, no padding",
@@ -46,34 +48,52 @@ def spread(numbers: dict[str, float] | None, digits: int = 2) -> str:
 
 
 def lengths(case: Result) -> str:
-    """Prompt and completions, in tokens."""
+    """Prompt and completions in tokens, and what else tells a case from the others."""
     own = case["completions"]
     span = f"{own[0]}" if len(set(own)) == 1 else f"{min(own)} to {max(own)}"
-    return f"{case['prompt']:,} + {len(own)} x {span}"
+    return f"{case['prompt']:,} + {len(own)} x {span}{variant(case)}"
+
+
+def variant(case: Result) -> str:
+    """The model, where there are several, and activation checkpointing."""
+    model = "" if case["model"] == "small" else f", {case['model']}"
+    return model + (", checkpointing" if case["checkpointing"] else "")
+
+
+def of_the_bound(case: Result) -> str:
+    """What is reached of the cost model's ratio, over the unshared update without padding."""
+    has_pads = len(set(case["completions"])) > 1
+    gain = case["speedup_over"].get("packed" if has_pads else "unshared")
+    return "-" if gain is None else f"{gain['median'] / case['bound']:.2f}"
 
 
 def update(result: Result) -> str:
     """What flexpg gains over each way, and the bound."""
-    rows = [
-        [lengths(case), f"{case['update_ms']['flexpg']['median'] / 1e3:,.2f}", f"{case['bound']:.2f}"]
-        + [spread(case["speedup_over"].get(way)) for way in PEERS]
-        for case in result["cases"]
-    ]
-    return markdown(["tokens", "flexpg, s", "bound", *PEERS.values()], rows)
+    rows = []
+    for case in result["cases"]:
+        ours = case["update_ms"].get("flexpg")
+        seconds = "-" if ours is None else f"{ours['median'] / 1e3:,.2f}"
+        gains = [spread(case["speedup_over"].get(way)) for way in PEERS]
+        rows.append([lengths(case), seconds, f"{case['bound']:.2f}", of_the_bound(case), *gains])
+    return markdown(["tokens", "flexpg, s", "bound", "of it", *PEERS.values()], rows)
 
 
 def update_short(result: Result) -> str:
     """The medians alone."""
     ways = [way for way in PEERS if way not in ("packed", "prefix_grouper_tuned")]
     rows = [
-        [lengths(case), *(f"{case['speedup_over'][way]['median']:.1f} x" for way in ways)] for case in result["cases"]
+        [
+            lengths(case),
+            *(f"{gain['median']:.1f} x" if (gain := case["speedup_over"].get(way)) else "-" for way in ways),
+        ]
+        for case in result["cases"]
     ]
     return markdown(["tokens", *(f"faster than {PEERS[way]}" for way in ways)], rows)
 
 
 def nothing_shared(result: Result) -> str:
     """flexpg on sequences of which none is shared, over the unshared update: 1 is as long."""
-    even = [case for case in result["cases"] if len(set(case["completions"])) == 1]
+    even = [case for case in result["cases"] if len(set(case["completions"])) == 1 and case["packed_over_unshared"]]
     return markdown(
         ["tokens", "time, flexpg without sharing / unshared"],
         ([lengths(case), spread(case["packed_over_unshared"])] for case in even),
@@ -99,30 +119,19 @@ def pieces(result: Result) -> str:
 
 
 def attention(result: Result) -> str:
-    """Every way's time per visible pair, over flexpg's."""
+    """Every way's time per visible pair, over flexpg's; forward and backward, where it has one."""
     rows = []
     for case in result["cases"]:
-        of_row = f"{case['kind']}: {case['groups']} x ({case['prompt']:,} + {len(case['completions'])})"
-        if case["system"]:
-            of_row += f" behind {case['system']:,}"
+        tokens = f"{case['kind']}: {case['groups']} x ({case['prompt']:,} + {len(case['completions'])})"
+        tokens += f" behind {case['system']:,}" if case["system"] else ""
         shape = f"{case['heads']}/{case['kv_heads']}, {case['head_dim']}"
         for name, way in case["ways"].items():
-            passes = ["both", "forward"] if "both_ms" in way else ["forward"]
-            for which in passes:
-                rows.append(
-                    [
-                        of_row,
-                        shape,
-                        name,
-                        "forward and backward" if which == "both" else which,
-                        f"{way[f'{which}_ms']['median']:,.2f}",
-                        f"{1000.0 * way[f'{which}_tflop_per_s']['median']:,.0f}",
-                        spread(way.get(f"{which}_times_per_pair")),
-                    ]
-                )
-    return markdown(
-        ["row", "heads, their size", "way", "pass", "ms", "GFLOP/s on visible pairs", "time per pair / flexpg's"], rows
-    )
+            which = "both" if "both_ms" in way else "forward"
+            rate = f"{1e3 * way[f'{which}_tflop_per_s']['median']:,.0f}"
+            per_pair = spread(way.get(f"{which}_times_per_pair"))
+            rows.append([tokens, shape, name, which, f"{way[f'{which}_ms']['median']:,.2f}", rate, per_pair])
+    header = ["row", "heads, their size", "way", "pass", "ms", "GFLOP/s on visible pairs", "time per pair / flexpg's"]
+    return markdown(header, rows)
 
 
 def mask(result: Result) -> str:
@@ -172,29 +181,26 @@ def shapes(result: Result) -> str:
 
 def memory_peaks(result: Result) -> str:
     """Measured peaks, and the estimate."""
-    cases = [case for case in result["cases"] if case["group"] is not None]
-    rows = [
-        [f"{case['prompt']:,} + {case['group']} x {case['completion']}", "yes" if case["checkpointing"] else "no"]
-        + [f"{case['peak_mib'][way]:,.0f}" if way in case["peak_mib"] else "-" for way in (*PEERS, "flexpg")]
-        + [
-            f"{case['estimate_mib']['flexpg']:,.0f}",
-            f"{case['estimate_mib']['flexpg'] / case['peak_mib']['flexpg']:.2f}",
-        ]
-        for case in cases
-    ]
-    return markdown(
-        ["tokens", "checkpointing", *PEERS.values(), "flexpg", "flexpg, estimated", "estimate / measured"], rows
-    )
+    rows = []
+    for case in result["cases"]:
+        if case["group"] is None:
+            continue
+        peaks, estimate = case["peak_mib"], case["estimate_mib"]["flexpg"]
+        measured = [f"{peaks[way]:,.0f}" if way in peaks else "-" for way in (*PEERS, "flexpg")]
+        share = f"{estimate / peaks['flexpg']:.2f}" if "flexpg" in peaks else "-"
+        tokens = f"{case['prompt']:,} + {case['group']} x {case['completion']:,}{variant(case)}"
+        rows.append([tokens, *measured, f"{estimate:,.0f}", share])
+    return markdown(["tokens", *PEERS.values(), "flexpg", "flexpg, estimated", "estimate / measured"], rows)
 
 
 def memory_groups(result: Result) -> str:
     """The largest group under a budget."""
-    rows = [
-        [f"{case['prompt']:,} + G x {case['completion']:,}", f"{case['budget_mib']:,}"]
-        + [case[key][way] for key in ("largest_group", "largest_group_by_estimate") for way in ("unshared", "flexpg")]
-        for case in result["cases"]
-        if case["budget_mib"] is not None
-    ]
+    rows = []
+    for case in result["cases"]:
+        if case["budget_mib"] is not None:
+            found = [case[key][way] for key in ("largest_group", "largest_group_by_estimate") for way in ESTIMATED]
+            tokens = f"{case['prompt']:,} + G x {case['completion']:,}{variant(case)}"
+            rows.append([tokens, f"{case['budget_mib']:,}", *found])
     return markdown(["tokens", "budget, MiB", "largest G, unshared", "flexpg", "estimated, unshared", "flexpg"], rows)
 
 
@@ -233,7 +239,7 @@ def scaling_parallel(result: Result) -> str:
                 + [spread(times[count], 0) for count in ("1", "2")]
                 + [spread(case["speedup"])]
             )
-    return markdown(["", "tokens", "one, ms", "two, ms", "two are faster by"], rows)
+    return markdown(["", "tokens", "one, ms", "two, ms", "one / two"], rows)
 
 
 def kernels(result: Result) -> str:
@@ -406,7 +412,8 @@ def draw(result: Result) -> None:
     figure, axes = plt.subplots(2, len(cases) // 2, figsize=(13, 6.4), layout="constrained", sharey=True)
     for axis, case in zip(axes.flat, cases, strict=True):
         for n, way in enumerate(PEERS):
-            gain = case["speedup_over"][way]
+            if (gain := case["speedup_over"].get(way)) is None:
+                continue
             whiskers = [[gain["median"] - gain["low_quartile"]], [gain["high_quartile"] - gain["median"]]]
             axis.barh(n, gain["median"], xerr=whiskers, color=f"C{n}")
             axis.text(gain["high_quartile"], n, f"  {gain['median']:.1f} x", va="center", fontsize=8)
@@ -417,8 +424,15 @@ def draw(result: Result) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("flexpg's update is so many times as fast (dotted: the cost model's bound over the unshared one)")
-    figure.savefig(PICTURE, dpi=110)
+    figure.supxlabel(
+        "flexpg's update is so many times as fast (dotted: the cost model's bound, over unshared without padding)"
+    )
+    figure.savefig(PICTURE, dpi=110, metadata={"Description": digest(result)})
+
+
+def digest(result: Result) -> str:
+    """Of the results that a picture was drawn from; it is written into it."""
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 """The benchmarks compare like with like, run, and are what README and docs show."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
+from PIL import Image
+from unshared import in_float64
 
 from benchmarks import attention, kernels, mask, memory, pieces, scaling, shapes, tables, update
 from benchmarks.models import decoder
-from benchmarks.record import TRIALS
+from benchmarks.record import TRIALS, run
 from benchmarks.turns import by_turns, median, ratio
 from benchmarks.update import Case, Group, Way, ways
 
@@ -20,11 +23,14 @@ def logprobs_and_gradients(model, group, way):
     return logprobs, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def differences(case, changed=None):
-    """Of every way from the unshared one, in float64: the largest log-probability's, and the gradient's, relative."""
-    model = decoder(case.model, CPU, torch.float64)
+def differences(case, without_attention=()):
+    """Of every way from the unshared one, in float64: the larger of the log-probabilities' and the gradient's."""
+    model = in_float64(decoder(case.model, CPU, torch.float32))
     group = Group(case, model.tok_embeddings.num_embeddings, CPU)
-    found = {name: logprobs_and_gradients(model, group, way) for name, way in (changed or ways(model, group)).items()}
+    compared = ways(model, group)
+    for name in without_attention:  # plain causal attention over the packed row is left
+        compared[name] = Way(compared[name].logprobs)
+    found = {name: logprobs_and_gradients(model, group, way) for name, way in compared.items()}
     logprobs, gradient = found["unshared"]
     return {
         name: max(((a - logprobs).norm() / logprobs.norm()).item(), ((b - gradient).norm() / gradient.norm()).item())
@@ -40,10 +46,9 @@ def test_every_way_of_the_update_has_the_same_log_probabilities_and_gradients(ca
 
 
 def test_a_way_that_forgets_its_attention_shows():
-    model = decoder("tiny", CPU, torch.float64)
-    found = ways(model, Group(CASES[0], model.tok_embeddings.num_embeddings, CPU))
-    found["prefix_grouper_tuned"] = Way(found["prefix_grouper_tuned"].logprobs)  # plain causal over the packed row
-    assert differences(CASES[0], found)["prefix_grouper_tuned"] > 1e-3
+    names = ("prefix_grouper", "prefix_grouper_tuned")
+    found = differences(CASES[0], without_attention=names)
+    assert all(found[name] > 1e-3 for name in names)
 
 
 def test_masks_of_more_loads_are_the_same_mask_and_a_wrong_one_is_refused():
@@ -77,7 +82,8 @@ def test_a_benchmark_runs_and_its_tables_are_made(benchmark, tmp_path, monkeypat
     benchmark.main(["--tiny", "--turns", "2"])
     (path,) = (tmp_path / TRIALS).iterdir()
     result = json.loads(path.read_text())
-    assert {"command", "turns", "cases", "machine", "versions", "commit"} == set(result)
+    assert {"command", "turns", "cases", "failed", "machine", "versions", "commit"} == set(result)
+    assert result["command"].endswith("--tiny --turns 2") and not result["failed"]
     for name in TABLES[benchmark]:
         header, _, *rows = tables.TABLES[name](result).splitlines()
         assert rows and all(row.count("|") == header.count("|") for row in rows), name
@@ -88,11 +94,59 @@ def test_tables_are_those_of_the_committed_results(path):
     assert tables.page(path.read_text()) == path.read_text(), "write them anew: python -m benchmarks.tables"
 
 
+def test_a_table_says_what_was_measured():
+    def times(middle):
+        return {"low_quartile": middle - 0.25, "median": middle, "high_quartile": middle + 0.5}
+
+    case = {"prompt": 2048, "completions": [16, 128], "model": "3B", "checkpointing": True, "bound": 4.0}
+    speedups = {"unshared": 5.0, "packed": 3.0, "prefix_grouper": 1.5, "prefix_grouper_tuned": 1.25}  # torchtune: none
+    case |= {"update_ms": {"flexpg": times(1500.0)}, "speedup_over": {way: times(x) for way, x in speedups.items()}}
+    assert tables.update({"cases": [case]}).splitlines()[2] == (
+        "| 2,048 + 2 x 16 to 128, 3B, checkpointing | 1.50 | 4.00 | 0.75 | **5.00** (4.75 to 5.50) | "
+        "**3.00** (2.75 to 3.50) | - | **1.50** (1.25 to 2.00) | **1.25** (1.00 to 1.75) |"
+    )
+
+
+def test_the_picture_is_that_of_the_committed_results():
+    with Image.open(tables.PICTURE) as picture:
+        assert picture.text["Description"] == tables.digest(tables.result_of("update_cpu"))
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Number:
+        value: int
+
+    def measured(case, device, turns):
+        if case.value == 2:
+            raise RuntimeError("no kernel for 2")
+        return {"double": 2 * case.value}
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="1 of its cases failed"):
+        run("numbers", "", {"tiny": [Number(1), Number(2), Number(3)]}, measured, ["--tiny"])
+    result = json.loads((tmp_path / TRIALS / "numbers_cpu.json").read_text())
+    assert result["cases"] == [{"value": 1, "double": 2}, {"value": 3, "double": 6}]
+    assert result["failed"] == [{"value": 2, "error": "RuntimeError: no kernel for 2"}]
+
+
+def test_one_turn_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        pieces.main(["--tiny", "--turns", "1"])
+    assert "--turns is 1; a median with quartiles needs 2 or more" in capsys.readouterr().err
+
+
 def test_results_name_their_machine_and_come_from_a_commit():
     for path in tables.RESULTS.glob("*.json"):
         result = json.loads(path.read_text())
         assert {"command", "machine", "versions", "commit"} <= set(result), path.name
         assert not result["commit"].endswith("-dirty"), path.name
+
+
+def test_masks_were_equal_to_torchs_where_both_were_made():
+    cases = tables.result_of("mask_cpu")["cases"]
+    compared = [case[f"equal_to_{peer}"] for case in cases for peer in ("eager", "compiled")]
+    assert compared.count(True) >= 8 and False not in compared
 
 
 def test_turns_alternate_and_the_first_does_not_count():
