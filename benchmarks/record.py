@@ -84,12 +84,13 @@ def write(name: str, device: torch.device, numbers: dict[str, Any], folder: Path
 
 
 def commit() -> str:
-    """Of this checkout; results that were written before do not count as a change."""
+    """Of this checkout; what benchmarks write (results, tables, pictures) does not count as a change."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    written = [f":(top,exclude){path}" for path in ("benchmarks/results", "docs", "README.md")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return git("describe", "--always") + ("-dirty" if changed else "")
 
 
