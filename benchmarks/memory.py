@@ -86,8 +86,9 @@ def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(drop_gradient)
-    for completion in (64, 128):  # workspaces of libraries stay, and kernels are compiled: twice, for dynamic lengths
-        peaks_mib(model, Lengths(128, (completion,) * 2))
+    if device.type == "cuda":
+        for completion in (64, 128):  # workspaces of libraries stay; kernels are compiled, twice, for dynamic lengths
+            peaks_mib(model, Lengths(128, (completion,) * 2))
     if case.budget_mib is None:
         lengths = Lengths(case.prompt, (case.completion,) * case.group)
         return {

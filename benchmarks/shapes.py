@@ -72,7 +72,7 @@ class Case:
 CASES = {
     "cpu": [Case(layouts=100, static_layouts=20, longest_tokens=4096, heads=(8, 2))],
     "cuda": [Case(layouts=100, static_layouts=100, longest_tokens=32_768, heads=(14, 2), backward=True)],
-    "tiny": [Case(layouts=12, static_layouts=12, longest_tokens=2048, heads=(2, 1), inductor=False)],
+    "tiny": [Case(layouts=4, static_layouts=4, longest_tokens=1024, heads=(2, 1), inductor=False)],
 }
 
 
