@@ -117,6 +117,8 @@ def conversation_rollouts(
             and message.
         Exception: whatever the template itself raises, with a note that names the conversation.
     """
+    if not isinstance(conversations, Sequence):
+        raise TypeError(f"conversations is a {type(conversations).__name__}; give a list of them")
     if not len(conversations):
         raise ValueError("no conversation came; give at least one")
     if stop_tokens is None:

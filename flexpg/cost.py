@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexpg.rollouts import Rollouts
-from flexpg.tree import PrefixTree
+from flexpg.rollouts import Rollouts, checked_rollouts
+from flexpg.tree import PrefixTree, checked_tree
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,21 @@ def shared_cost(tree: PrefixTree) -> Cost:
 
     >>> shared_cost(PrefixTree.from_lengths([3], [[1, 1]]))
     Cost(tokens=5, attention_pairs=14)
+
+    Raises:
+        TypeError: a tree that is none.
     """
+    checked_tree(tree)
     return Cost(tree.num_tokens, int((tree.position_ids[: tree.num_tokens] + 1).sum()))
 
 
 def group_cost(rollouts: Rollouts) -> Cost:
-    """Every prompt once and every completion in full, even where completions begin alike and a tree merges them."""
-    suffix_lens: list[list[int]] = [[] for _ in rollouts.prompts]
+    """Every prompt once and every completion in full, even where completions begin alike and a tree merges them.
+
+    Raises:
+        TypeError: something other than rollouts.
+    """
+    suffix_lens: list[list[int]] = [[] for _ in checked_rollouts(rollouts).prompts]
     for group, completion in zip(rollouts.group_ids.tolist(), rollouts.completions, strict=True):
         suffix_lens[group].append(len(completion))
     return shared_cost(PrefixTree.from_lengths([len(prompt) for prompt in rollouts.prompts], suffix_lens))
@@ -56,7 +64,11 @@ def dense_cost(tree: PrefixTree) -> Cost:
 
     >>> dense_cost(PrefixTree.from_lengths([3], [[1, 1]]))
     Cost(tokens=8, attention_pairs=20)
+
+    Raises:
+        TypeError: a tree that is none.
     """
+    checked_tree(tree)
     return Cost(int(tree.lengths.sum()), int((tree.lengths * (tree.lengths + 1) // 2).sum()))
 
 

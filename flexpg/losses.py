@@ -41,7 +41,9 @@ def loss_normalizer(mask: Tensor, loss_type: LossType = "dapo", max_completion_l
         0-d float32.
 
     Raises:
-        ValueError: `loss_type` is unknown, `mask` is not [N, C] bool, or "dr_grpo" has no `max_completion_length`.
+        ValueError: `loss_type` is unknown, `mask` is not [N, C] bool, or "dr_grpo" has no `max_completion_length`, or
+            one below 1.
+        TypeError: `mask` is no tensor.
     """
     _check_allowed("loss_type", loss_type, get_args(LossType))
     _check_mask(mask)
@@ -51,6 +53,8 @@ def loss_normalizer(mask: Tensor, loss_type: LossType = "dapo", max_completion_l
         return torch.tensor(float(len(mask)), device=mask.device)
     if max_completion_length is None:
         raise ValueError("loss_type 'dr_grpo' divides by max_completion_length; give the sampler's limit in tokens")
+    if not isinstance(max_completion_length, int) or max_completion_length < 1:
+        raise ValueError(f"max_completion_length is {max_completion_length!r}; give a number of tokens, 1 or more")
     return torch.tensor(float(len(mask) * max_completion_length), device=mask.device)
 
 
@@ -114,6 +118,7 @@ def grpo_loss(
     Raises:
         ValueError: an unknown option; shapes that differ; a mask that is not bool; `beta` > 0 without `ref_logprobs`;
             "dr_grpo" without a length; no trained token at all and no `normalizer` (with one, the loss is 0).
+        TypeError: an input that is no tensor.
     """
     _check_allowed("loss_type", loss_type, get_args(LossType))
     _check_allowed("importance_sampling_level", importance_sampling_level, get_args(ImportanceSamplingLevel))
@@ -121,8 +126,9 @@ def grpo_loss(
     _check_shapes(logprobs, advantages, tables)
     _check_mask(mask)
     for name, value in (("beta", beta), ("epsilon", epsilon), ("epsilon_high", epsilon_high)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} is {value}; give 0 or more")
+        is_left_out = name == "epsilon_high" and value is None
+        if not is_left_out and (not isinstance(value, int | float) or not value >= 0):
+            raise ValueError(f"{name} is {value!r}; give a number, 0 or more")
     if beta != 0.0 and ref_logprobs is None:
         raise ValueError(f"beta is {beta}, but the KL term needs ref_logprobs; give them or set beta to 0")
     if normalizer is None:
@@ -131,6 +137,8 @@ def grpo_loss(
                 f"none of the {len(mask)} rollouts has a trained token; skip the step or give a normalizer"
             )
         normalizer = loss_normalizer(mask, loss_type, max_completion_length)
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer is {list(normalizer.shape)}; give the step's one number, as loss_normalizer does")
     if not normalizer > 0:
         raise ValueError(f"normalizer is {float(normalizer)}; a step without a trained token must be skipped")
 
@@ -176,15 +184,28 @@ def _check_allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_mask(mask: Tensor) -> None:
+    _check_tensor("mask", mask)
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; it must be torch.bool [N, C], True where trained")
 
 
+def _check_tensor(name: str, table: object) -> None:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name} is a {type(table).__name__}; give a tensor")
+
+
 def _check_shapes(logprobs: Tensor, advantages: Tensor, tables: dict[str, Tensor | None]) -> None:
-    for name, table in tables.items():
-        if table is not None and table.shape != logprobs.shape:
+    for name, needed in (("logprobs", logprobs), ("advantages", advantages), ("mask", tables["mask"])):
+        _check_tensor(name, needed)
+    if logprobs.dim() != 2 or not logprobs.is_floating_point():
+        raise ValueError(f"logprobs is {logprobs.dtype} {list(logprobs.shape)}; give floats [N, C]")
+    given = {name: table for name, table in tables.items() if table is not None}
+    for name, table in given.items():
+        _check_tensor(name, table)
+        if table.shape != logprobs.shape:
             raise ValueError(f"{name} is {list(table.shape)}, logprobs {list(logprobs.shape)}; both must be [N, C]")
-        if table is not None and table.device != logprobs.device:
+    for name, table in (given | {"advantages": advantages}).items():
+        if table.device != logprobs.device:
             raise ValueError(f"{name} is on {table.device}, logprobs on {logprobs.device}; move all to one device")
     if advantages.shape != logprobs.shape[:1]:
         raise ValueError(

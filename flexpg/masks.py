@@ -26,7 +26,12 @@ def tree_mask_mod(end: Tensor) -> MaskMod:
 
     Args:
         end: [S] int32, one past the last packed token of each token's subtree.
+
+    Raises:
+        TypeError: `end` is no tensor.
     """
+    if not isinstance(end, Tensor):
+        raise TypeError(f"end is a {type(end).__name__}; give the tensor `tree.end`")
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & (q_idx < end[kv_idx])
@@ -68,12 +73,16 @@ def dense_mask(end: Tensor) -> Tensor:
     Returns:
         [S, S] bool, True where the query (row) sees the key (column).
 
+    Raises:
+        TypeError: `end` is no tensor.
+
     >>> dense_mask(torch.tensor([3, 2, 3])).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
+    mask_mod = tree_mask_mod(end)
     index = torch.arange(len(end), device=end.device)
     nothing = index.new_zeros(())
-    return tree_mask_mod(end)(nothing, nothing, index[:, None], index[None, :])
+    return mask_mod(nothing, nothing, index[:, None], index[None, :])
 
 
 class KeyValues(Protocol):
@@ -140,10 +149,12 @@ def block_mask(tree: PrefixTree, window: int | None = None, *, first_query: int 
         first_query: the packed token that is query 0, a multiple of 128: those before it are keys alone.
 
     Raises:
-        ValueError: a window below 1, or a first query that is no block's first token.
+        ValueError: a window that is no whole number or below 1, or a first query that is no block's first token.
+        TypeError: a tree that is none.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; a token sees at least itself, so give 1 or more, or None for no window")
+    checked_tree(tree)
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window is {window!r}; a token sees at least itself, so give 1 or more, or None for none")
     if first_query % BLOCK or not 0 <= first_query < len(tree):
         raise ValueError(f"first_query is {first_query}; give a multiple of {BLOCK} from 0 to below {len(tree)}")
     with torch.inference_mode(False):

@@ -14,12 +14,13 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from numbers import Integral
 
 import numpy as np
 import torch
 
 from flexpg.cost import Cost, causal_cost, shared_cost
-from flexpg.rollouts import Rollouts
+from flexpg.rollouts import Rollouts, checked_indices, checked_rollouts
 from flexpg.tree import PrefixTree, common_prefix, sorted_order
 
 # A visible pair costs 4 E operations per layer, a token 24 E^2 and more: at a width E of 2,048 this many pairs a token.
@@ -88,11 +89,14 @@ def pack(
         and so restore their order.
 
     Raises:
-        ValueError: a rollout that is longer than the budget, named; indices that are none, or twice the same.
+        ValueError: a rollout that is longer than the budget, named; indices that are none, or twice the same; a budget
+            or a number of processes that is no whole number, or below 1.
+        TypeError: something other than rollouts.
     """
-    chosen = _chosen(indices, len(rollouts))
-    if world_size < 1:
-        raise ValueError(f"world_size is {world_size}; give the number of processes, 1 or more")
+    chosen = _chosen(indices, len(checked_rollouts(rollouts)))
+    for name, value, what in (("max_tokens", max_tokens, "tokens"), ("world_size", world_size, "processes")):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; give the number of {what}, 1 or more")
     rows = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":
         rows = list(torch.cat(rows).cpu().split(list(map(len, rows))))  # one transfer
@@ -140,12 +144,9 @@ def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
 
 def _chosen(indices: Sequence[int] | None, count: int) -> list[int]:
     """Indices as ints, if each names a rollout of its own."""
-    chosen = list(range(count)) if indices is None else [int(n) for n in indices]
-    if not chosen:
-        raise ValueError("indices are empty; give at least one rollout to pack, or None for all")
-    for n in chosen:
-        if not 0 <= n < count:
-            raise ValueError(f"indices name rollout {n}; there are 0 to {count - 1}")
+    if indices is None:
+        return list(range(count))
+    chosen = checked_indices(indices, count)
     if len(set(chosen)) < len(chosen):
         twice = next(n for n in chosen if chosen.count(n) > 1)
         raise ValueError(f"indices name rollout {twice} more than once, and it would be trained as often; give it once")

@@ -6,7 +6,7 @@ well its kernels run at either size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -192,7 +192,7 @@ def report(
         names: what to call each rollout where it does not fit a budget; None for its number.
 
     Raises:
-        TypeError: neither rollouts nor a tree.
+        TypeError: neither rollouts nor a tree, no shape, or budgets that are no list.
         ValueError: a tree without fitting prompt lengths, prompt lengths beside rollouts, or a budget below 1.
 
     >>> rollouts = Rollouts(
@@ -202,6 +202,8 @@ def report(
     >>> found.whole.unshared.tokens, found.whole.tree.tokens, found.by_max_tokens[16].micro_batches
     (20, 11, 1)
     """
+    if not isinstance(shape, ModelShape):
+        raise TypeError(f"shape is a {type(shape).__name__}; give a ModelShape, as flexpg.integrations.*_shape read it")
     if isinstance(rollouts, PrefixTree):
         rollouts = _rollouts_of(rollouts, prompt_lens)
     elif not isinstance(rollouts, Rollouts):
@@ -209,8 +211,11 @@ def report(
     elif prompt_lens is not None:
         raise ValueError("prompt_lens came beside Rollouts, which have their own; leave it out")
 
-    if (smallest := min(max_tokens, default=1)) < 1:
-        raise ValueError(f"max_tokens has {smallest}; give budgets of at least one token")
+    if not isinstance(max_tokens, Collection):
+        raise TypeError(f"max_tokens is {max_tokens!r}; give a list of budgets")
+    for budget in max_tokens:
+        if not isinstance(budget, int) or budget < 1:
+            raise ValueError(f"max_tokens has {budget!r}; give budgets of at least one token")
     work = partial(_work, shape=shape, itemsize=itemsize, activation_checkpointing=activation_checkpointing)
     whole, called = _comparison(rollouts, work), names or [f"rollout {n}" for n in range(len(rollouts))]
     return Report(
@@ -320,6 +325,8 @@ def _first_completions(rollouts: Rollouts) -> list[tuple[int, Rollouts]]:
 
 def _rollouts_of(tree: PrefixTree, prompt_lens: Tensor | None) -> Rollouts:
     """Rollouts that have this tree: a token's id is its packed index, and prompts that end at one index are one."""
+    if prompt_lens is not None and (not isinstance(prompt_lens, Tensor) or prompt_lens.is_floating_point()):
+        raise TypeError(f"prompt_lens is {prompt_lens}; give an int64 tensor [N]")
     if prompt_lens is None or tuple(prompt_lens.shape) != (len(tree.lengths),):
         came = "none came" if prompt_lens is None else f"{list(prompt_lens.shape)} came"
         raise ValueError(f"a tree of {len(tree.lengths)} sequences needs prompt_lens [{len(tree.lengths)}]; {came}")

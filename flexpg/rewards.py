@@ -52,7 +52,7 @@ class Reward:
         weight: finite; 0 logs the values and leaves them out of the total, below 0 is a penalty.
 
     Raises:
-        ValueError: for a weight that is not such a number.
+        ValueError: for a weight that is not such a number, or a function that cannot be called.
     """
 
     name: str
@@ -63,6 +63,8 @@ class Reward:
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not number or not abs(self.weight) <= _LARGEST:
             raise ValueError(f"reward {self.name!r}: weight is {self.weight!r}; give a finite number")
+        if not callable(self.function):
+            raise ValueError(f"reward {self.name!r}: function is {self.function!r}; give one, or its name to `reward`")
 
 
 def reward(name: str, function: str, weight: float = 1.0, **options: Any) -> Reward:
@@ -113,8 +115,8 @@ def named_rewards(described: Mapping[str, Any]) -> list[Reward]:
     if not isinstance(described, Mapping) or not described:
         raise ValueError(f"rewards is {described!r}; give one or more, as `name: {{function: dotpath, weight: 1.0}}`")
     for name, given in described.items():
-        if not isinstance(given, Mapping) or not isinstance(given.get("function"), str):
-            raise ValueError(f"reward {name!r} is {given!r}; give `function: dotpath` and its options")
+        if not isinstance(given, Mapping) or not isinstance(given.get("function"), str) or "name" in given:
+            raise ValueError(f"reward {name!r} is {given!r}; give `function: dotpath` and its options, but no name")
     return [reward(name, **given) for name, given in described.items()]
 
 
@@ -139,6 +141,7 @@ def score(
         [N] float32 totals, and [N] float32 for each reward's name.
 
     Raises:
+        TypeError: for something other than rewards, as a function alone.
         ValueError: for a wrong number of rewards or answers.
         RewardError: when a function raises, or returns what is no finite number; True and False are 1 and 0.
 
@@ -149,6 +152,9 @@ def score(
         >>> total, values["correct"].mean()
         (tensor([0.5000, 5.5000]), tensor(0.5000))
     """
+    for term in rewards:
+        if not isinstance(term, Reward):
+            raise TypeError(f"rewards hold a {type(term).__name__}; make it Reward(name, function)")
     names = [term.name for term in rewards]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"rewards are {names}; give at least one, each with a name of its own")

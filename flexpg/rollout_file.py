@@ -32,7 +32,7 @@ class _Sample:
 
 
 def read_rollouts(
-    path: Path,
+    path: Path | str,
     *,
     encode: Encode | None = None,
     chat: ChatTokenizer | None = None,
@@ -60,7 +60,7 @@ def read_rollouts(
         ValueError: a line that is none of these, with its number; text without `encode`, messages without `chat`, a
             prompt with `per_turn`; a token id that the model has not; a file of both kinds, or of no line.
     """
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without a byte-order mark
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without a byte-order mark
     samples, names, first = [], [], None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -125,7 +125,8 @@ def _row(line: bytes) -> dict[str, Any]:
 
 def _of_prompt(row: dict[str, Any], encode: Encode | None) -> list[_Sample]:
     if "prompt" not in row or ("completion" in row) == ("completions" in row):
-        raise ValueError(f"an object with the keys {', '.join(row) or '(none)'}; {_KINDS}")
+        named = ", ".join(row).encode(errors="backslashreplace").decode()  # JSON can write half of a surrogate pair
+        raise ValueError(f"an object with the keys {named or '(none)'}; {_KINDS}")
     prompt = _tokens("prompt", row["prompt"], encode)
     if "completion" in row:
         pairs = [("", "completion", row["completion"])]

@@ -114,16 +114,11 @@ class Rollouts:
             indices: at least one index, as ints or as an int64 tensor [M].
 
         Raises:
-            ValueError: `indices` is empty or not integers; a bool mask is not taken for them.
+            ValueError: `indices` is empty, not integers (a bool mask is not taken for them), or names no rollout.
         """
-        rows = torch.as_tensor(indices, device=self.group_ids.device)  # [M]
-        if rows.numel() == 0:
-            raise ValueError("select needs the index of at least one rollout")
-        if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise ValueError(
-                f"indices are {rows.dtype} {list(rows.shape)}; give 1-D int64 (mask.nonzero().flatten() of a bool mask)"
-            )
-        completions = [self.completions[i] for i in rows.tolist()]
+        chosen = checked_indices(indices, len(self))
+        rows = torch.tensor(chosen, device=self.group_ids.device)  # [M]
+        completions = [self.completions[i] for i in chosen]
         old_groups = self.group_ids[rows].tolist()
         kept = list(dict.fromkeys(old_groups))
         new_group = {old: new for new, old in enumerate(kept)}
@@ -141,6 +136,37 @@ class Rollouts:
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),
         )
+
+
+def checked_rollouts(rollouts: object) -> Rollouts:
+    """The same, if they are rollouts.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(rollouts, Rollouts):
+        raise TypeError(f"rollouts is a {type(rollouts).__name__}; make them with flexpg.Rollouts(prompts, ...)")
+    return rollouts
+
+
+def checked_indices(indices: Sequence[int] | Tensor, count: int) -> list[int]:
+    """Indices as ints, if there are any and each names one of `count` rollouts.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not len(indices):
+        raise ValueError("indices are empty; give the index of at least one rollout")
+    rows = torch.as_tensor(indices)  # [M]
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ValueError(
+            f"indices are {rows.dtype} {list(rows.shape)}; give 1-D int64 (mask.nonzero().flatten() of a bool mask)"
+        )
+    chosen: list[int] = rows.tolist()
+    for n in chosen:
+        if not 0 <= n < count:
+            raise ValueError(f"indices name rollout {n}; there are 0 to {count - 1}")
+    return chosen
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: ScaleRewards = "group") -> Tensor:
@@ -163,21 +189,29 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: ScaleRew
         [N] advantages in the dtype of `rewards`.
 
     Raises:
-        ValueError: `scale_rewards` is unknown, or the two shapes are not the same [N].
+        TypeError: `rewards` or `group_ids` is no tensor.
+        ValueError: `scale_rewards` is unknown, a reward is not finite, or the two are not [N] on one device.
     """
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards is {scale_rewards!r}; allowed are {', '.join(get_args(ScaleRewards))}")
+    for name, table in (("rewards", rewards), ("group_ids", group_ids)):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{name} is a {type(table).__name__}; give a tensor")
     if not rewards.is_floating_point():
         raise ValueError(f"rewards are {rewards.dtype}; give floats")
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(f"rewards are {list(rewards.shape)}, group_ids {list(group_ids.shape)}; both must be [N]")
+    if rewards.device != group_ids.device:
+        raise ValueError(f"rewards are on {rewards.device}, group_ids on {group_ids.device}; move both to one device")
+    _check_finite(rewards)
     group = group_ids.unique(return_inverse=True)[1]  # [N], 0 to the number of groups
-    centred, std = _centred_and_std(rewards, group)
+    exact = rewards.double()  # the square of a reward may be beyond its own dtype
+    centred, std = _centred_and_std(exact, group)
     if scale_rewards == "none":
-        return centred
+        return centred.to(rewards.dtype)
     if scale_rewards == "batch":
-        std = _centred_and_std(rewards, torch.zeros_like(group))[1]
-    return centred / (std + 1e-4)
+        std = _centred_and_std(exact, torch.zeros_like(group))[1]
+    return (centred / (std + 1e-4)).to(rewards.dtype)
 
 
 def _centred_and_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,10 +291,7 @@ def _check_values(rollouts: Rollouts) -> None:
         if negative.any():
             i = _first(negative)[0]
             raise ValueError(f"{what} {i} of {len(items)} has token id {int(items[i].min())}; ids start at 0")
-    infinite = ~rollouts.rewards.isfinite()
-    if infinite.any():
-        i = _first(infinite)[0]
-        raise ValueError(f"rollout {i} of {n} has reward {rollouts.rewards[i].item()}; drop it or give a finite one")
+    _check_finite(rollouts.rewards)
     beyond = rollouts.trained & ~rollouts.completion_mask
     if beyond.any():
         i, t = _first(beyond)
@@ -270,6 +301,13 @@ def _check_values(rollouts: Rollouts) -> None:
         if table is not None and (unusable := ~table.isfinite() & rollouts.trained).any():
             i, t = _first(unusable)
             raise ValueError(f"{name} of rollout {i} of {n} is {table[i, t].item()} at trained token {t}")
+
+
+def _check_finite(rewards: Tensor) -> None:
+    infinite = ~rewards.isfinite()
+    if infinite.any():
+        i = _first(infinite)[0]
+        raise ValueError(f"rollout {i} of {len(rewards)} has reward {rewards[i].item()}; drop it or give a finite one")
 
 
 def _first(flags: Tensor) -> list[int]:

@@ -8,9 +8,11 @@ prompts are decoded (a budget for the cache cuts them), nor when the finished ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache as cached
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -45,12 +47,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; give a whole number, 1 or more")
-        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
+        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature!r}; give 0 for greedy or a positive number")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k!r}; give a whole number, 1 or more, or None for all tokens")
         if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; give a probability above 0, up to 1 for all tokens")
+        stops = self.stop_tokens
+        if not isinstance(stops, Collection) or not all(isinstance(token, Integral) and token >= 0 for token in stops):
+            raise ValueError(f"stop_tokens is {stops!r}; give a list of token ids, [] for none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +110,8 @@ def sample(
         ValueError: a group size below 1, an empty prompt, uniforms that do not fit, a budget in which one sample does
             not fit, or logits that are not finite.
     """
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}; give 1 completion per prompt or more")
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size is {group_size!r}; give 1 completion per prompt or more")
     lengths = PrefixTree.from_sequences(prompts).lengths  # what is wrong with any prompt is refused before all waves
     shape = (len(prompts) * group_size, params.max_new_tokens)
     uniforms = _checked(uniforms, shape, params.temperature).to(lengths.device)

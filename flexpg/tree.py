@@ -10,9 +10,10 @@ A pad is a root of its own (`end[i] = i + 1`): it sees itself, nobody else sees 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class PrefixTree:
 
         Raises:
             ValueError: no sequence, an empty sequence, negative token ids, or tensors on several devices.
-            TypeError: tokens that are not integers.
+            TypeError: no list of sequences, or tokens that are not integers.
 
         >>> PrefixTree.from_sequences([[5, 6, 7], [5, 6, 8, 9]]).node.tolist()
         [[0, 1, 2, -1], [0, 1, 3, 4]]
@@ -93,12 +94,12 @@ class PrefixTree:
 
         Raises:
             ValueError: an empty prompt, completion or group, negative token ids, or tensors on several devices.
-            TypeError: tokens that are not integers.
+            TypeError: lists that are none, or tokens that are not integers.
 
         >>> PrefixTree.from_groups([[5, 6]], [[[7], [8, 9]]]).node.tolist()
         [[0, 1, 2, -1], [0, 1, 3, 4]]
         """
-        if len(prompts) != len(completions):
+        if _counted("prompts", prompts) != _counted("completions", completions):
             raise ValueError(
                 f"{len(prompts)} prompts came with {len(completions)} lists of completions; give each prompt one list"
             )
@@ -122,6 +123,7 @@ class PrefixTree:
 
         Raises:
             ValueError: lengths below 1, a group without completion, or lists that do not match.
+            TypeError: lists that are none.
 
         >>> PrefixTree.from_lengths([2], [[1, 2]]).end[:5].tolist()
         [5, 5, 3, 5, 5]
@@ -231,7 +233,7 @@ def _group_layout(
     prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`end`, `node` and `lengths` of `[prefix, suffix, suffix, ...]` groups one behind the other."""
-    if len(prefix_lens) != len(suffix_lens):
+    if _counted("prefix_lens", prefix_lens) != _counted("suffix_lens", suffix_lens):
         raise ValueError(
             f"{len(prefix_lens)} prefix lengths came with {len(suffix_lens)} lists of suffixes; give each prefix one"
         )
@@ -290,14 +292,17 @@ def _close(path: list[tuple[int, int, int]], depth: int, packed: int, end: np.nd
 
 def _token_arrays(what: str, sequences: Sequence[Tokens]) -> tuple[list[np.ndarray], torch.device]:
     """Every sequence as a 1-D int64 array, and the device they came from (the CPU for lists of ints)."""
-    if not len(sequences):
+    if not _counted(f"{what}s", sequences):
         raise ValueError(f"no {what} came; a tree needs at least one")
     arrays, device = [], None
     for n, tokens in enumerate(sequences):
         name = f"{what} {n} of {len(sequences)}"
         if isinstance(tokens, str):
             raise TypeError(f"{name} is text; give its token ids, as a tokenizer makes them")
-        tensor = torch.as_tensor(tokens)
+        try:
+            tensor = torch.as_tensor(tokens)
+        except (RuntimeError, TypeError, ValueError) as error:  # whichever of them torch has for what it cannot read
+            raise TypeError(f"{name} is no row of token ids, a 1-D integer tensor or list: {error}") from error
         if not tensor.numel():
             raise ValueError(f"{name} is empty; drop it, or give it at least one token")
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
@@ -314,9 +319,16 @@ def _token_arrays(what: str, sequences: Sequence[Tokens]) -> tuple[list[np.ndarr
     return arrays, device or torch.device("cpu")
 
 
+def _counted(name: str, items: object) -> int:
+    """How many items a list has."""
+    if not isinstance(items, Sized):
+        raise TypeError(f"{name} is a {type(items).__name__}; give a list")
+    return len(items)
+
+
 def _require_completions(groups: Sequence[Sequence]) -> None:
     for g, group in enumerate(groups):
-        if not len(group):
+        if not _counted(f"group {g} of {len(groups)}", group):
             raise ValueError(f"group {g} of {len(groups)} has no completion; drop its prompt")
 
 
@@ -327,6 +339,6 @@ def _regroup(flat: list, like: Sequence[Sequence]) -> list[list]:
 
 
 def _length(name: str, n: int) -> int:
-    if int(n) != n or n < 1:
-        raise ValueError(f"{name} has length {n}; every prefix and suffix needs a whole number of tokens, 1 or more")
+    if not isinstance(n, Tensor | SupportsIndex | float) or n < 1 or n % 1:
+        raise ValueError(f"{name} has length {n!r}; every prefix and suffix needs a whole number of tokens, 1 or more")
     return int(n)

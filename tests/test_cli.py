@@ -108,15 +108,6 @@ def test_a_file_that_differs_is_named_and_kept_and_nothing_is_copied_without_for
     assert capsys.readouterr().out.splitlines()[0] == "recipes/configs/tiny_cpu.yaml (there already)"
 
 
-def test_what_cannot_be_copied_ends_with_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["cp", "grop"])
-    assert "invalid choice: 'grop' (choose from" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"^error: .*Not a directory: 'file/recipes'"):
-        main(["cp", "grpo", "file"])
-
-
 @pytest.mark.slow
 def test_a_wheel_holds_every_package_and_hands_out_the_recipes_without_a_clone(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="a wheel is built by setuptools 77 or later")

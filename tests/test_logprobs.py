@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,48 +187,3 @@ def test_results_are_float32_or_better(dtype, expected, device):
     truth = naive(logits[None], nn.Identity())
     for value, other in zip(results, truth, strict=True):
         assert (value.cpu() - other).abs().max() < 1e-5
-
-
-# ---- refused ---------------------------------------------------------------------------------------------------------
-
-BEYOND = PRESENT.clone()
-BEYOND[2, 1] = True
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0.0}, "temperature is 0.0; give a positive number"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0; give 1 or more"),
-        ({"prompt_lens": PROMPT_LENS[:4]}, "prompt_lens is (4,); the tree has 5 sequences"),
-        ({"prompt_lens": torch.tensor([4, 0, 4, 2, 2])}, "sequence 1 has 9 tokens and a prompt of 0"),
-        ({"prompt_lens": torch.tensor([4, 4, 5, 2, 2])}, "sequence 2 has 5 tokens and a prompt of 5"),
-        ({"mask": PRESENT.float()}, "mask is torch.float32 (5, 5); give bool [5, longest completion]"),
-        ({"mask": PRESENT[:4]}, "mask is torch.bool (4, 5)"),
-        ({"mask": BEYOND}, "mask trains sequence 2 beyond its 1 completion tokens"),
-        ({"hidden": torch.randn(1, 255, E)}, "hidden is (1, 255, 8); the tree's packed row needs [1, 256, E]"),
-        ({"hidden": torch.randn(256, E)}, "hidden is (256, 8)"),
-        ({"hidden": torch.randn(1, 256, E, device="meta")}, "hidden is on meta and the tree on cpu"),
-        ({"tree": PrefixTree.from_lengths([4, 2], [[3, 5, 1], [2, 4]])}, "made from lengths and has no tokens"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_a_sentence(options, message):
-    hidden, output = hidden_and_output()
-    arguments = {"hidden": hidden, "output": output, "tree": TREE, "prompt_lens": PROMPT_LENS} | options
-    with pytest.raises(ValueError, match=re.escape(message)):
-        token_logprobs(**arguments)
-
-
-def test_lengths_that_are_not_integers_are_refused():
-    hidden, output = hidden_and_output()
-    with pytest.raises(TypeError, match=re.escape("prompt_lens is torch.float32; lengths are integers")):
-        token_logprobs(hidden, output, TREE, prompt_lens=PROMPT_LENS.float())
-
-
-def test_lengths_in_a_list_and_sequences_for_a_tree_are_refused():
-    hidden = torch.zeros(1, len(TREE), 4)
-    with pytest.raises(TypeError, match=re.escape("prompt_lens is of type list; give an int64 tensor [N]")):
-        token_logprobs(hidden, torch.nn.Linear(4, 5), TREE, prompt_lens=[1, 1])
-    with pytest.raises(TypeError, match=re.escape("tree is of type list; make one with PrefixTree.from_groups(")):
-        token_logprobs(hidden, torch.nn.Linear(4, 5), [[1, 2]], prompt_lens=PROMPT_LENS)

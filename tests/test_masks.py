@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from unshared import random_sequences
 
 from flexpg.attention import attention
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
+from flexpg.prefix import EncodedPrefix
 from flexpg.tree import BLOCK, PrefixTree
 
 KV_TABLES = [("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")]
@@ -181,6 +181,13 @@ def test_a_mask_moves_with_its_tree_and_its_window(device):
         assert torch.equal(listed(moved.to("cpu"), *names), listed(mask, *names))
 
 
+def test_a_mask_on_another_device_keeps_its_window_its_first_query_and_its_prefix():
+    prefix = EncodedPrefix([1, 2])
+    assert prefix.mask.to("meta").prefix is prefix
+    moved = block_mask(forest(3), 50, first_query=128).to("meta")
+    assert moved.tree.end.is_meta and (moved.window, moved.first_query) == (50, 128)
+
+
 def test_another_window_is_made_once():
     mask = block_mask(forest(3))
     assert mask.for_window(9) is mask.for_window(9)
@@ -197,14 +204,3 @@ def test_a_mask_made_in_inference_mode_is_fit_for_training(window):
     inputs = [torch.randn(1, 1, 256, 8, requires_grad=True) for _ in range(3)]
     attention(*inputs, mask).square().sum().backward()
     assert all(x.grad.any() for x in inputs)
-
-
-@pytest.mark.parametrize("window", [0, -3])
-def test_a_window_without_a_token_is_refused(window):
-    with pytest.raises(ValueError, match=re.escape(f"window is {window}; a token sees at least itself")):
-        block_mask(forest(0), window)
-
-
-def test_lengths_that_make_no_group_are_refused():
-    with pytest.raises(ValueError, match=re.escape("suffix 1 of group 0 has length 0")):
-        group_block_mask([3], [[2, 0]])

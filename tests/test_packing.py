@@ -121,13 +121,6 @@ def test_an_oversized_group_has_hardly_ever_a_part_more_than_the_fewest():
     assert sum(in_order) > 60  # as they come, which this replaces
 
 
-def test_a_rollout_over_the_budget_is_refused_by_name():
-    completions = [torch.tensor([1]), torch.arange(6)]
-    rollouts = Rollouts([torch.arange(5)], completions, torch.zeros(2, dtype=torch.long), torch.ones(2))
-    with pytest.raises(ValueError, match=r"rollout 1 of 2 has 5 \+ 6 tokens, over max_tokens=10; raise max_tokens"):
-        pack(rollouts, 10)
-
-
 def tokens_of(batch: MicroBatch, sharing: bool) -> int:
     return batch.tree.num_tokens if sharing else int(batch.tree.lengths.sum())
 
@@ -281,21 +274,6 @@ def test_a_rows_tokens_and_those_of_the_prompt_that_waits_fit_the_budget_togethe
             assert all(batch.tree.num_tokens - batch.prefix_tokens + waiting <= max_tokens for batch in run)
             seen += waiting > 0 and any(not batch.prefix_tokens and not batch.is_idle for batch in run)
     assert seen > 0 or world_size == 1  # rows that stand in for a part
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"world_size": 0}, "world_size is 0; give the number of processes, 1 or more"),
-        ({"indices": []}, "indices are empty; give at least one rollout to pack, or None for all"),
-        ({"indices": [0, 2]}, "indices name rollout 2; there are 0 to 1"),
-        ({"indices": torch.tensor([1, 1])}, "indices name rollout 1 more than once, and it would be trained as often"),
-    ],
-)
-def test_what_cannot_be_packed_is_refused(options, message):
-    rollouts = Rollouts([torch.arange(3)], [torch.tensor([1])] * 2, torch.tensor([0, 0]), torch.ones(2))
-    with pytest.raises(ValueError, match=message):
-        pack(rollouts, 100, **options)
 
 
 def test_a_group_far_over_the_budget_is_given_to_several_processes_and_several_groups_to_one_each():

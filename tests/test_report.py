@@ -188,23 +188,6 @@ def test_a_tree_is_reported_as_the_row_that_it_is(tree):
     assert (found.prompts, found.trained_tokens) == (2, 12)
 
 
-def test_what_is_no_step_is_refused():
-    tree = PrefixTree.from_lengths([3], [[1, 2]])
-    with pytest.raises(TypeError, match="Rollouts or a PrefixTree; list came"):
-        report([[1, 2]], SHAPE)
-    with pytest.raises(ValueError, match=r"2 sequences needs prompt_lens \[2\]; none came"):
-        report(tree, SHAPE)
-    with pytest.raises(ValueError, match=r"needs prompt_lens \[2\]; \[1\] came"):
-        report(tree, SHAPE, prompt_lens=torch.tensor([3]))
-    with pytest.raises(ValueError, match="sequence 0 of 2 has 4 tokens, 4 of them prompt"):
-        report(tree, SHAPE, prompt_lens=torch.tensor([4, 3]))
-    for budgets, named in (([0], 0), ([64, -8], -8)):
-        with pytest.raises(ValueError, match=f"max_tokens has {named}; give budgets of at least one token"):
-            report(ROLLOUTS, SHAPE, max_tokens=budgets)
-    with pytest.raises(ValueError, match="have their own"):
-        report(ROLLOUTS, SHAPE, prompt_lens=ROLLOUTS.prompt_lens)
-
-
 def test_the_dict_is_plain_and_holds_the_ratios():
     found = report(ROLLOUTS, SHAPE, max_tokens=[23, 1000])
     plain = found.as_dict()
@@ -238,80 +221,6 @@ def test_a_table_of_millions_of_tokens_fits_a_hundred_columns():
 
 
 GOOD = {"prompt": [1, 2], "completions": [[3]]}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"prompt": [1],', "line 2: not JSON: .* at character"),
-        (b"\xff\xfe", "line 2: not UTF-8: "),
-        (b"[" * 100_000, "line 2: not JSON that can be read: it is nested too deeply"),
-        ([1, 2], r"line 2: \[1, 2\] is no object; give it prompt and completions"),
-        ({}, r"line 2: an object with the keys \(none\); give it prompt and completions"),
-        ({"prompt": [1]}, "line 2: an object with the keys prompt; give it"),
-        ({"completions": [[1]]}, "line 2: an object with the keys completions; give it"),
-        ({"prompt": [1], "completion": [1], "completions": [[1]]}, "line 2: an object with the keys prompt, comp"),
-        ({"prompt": [], "completion": [1]}, "line 2: prompt has no token; drop it"),
-        ({"prompt": "", "completion": [1]}, "line 2: prompt has no token; drop it"),
-        ({"prompt": [1], "completion": []}, "line 2: completion has no token; drop it"),
-        ({"prompt": [1], "completions": []}, r"line 2: completions is \[\]; give a list of at least one"),
-        ({"prompt": [1], "completions": "text"}, 'line 2: completions is "text"; give a list'),
-        ({"prompt": [1], "completions": [[1], []]}, r"line 2: completions\[1\] has no token"),
-        ({"prompt": [1], "completions": [[1], 7]}, r"line 2: completions\[1\] is 7; give a text or a list"),
-        ({"prompt": None, "completion": [1]}, "line 2: prompt is null; give a text or a list of token ids"),
-        ({"prompt": [1, True], "completion": [1]}, r"line 2: prompt\[1\] is true; a token id is a whole number"),
-        ({"prompt": [1, -1], "completion": [1]}, r"line 2: prompt\[1\] is -1; a token id"),
-        ({"prompt": [2**31], "completion": [1]}, r"line 2: prompt\[0\] is 2147483648; a token id"),
-        ({"prompt": [1.5], "completion": [1]}, r"line 2: prompt\[0\] is 1.5; a token id"),
-        ({"prompt": "text", "completion": [1]}, "line 2: prompt is text, and there is no tokenizer; give --tokenizer"),
-        ({"messages": CHAT}, "line 2: it has messages, and line 1 has a prompt; give each a file"),
-        (
-            {"prompt": [1], "completions": [[2], [50]]},
-            "line 2: its token id 50 is beyond the model's vocabulary of 50;",
-        ),
-        ({"prompt": [60], "completion": [2]}, "line 2: its token id 60 is beyond the model's vocabulary of 50; give"),
-    ],
-)
-def test_a_broken_line_is_named_and_says_what_to_do(line, message, tmp_path):
-    path = write(tmp_path / "rollouts.jsonl", GOOD, line, GOOD)
-    with pytest.raises(ValueError, match=r"rollouts.jsonl, " + message):
-        read_rollouts(path, vocab_size=50)
-
-
-def test_half_of_a_surrogate_pair_is_named_whatever_the_tokenizer_makes_of_it(tmp_path):
-    path = write(tmp_path / "rollouts.jsonl", GOOD, {"prompt": [1], "completions": ["a", "b\ud800"]})
-    with pytest.raises(ValueError, match=r"line 2: completions\[1\] has '\\ud800' at character 2, which is no char"):
-        read_rollouts(path, encode=lambda text: [len(text)])
-
-
-def test_prompts_have_no_turns_to_take_one_by_one(tmp_path):
-    path = write(tmp_path / "rollouts.jsonl", b"", GOOD)
-    with pytest.raises(ValueError, match="line 2: it has a prompt and no messages, so no turns; leave --per-turn out"):
-        read_rollouts(path, per_turn=True)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": CHAT[:1]}, "line 2: has no assistant message"),
-        ({"messages": "text"}, "line 2: messages: a str came; give a list"),
-        ({"messages": [{"role": "user"}]}, "line 2: message 0 has "),
-        ({"messages": [{"role": "x", "content": ""}, CHAT[1]]}, "line 2: message 0 has role 'x'"),
-        ({"messages": CHAT, "reward": "1"}, 'line 2: reward is "1"; give a finite number'),
-        ({"messages": CHAT, "reward": float("nan")}, "line 2: reward is NaN; give a finite number"),
-        ({"messages": CHAT, "reward": 10**400}, "line 2: reward is 1000.*; give a finite number"),
-        ({"messages": CHAT, "reward": True}, "line 2: reward is true; give a finite number"),
-        ({"messages": [CHAT[0], CHAT[1] | {"tool_calls": 5}]}, "line 2: message 1 has tool_calls '5'; give a list"),
-        ({"messages": CHAT, "tools": {}}, r"line 2: tools is \{\}; give a list"),
-        (GOOD, "line 2: it has a prompt, and line 1 has messages"),
-    ],
-)
-def test_a_broken_conversation_is_named_by_its_line(row, message, chat_folder, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    chat = transformers.AutoTokenizer.from_pretrained(chat_folder)
-    path = write(tmp_path / "rollouts.jsonl", {"messages": CHAT}, row)
-    with pytest.raises(ValueError, match=message):
-        read_rollouts(path, chat=chat)
 
 
 def test_equal_prompts_are_one_group_wherever_they_stand(tmp_path):
@@ -387,89 +296,6 @@ def test_conversations_need_a_tokenizer_with_a_chat_template(chat_folder, tmp_pa
     main([*command, "--tokenizer", str(chat_folder), "--per-turn"])
     assert "2 rollouts of 2 prompts" in capsys.readouterr().out
     assert Path("chats.svg").read_text().startswith("<?xml")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["gone.jsonl", "--model", str(TINY)], "no file gone.jsonl; give a .jsonl file of rollouts"),
-        (["empty.jsonl", "--model", str(TINY)], "empty.jsonl is empty; give one JSON object on each line"),
-        (["good.jsonl", "--model", "gone"], "no file gone; give a checkpoint's folder or its config.json"),
-        (["good.jsonl", "--model", "."], "no file config.json; give a checkpoint's folder"),
-        (["good.jsonl", "--model", "other"], "other/config.json: Unrecognized model"),
-        (["good.jsonl", "--model", "gone.yaml"], ".*No such file or directory: .*gone.yaml"),
-        (["good.jsonl", "--model", "list.yaml"], "list.yaml has no `model`; give a configuration of the recipe"),
-        (["good.jsonl", "--model", "broken.yaml"], "broken.yaml is no YAML: "),
-        (["good.jsonl", "--model", "wrong.yaml"], "wrong.yaml: model: "),
-        (
-            ["good.jsonl", "--model", str(TINY), "--tokenizer", "gone"],
-            "no folder gone; give one that holds a tokenizer",
-        ),
-        (["good.jsonl", "--model", str(TINY), "--tokenizer", "other"], "other holds no tokenizer that transformers"),
-        (["good.jsonl", "--model", str(TINY), "--out", "report.txt"], "--out report.txt is no picture; name a .png"),
-        (["good.jsonl", "--model", str(TINY), "--out", "gone/report.png"], ".*No such file or directory: 'gone/rep"),
-        (["text.jsonl", "--model", "other/gone"], "no file other/gone; give a checkpoint's folder"),
-        (["large.jsonl", "--model", str(TINY)], "large.jsonl, line 2: its token id 260 is beyond the model's vocab"),
-        (["good.jsonl", "--model", str(TINY), "--per-turn"], "good.jsonl, line 1: it has a prompt and no messages"),
-        (["good.jsonl", "--model", "headless.yaml"], "headless.yaml: .*ZeroDivisionError: "),
-        (
-            ["good.jsonl", "--model", str(TINY), "--tokenizer", "bad"],
-            "bad holds no tokenizer that transformers loads: ",
-        ),
-        (["text.jsonl", "--model", str(TINY_YAML)], "text.jsonl, line 1: prompt is text, and there is no tokenizer"),
-    ],
-)
-def test_every_mistake_ends_with_one_line(arguments, message, tmp_path):
-    pytest.importorskip("torchtune")
-    pytest.importorskip("transformers")
-    write(tmp_path / "good.jsonl", GOOD)
-    write(tmp_path / "empty.jsonl", b"", b" ")
-    texts(tmp_path / "text.jsonl")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text("{}")
-    (tmp_path / "other/tokenizer.json").write_text("{}")  # beside a mistyped path
-    write(tmp_path / "large.jsonl", GOOD, {"prompt": [1], "completion": [260]})
-    (tmp_path / "bad").mkdir()
-    shutil.copy(TINY / "tokenizer_config.json", tmp_path / "bad")
-    (tmp_path / "bad/tokenizer.json").write_text('{"model": 1}')
-    (tmp_path / "headless.yaml").write_text(TINY_YAML.read_text().replace("num_heads: 4", "num_heads: 0"))
-    (tmp_path / "list.yaml").write_text("- 1\n")
-    (tmp_path / "broken.yaml").write_text("model: [\n")
-    (tmp_path / "wrong.yaml").write_text("model:\n  _component_: torchtune.models.nowhere\n")
-    with pytest.raises(SystemExit, match=rf"^error: {message}") as caught:
-        main(["report", *arguments])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden_size": "abc"}, "model/config.json: Validation error for field 'hidden_size': TypeError: Field"),
-        ({"num_attention_heads": 0}, "model: ZeroDivisionError: "),
-        ({"hidden_act": "zzz"}, "model: KeyError: 'zzz'"),
-        (
-            {"num_hidden_layers": 0},
-            r"model: Qwen2ForCausalLM has no layer \(num_hidden_layers is 0\); give it at least",
-        ),
-        ({"pad_token_id": 9999}, "model: AssertionError: Padding_idx must be within num_embeddings"),
-        ({"dtype": "zzz"}, "model/config.json: module 'torch' has no attribute 'zzz'"),
-    ],
-)
-def test_a_broken_config_ends_with_one_line(changes, message, tmp_path):
-    pytest.importorskip("transformers")
-    write(tmp_path / "good.jsonl", GOOD)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | changes))
-    with pytest.raises(SystemExit, match=rf"^error: {message}") as caught:
-        main(["report", "good.jsonl", "--model", "model"])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("budgets", ["", "0", "4096,", "-1", "1e3", "a"])
-def test_token_budgets_are_whole_numbers(budgets, capsys):
-    with pytest.raises(SystemExit):
-        main(["report", "f", "--model", "m", f"--max-tokens={budgets}"])
-    assert "argument --max-tokens:" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(not SOLUTIONS.exists(), reason="the GSM8K solutions of four models are not here")

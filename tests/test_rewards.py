@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import math
 import re
 import sys
 import time
@@ -181,12 +180,6 @@ def test_closeness_falls_with_the_distance_relative_to_the_answer():
     assert number_closeness("text 100\nQuestion: 7", "100", until="\nQuestion:") == 1.0
 
 
-@pytest.mark.parametrize("function", [number_correct, number_closeness])
-def test_an_answer_without_a_number_is_refused_rather_than_never_right(function):
-    with pytest.raises(ValueError, match="the answer has no number to compare with"):
-        function("Paris", "Paris")
-
-
 # --- format and length
 
 
@@ -199,8 +192,6 @@ def test_a_pattern_matches_anywhere_and_over_lines():
 def test_short_enough_is_1_up_to_the_limit_and_0_from_twice_the_limit():
     values = [short_enough("x" * length, "", max_chars=10) for length in (0, 10, 15, 20, 1000)]
     assert values == [1.0, 1.0, 0.5, 0.0, 0.0]
-    with pytest.raises(ValueError, match="max_chars is 0; give 1 or more"):
-        short_enough("", "", max_chars=0)
 
 
 # --- finding a function
@@ -209,36 +200,6 @@ def test_short_enough_is_1_up_to_the_limit_and_0_from_twice_the_limit():
 def test_a_reward_is_its_function_with_the_options_filled_in():
     term = reward("format", "flexpg.rewards.matches", weight=0.2, pattern="a")
     assert (term.name, term.weight, term.function("cat", ""), term.function("dog", "")) == ("format", 0.2, 1.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("function", "options", "message"),
-    [
-        ("no_such.module", {}, r"function is 'no_such.module', which cannot be imported: No module named 'no_such'"),
-        ("flexpg.rewards.none", {}, r"cannot be imported: module 'flexpg.rewards' has no attribute 'none'"),
-        ("", {}, r"function is '', which cannot be imported"),
-        (None, {}, r"function is None; name it as 'module.function'"),
-        ("math.pi", {}, r"function is 'math.pi', a float; name a function"),
-        ("flexpg.rewards", {}, r"function is 'flexpg.rewards', a module; name a function"),
-        ("builtins.str", {}, r"builtins.str does not tell its arguments; wrap it in a function"),
-        (
-            "flexpg.rewards.short_enough",
-            {},
-            r"flexpg.rewards.short_enough\(completion, answer, max_chars\) cannot take .* missing .* 'max_chars'",
-        ),
-        ("flexpg.rewards.matches", {"pattern": "a", "flags": 2}, r"unexpected keyword argument 'flags'"),
-        ("flexpg.rewards.matches", {"completion": "a"}, r"multiple values for argument 'completion'"),
-    ],
-)
-def test_a_function_that_cannot_be_used_is_refused_before_it_is_called(function, options, message):
-    with pytest.raises(ValueError, match=f"reward 'format': .*{message}"):
-        reward("format", function, **options)
-
-
-@pytest.mark.parametrize("weight", [math.nan, math.inf, 1e39, 10**400, True, "1", None])
-def test_a_weight_is_a_finite_number(weight):
-    with pytest.raises(ValueError, match=r"reward 'correct': weight is .*; give a finite number"):
-        Reward("correct", number_correct, weight)
 
 
 @pytest.fixture
@@ -325,25 +286,6 @@ def test_true_and_false_are_1_and_0_and_no_rollouts_give_empty_columns():
     assert total.shape == values["right"].shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (math.nan, "returned nan; return a finite number"),
-        (-math.inf, "returned -inf; return a finite number"),
-        (1e39, r"returned 1e\+39; return a finite number"),
-        pytest.param(10**5000, "returned inf; return a finite number", id="more digits than can be printed"),
-        (None, "returned None of type NoneType; return a finite number"),
-        ("1.0", "returned '1.0' of type str; return a finite number"),
-        (1j, "returned 1j of type complex; return a finite number"),
-        (torch.tensor(1.0), r"returned tensor\(1.\) of type Tensor; return a finite number"),
-    ],
-)
-def test_a_value_that_is_no_finite_number_names_the_reward_and_the_rollout(value, message):
-    term = Reward("mine", lambda completion, answer: value if completion == "b" else 1.0)
-    with pytest.raises(RewardError, match=rf"reward 'mine': rollout 1 of 2 {message} \(completion 'b', answer '5'\)"):
-        score([term], ["a", "b"], ["5", "5"])
-
-
 def test_a_function_that_raises_keeps_its_own_traceback():
     def broken(completion, answer):
         return 1 / 0
@@ -353,22 +295,3 @@ def test_a_function_that_raises_keeps_its_own_traceback():
     assert str(error.value) in PAGE
     assert isinstance(error.value.__cause__, ZeroDivisionError)
     assert error.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_name == "broken"
-
-
-def test_an_error_shows_the_first_80_characters_of_long_texts():
-    with pytest.raises(RewardError, match=rf"\(completion '{'x' * 80}'\.\.\., answer '5'\)"):
-        score([Reward("mine", lambda c, a: None)], ["x" * 81], ["5"])
-
-
-def test_a_total_that_overflows_is_refused():
-    with pytest.raises(RewardError, match="rollout 1 of 2: the weighted total is inf; lower the weights"):
-        score([Reward("large", lambda c, a: 1e20 * len(c), 1e20)], ["", "a"], ["", ""])
-
-
-def test_rewards_need_names_of_their_own_and_completions_an_answer_each():
-    with pytest.raises(ValueError, match=r"rewards are \[\]; give at least one"):
-        score([], ["a"], ["b"])
-    with pytest.raises(ValueError, match=r"rewards are \['x', 'x'\]; give at least one, each with a name of its own"):
-        score([Reward("x", number_correct), Reward("x", number_correct)], [], [])
-    with pytest.raises(ValueError, match="there are 2 completions and 1 answers"):
-        score([Reward("x", number_correct)], ["a", "b"], ["5"])

@@ -436,49 +436,6 @@ def test_a_float32_model_samples_under_autocast(name):
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; give a whole number, 1 or more"),
-        ({"temperature": -1.0}, "temperature is -1.0; give 0 for greedy or a positive number"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0; give a whole number, 1 or more, or None for all tokens"),
-        ({"top_p": 0.0}, "top_p is 0.0; give a probability above 0, up to 1"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_k": 2.5}, "top_k is 2.5; give a whole number"),
-    ],
-)
-def test_parameters_that_draw_nothing_are_refused(params, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        SamplingParams(**{"max_new_tokens": 3} | params)
-
-
-def test_a_group_of_none_and_an_empty_prompt_are_refused():
-    model, params = tiny_model("llama3"), SamplingParams(max_new_tokens=2)
-    with pytest.raises(ValueError, match="group_size is 0; give 1 completion per prompt or more"):
-        drawn(model, params, group_size=0)
-    with pytest.raises(ValueError, match="sequence 1 of 2 is empty"):
-        drawn(model, params, prompts=[PROMPTS[0], PROMPTS[0][:0]])
-
-
-@pytest.mark.parametrize(
-    ("uniforms", "message"),
-    [
-        (None, "uniforms is None, and temperature 1.0 draws; give a [9, 2] float64 tensor"),
-        (torch.rand(9, 3).double(), "uniforms is [9, 3] torch.float64; 9 rollouts of up to 2 tokens need [9, 2]"),
-        (torch.rand(3, 2).double(), "uniforms is [3, 2] torch.float64; 9 rollouts"),
-        (torch.rand(9, 2), "uniforms is [9, 2] torch.float32; 9 rollouts of up to 2 tokens need [9, 2] torch.float64"),
-        (torch.ones(9, 2).double(), "uniforms holds numbers outside [0, 1); make it with torch.rand"),
-        (torch.full((9, 2), -1e-9).double(), "outside [0, 1)"),
-        (torch.full((9, 2), torch.nan).double(), "outside [0, 1)"),
-    ],
-)
-def test_uniforms_that_do_not_fit_are_refused(uniforms, message):
-    model = tiny_model("llama3")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        sample(decoder(model), output(model), PROMPTS, G, SamplingParams(2), uniforms)
-
-
 def test_a_budget_in_which_one_sample_does_not_fit_is_refused_before_anything_is_computed():
     model, calls = tiny_model("llama3"), []
     model.tok_embeddings.register_forward_hook(lambda *args: calls.append(args))

@@ -42,17 +42,13 @@ def test_special_tokens_stand_after_the_bytes_and_are_left_out_of_the_text():
     assert sorted(tokenizer.special_tokens.values()) == list(range(256, tokenizer.vocab_size))
 
 
-def test_broken_utf8_is_replaced_and_an_unknown_id_is_named():
+def test_broken_utf8_is_replaced():
     assert ByteTokenizer().decode([0xFF, 97]) == "\ufffda"
-    with pytest.raises(ValueError, match="token id 260 is outside this tokenizer's 0 to 259"):
-        ByteTokenizer().decode([97, 260])
 
 
 def test_stop_tokens_are_the_end_of_sequence_and_the_stop_characters():
     assert ByteTokenizer().stop_tokens == [258, ord("\n")]
     assert ByteTokenizer(stop="").stop_tokens == [258]
-    with pytest.raises(ValueError, match="must be ASCII"):
-        ByteTokenizer(stop="。")
 
 
 def message(role: str, text: str, masked: bool) -> SimpleNamespace:
@@ -69,12 +65,6 @@ def test_messages_become_tokens_with_torchtunes_mask():
     }
     assert ByteTokenizer()(sample, inference=True)["tokens"] == [*b"1+1:2"]
     assert ByteTokenizer(max_seq_len=3).tokenize_messages(messages) == ([*b"1+1"], [True] * 3)
-
-
-def test_a_message_that_is_not_text_is_refused():
-    image = SimpleNamespace(role="user", content=[{"type": "image"}], masked=True)
-    with pytest.raises(ValueError, match="a user message holds 'image'"):
-        ByteTokenizer().tokenize_messages([image])
 
 
 # --- arithmetic
@@ -107,13 +97,6 @@ def test_no_held_out_pair_is_asked_or_shown_in_training():
 def test_problems_follow_from_the_seed():
     assert arithmetic(size=5, seed=1) == arithmetic(size=5, seed=1)
     assert arithmetic(size=5, seed=1) != arithmetic(size=5, seed=2)
-
-
-def test_arithmetic_refuses_an_unknown_split_and_a_short_prompt():
-    with pytest.raises(ValueError, match="split is 'dev'; arithmetic has 'train' and 'test'"):
-        arithmetic("dev")
-    with pytest.raises(ValueError, match=r"2 worked examples make a prompt of \d+ bytes, under 256; ask for"):
-        arithmetic(size=1, examples=2)
 
 
 def test_a_completion_is_right_exactly_when_no_carry_was_lost():
@@ -188,8 +171,6 @@ def test_worked_examples_of_other_data_leave_every_row_to_be_asked(tmp_path):
     file, other = jsonl(tmp_path / "rows.jsonl", ROWS), jsonl(tmp_path / "other.jsonl", [{"q": "9+9", "a": 18}])
     found = problems(file, "{q} =", "{a}", shots=1, shots_source=other)
     assert len(found) == 6 and found[0].prompt == "9+9 = 18\n\n0+0 ="
-    with pytest.raises(ValueError, match=r"other.jsonl has 1 rows, too few for 2 shots; lower `shots`"):
-        problems(file, "{q} =", "{a}", shots=2, shots_source=other)
 
 
 @pytest.mark.parametrize("kind", ["json list", "json lines", "json list with a byte-order mark", "parquet", "csv"])
@@ -251,75 +232,6 @@ def test_a_name_on_the_hub_without_network_fails_quickly_and_says_what_to_do(cac
         ):
             call()
     assert time.perf_counter() - started < 5
-
-
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "data/nowhere.parquet", "/nowhere", "a/b/c", "~/nowhere/no"])
-def test_a_missing_file_is_named_with_the_working_directory(source):
-    with pytest.raises(FileNotFoundError, match=rf"no file or directory '{source}' \(working directory /"):
-        problems(source, "{q}", "{a}")
-
-
-def test_a_file_of_another_kind_and_a_split_of_a_file_are_refused(tmp_path):
-    (tmp_path / "rows.txt").touch()
-    with pytest.raises(ValueError, match=r"rows.txt is not a .jsonl, .json, .parquet, .csv file; convert it"):
-        problems(str(tmp_path / "rows.txt"), "{q}", "{a}")
-    with pytest.raises(
-        ValueError, match=r"rows.jsonl is one file, whose split is 'train', not 'test'; leave the split"
-    ):
-        problems(jsonl(tmp_path / "rows.jsonl", ROWS), "{q}", "{a}", split="test")
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ("{broken", "rows.jsonl line 3 is not JSON: Expecting property name"),
-        ("\udcff", "rows.jsonl line 3 is not JSON: 'utf-8' codec can't decode"),
-        ("[1]", r"rows.jsonl line 3 is '\[1\]'; a row is an object"),
-        ('{"q": "1+1"}', "rows.jsonl line 3 has nothing under 'a', which `answer` needs; it has q"),
-        ('{"q": null, "a": 2}', "rows.jsonl line 3 has nothing under 'q', which `template` needs; it has a"),
-        ("{}", "rows.jsonl line 3 has nothing under 'q', which `template` needs; it has no columns"),
-    ],
-)
-def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path, line, error):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(f"{json.dumps(ROWS[0])}\n\n{line}\n".encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=error):
-        problems(str(file), "{q}", "{a}")
-
-
-@pytest.mark.parametrize(
-    ("template", "error"),
-    [
-        ("Question: {question}", "line 1 has nothing under 'question', which `template` needs; it has q, a"),
-        ("{q", "line 1: template '{q' cannot be filled: expected '}' before end of string"),
-        ("{}", "line 1: template '{}' cannot be filled: Format string contains positional fields"),
-        ("{q.size}", "line 1: template '{q.size}' cannot be filled: 'str' object has no attribute 'size'"),
-        ("{q[9]}", r"line 1: template '{q\[9\]}' cannot be filled: string index out of range"),
-        ("{q:d}", "line 1: template '{q:d}' cannot be filled: Unknown format code 'd'"),
-    ],
-)
-def test_a_template_that_does_not_fit_the_columns_says_which_there_are(tmp_path, template, error):
-    with pytest.raises(ValueError, match=error):
-        problems(jsonl(tmp_path / "rows.jsonl", ROWS), template, "{a}")
-
-
-def test_a_broken_list_and_too_few_rows_are_refused(tmp_path):
-    (tmp_path / "rows.json").write_text("[{}\n,")
-    with pytest.raises(ValueError, match=r"rows.json is not JSON: .* line 2 column 2"):
-        problems(str(tmp_path / "rows.json"), "{q}", "{a}")
-    file = jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"has 6 rows, too few for a question behind 6 \(`shots` and `skip`\)"):
-        problems(file, "{q}", "{a}", shots=2, skip=4)
-    with pytest.raises(ValueError, match=r"empty.jsonl has 0 rows, too few for a question"):
-        problems(jsonl(tmp_path / "empty.jsonl", []), "{q}", "{a}")
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "least"), [("size", 0, 1), ("skip", -1, 0), ("shots", 1.5, 0), ("size", True, 1)]
-)
-def test_counts_are_whole_numbers(name, count, least):
-    with pytest.raises(ValueError, match=f"{name} is {count}; give a whole number, {least} or more"):
-        problems("unread.jsonl", "{q}", "{a}", **{name: count})
 
 
 # --- GSM8K

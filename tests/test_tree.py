@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 
 import pytest
@@ -212,64 +211,6 @@ def test_sequences_of_two_million_tokens_are_found_in_under_150_ms():
         seconds.append(time.perf_counter() - start)
     assert tree.num_tokens == 30_000 + 64 * 2_000
     assert min(seconds) < 0.15
-
-
-# ---- refused ---------------------------------------------------------------------------------------------------------
-
-ELSEWHERE = torch.ones(3, dtype=torch.int64, device="meta")
-
-
-@pytest.mark.parametrize(
-    ("sequences", "error", "message"),
-    [
-        ([], ValueError, "no sequence came; a tree needs at least one"),
-        ([[1], []], ValueError, "sequence 1 of 2 is empty; drop it, or give it at least one token"),
-        ([[1], torch.tensor([1.0])], TypeError, "sequence 1 of 2 has dtype torch.float32; token ids are integers"),
-        ([torch.tensor([True])], TypeError, "sequence 0 of 1 has dtype torch.bool"),
-        ([torch.ones(2, 3, dtype=torch.int64)], ValueError, "sequence 0 of 1 has shape (2, 3); give each one as a 1-D"),
-        ([torch.tensor(3)], ValueError, "sequence 0 of 1 has shape ()"),
-        ([[1], [4, -100]], ValueError, "sequence 1 of 2 holds token id -100; ids start at 0, and padding is given by"),
-        ([[1], ELSEWHERE], ValueError, "sequence 1 of 2 is on meta, those before it on cpu; move them to one device"),
-    ],
-)
-def test_sequences_that_make_no_tree_are_refused(sequences, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        PrefixTree.from_sequences(sequences)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "completions", "error", "message"),
-    [
-        ([], [], ValueError, "no prompt came; a tree needs at least one"),
-        ([[1], []], [[[1]], [[2]]], ValueError, "prompt 1 of 2 is empty"),
-        ([[1]], [[[1], []]], ValueError, "completion 1 of 2 is empty"),
-        ([[1], [2]], [[[1]], []], ValueError, "group 1 of 2 has no completion; drop its prompt"),
-        ([[1], [2]], [[[1]]], ValueError, "2 prompts came with 1 lists of completions; give each prompt one list"),
-        ([[1.5]], [[[1]]], TypeError, "prompt 0 of 1 has dtype torch.float32; token ids are integers"),
-        (["1+1="], [[[1]]], TypeError, "prompt 0 of 1 is text; give its token ids, as a tokenizer makes them"),
-        ([[1]], [[[1], [-1]]], ValueError, "completion 1 of 2 holds token id -1"),
-        ([[1], ELSEWHERE], [[[1]], [[1]]], ValueError, "prompt 1 of 2 is on meta, those before it on cpu"),
-    ],
-)
-def test_groups_that_make_no_tree_are_refused(prompts, completions, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        PrefixTree.from_groups(prompts, completions)
-
-
-@pytest.mark.parametrize(
-    ("prefix_lens", "suffix_lens", "message"),
-    [
-        ([], [], "no prefix length came; a tree needs at least one"),
-        ([0], [[1]], "prefix 0 has length 0; every prefix and suffix needs a whole number of tokens, 1 or more"),
-        ([2.7], [[1]], "prefix 0 has length 2.7"),
-        ([3, 2], [[1], [4, -1]], "suffix 1 of group 1 has length -1"),
-        ([3], [[]], "group 0 of 1 has no completion"),
-        ([3, 4], [[1]], "2 prefix lengths came with 1 lists of suffixes; give each prefix one"),
-    ],
-)
-def test_lengths_that_make_no_tree_are_refused(prefix_lens, suffix_lens, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        PrefixTree.from_lengths(prefix_lens, suffix_lens)
 
 
 def test_prompts_and_completions_on_two_devices_are_refused(cuda):

@@ -44,7 +44,7 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot do what is asked.
-        TypeError: a mask that is no TreeBlockMask.
+        TypeError: a mask that is no TreeBlockMask, or q, k or v that is no tensor.
     """
     _check(q, k, v, mask, softcap)
     if window is not None and window != mask.window:
@@ -91,6 +91,8 @@ def _chosen(backend: str, q: Tensor, plain: bool) -> str:
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float | None) -> None:
     if not isinstance(mask, TreeBlockMask):
         raise TypeError(f"mask is a {type(mask).__name__}; make it with flexpg.block_mask(tree)")
+    if not all(isinstance(x, Tensor) for x in (q, k, v)):
+        raise TypeError(f"q, k and v are {', '.join(type(x).__name__ for x in (q, k, v))}; give tensors")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.dim() != 4 or x.shape[0] != 1 for x in (q, k, v)):
         raise ValueError(f"a packed row is q [1, Hq, S, D] with k and v [1, Hkv, S, D]; got {shapes}")
@@ -101,5 +103,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, softcap: float 
     devices = [q.device, k.device, v.device, mask.tree.end.device]
     if len(set(devices)) > 1:
         raise ValueError(f"q, k, v and the mask's tree are on {', '.join(map(str, devices))}; move them to one device")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; give a positive number, or None for no softcap")

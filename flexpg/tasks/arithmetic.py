@@ -33,10 +33,14 @@ def arithmetic(
         examples: worked examples per prompt; 8 make at least 256 bytes.
 
     Raises:
-        ValueError: for a split of another name, or for prompts shorter than 256 bytes.
+        ValueError: for a split of another name, a size that is no whole number or below 1, or for prompts shorter than
+            256 bytes.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; arithmetic has 'train' and 'test'")
+    for name, count, least in (("size", size, 1), ("examples", examples, 0)):
+        if type(count) is not int or count < least:
+            raise ValueError(f"{name} is {count!r}; give a whole number, {least} or more")
     rng = random.Random(seed)
     problems = []
     for _ in range(size):

@@ -17,7 +17,7 @@ class ByteTokenizer:
         stop: characters (ASCII) that end a completion besides the end-of-sequence token; "" for none.
 
     Raises:
-        ValueError: for a stop character outside ASCII: it would be several tokens.
+        ValueError: for a stop character outside ASCII: it would be several tokens; or a max_seq_len below 1.
 
     Example:
         >>> tokenizer = ByteTokenizer()
@@ -28,7 +28,9 @@ class ByteTokenizer:
     """
 
     def __init__(self, max_seq_len: int | None = None, stop: str = "\n") -> None:
-        if not stop.isascii():
+        if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
+            raise ValueError(f"max_seq_len is {max_seq_len!r}; give a whole number, 1 or more, or None for no limit")
+        if not isinstance(stop, str) or not stop.isascii():
             raise ValueError(f"stop is {stop!r}; a stop character must be ASCII to be one byte")
         self.special_tokens = {"<|pad|>": 256, "<|bos|>": 257, "<|eos|>": 258, "<|reserved|>": 259}
         self.pad_id, self.bos_id, self.eos_id = 256, 257, 258

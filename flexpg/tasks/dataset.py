@@ -67,7 +67,8 @@ def problems(
     Raises:
         FileNotFoundError: when the source looks like a path and nothing is there.
         ImportError: when `datasets` is needed and not installed.
-        ValueError: for data that cannot be loaded or lacks the split, a row that fills no template, or too few rows.
+        ValueError: for data that cannot be loaded or lacks the split, a row that fills no template, too few rows, or an
+            argument of another kind.
 
     Example:
         >>> import tempfile
@@ -80,6 +81,9 @@ def problems(
     for name, count, least in (("size", 1 if size is None else size, 1), ("skip", skip, 0), ("shots", shots, 0)):
         if type(count) is not int or count < least:
             raise ValueError(f"{name} is {count!r}; give a whole number, {least} or more")
+    for name, text in (("source", source), ("template", template)):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{name} is {text!r}; give a text")
     asked_from = (source, split)
     shown_from = (shots_source or source, shots_split or (split if shots_source is None else "train"))
     rows = _rows(*asked_from, subset)
