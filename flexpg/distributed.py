@@ -6,7 +6,8 @@ What a step's rollouts, rewards and numbers need is little, so every process get
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -77,6 +78,29 @@ class World:
         """The largest of the processes' values."""
         return max(self.gather([value]))
 
+    @contextmanager
+    def together(self, *errors: type[Exception]) -> Iterator[None]:
+        """A block that fails everywhere where it fails anywhere, so that nobody waits for one who has left.
+
+        What is in the block lets no process wait for another.
+
+        Args:
+            errors: what may be raised in it; anything else ends its own process alone, at once.
+
+        Raises:
+            ValueError: the first line of what was raised, on the first of the processes if on some of them alone.
+        """
+        cause, reason = None, ""
+        try:
+            yield
+        except errors as error:
+            cause, reason = error, first_line(error)
+        reasons = self.gather([reason])
+        failed = [rank for rank, reason in enumerate(reasons) if reason]
+        if failed:
+            where = "" if len(failed) == self.size else f" (process {failed[0]} of {self.size}, from 0)"
+            raise ValueError(reasons[failed[0]] + where) from cause
+
     def wait(self) -> None:
         """Returns when every process is here."""
         if self.size > 1:
@@ -86,3 +110,8 @@ class World:
         """Ends the process group."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: its message, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 from unshared import VOCAB, tiny_model
 
-from flexpg.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from flexpg.checkpoints import checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.distributed import World
 
 CPU = torch.device("cpu")
@@ -166,52 +167,110 @@ def deleted(pattern: str) -> Callable[[Path], None]:
     return lambda checkpoint: [file.unlink() for file in checkpoint.glob(pattern)]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        shutil.rmtree,
-        *(
-            change(name)
-            for change in (truncated, deleted)
-            for name in ("*.distcp", ".meta*", "progress.json", "trained.json")
-        ),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_read_is_named_in_one_line(tmp_path, damage):
+def flipped(pattern: str) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        (file,) = checkpoint.glob(pattern)
+        flip(file, file.stat().st_size // 2)
+
+    return damage
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+def refusal(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> str:
+    """Why a checkpoint is not loaded; model and optimizer are to the bit what they were."""
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"^the checkpoint .*/step_0*\d+ cannot be loaded: \S") as caught:
+        load_checkpoint(checkpoint, model, optimizer, ALONE)
+    assert "\n" not in str(caught.value)
+    assert all_equal((model.state_dict(), optimizer.state_dict()), before)
+    return str(caught.value)
+
+
+FILES = {
+    "*.distcp": r"__0_0\.distcp",
+    ".meta*": r"\.metadata",
+    **{name: re.escape(name) for name in ("progress.json", "trained.json", "files.json")},
+}
+
+
+@pytest.mark.parametrize("has_moments", [True, False])
+@pytest.mark.parametrize("pattern", FILES)
+@pytest.mark.parametrize("change", [truncated, deleted, flipped])
+def test_a_damaged_checkpoint_is_named_in_one_line_and_nothing_of_it_is_used(tmp_path, change, pattern, has_moments):
     model, optimizer = trainee(seed=0)
     train(model, optimizer, range(1))
     save_checkpoint(tmp_path, 1, model, optimizer, {"steps_done": 1}, 1, ALONE)
     load_checkpoint(tmp_path / "step_000001", model, optimizer, ALONE)
-    damage(tmp_path / "step_000001")
-    with pytest.raises(ValueError, match=r"the checkpoint .*/step_000001 does not fit .*optimizer: \S.*$") as caught:
-        load_checkpoint(tmp_path / "step_000001", model, optimizer, ALONE)
-    assert "\n" not in str(caught.value)
+    change(pattern)(tmp_path / "step_000001")
+    other, other_optimizer = trainee(seed=1)
+    train(other, other_optimizer, range(2 * has_moments))
+    reason = refusal(tmp_path / "step_000001", other, other_optimizer)
+    assert re.search(FILES[pattern], reason) or pattern == "files.json"  # then others are not what it says
+    if pattern == "progress.json":
+        with pytest.raises(ValueError, match=r"^the checkpoint .*/step_000001 cannot be loaded: \S"):
+            read_progress(tmp_path / "step_000001")
+
+
+def test_a_checkpoint_that_is_gone_is_named(tmp_path):
+    refusal(tmp_path / "step_000001", *trainee(seed=0))
+
+
+def test_no_flipped_bit_of_any_file_is_loaded(tmp_path):
+    model, optimizer = trainee(seed=0)
+    train(model, optimizer, range(1))
+    save_checkpoint(tmp_path, 1, model, optimizer, {}, 1, ALONE)
+    whole, rng = tmp_path / "step_000001", random.Random(0)
+    for file in sorted(whole.iterdir()):
+        for position in rng.choices(range(file.stat().st_size), k=20):
+            flip(file, position)
+            refusal(whole, model, optimizer)
+            flip(file, position)
+    load_checkpoint(whole, model, optimizer, ALONE)
+
+
+def test_without_checksums_a_flipped_bit_of_a_weight_would_be_loaded(tmp_path):
+    model, optimizer = trainee(seed=0)
+    save_checkpoint(tmp_path, 1, model, optimizer, {}, 1, ALONE)
+    file = tmp_path / "step_000001/__0_0.distcp"
+    flip(file, file.read_bytes().index(model[1].weight.detach().numpy().tobytes()))
+    weights = copy.deepcopy(get_state_dict(model, optimizer)[0])
+    dcp.load({"model": weights}, checkpoint_id=file.parent, no_dist=True)
+    assert (weights["1.weight"] != model[1].weight).sum() == 1
+    assert "__0_0.distcp is damaged" in refusal(file.parent, model, optimizer)
 
 
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ({"layers": 2}, r"the model has no 2.weight \(2 differences\)"),
-        ({"layers": 4}, r"it has no 3.weight \(2 differences\)"),
-        ({"width": 5}, r"0.weight is \[4, 4\] there and \[5, 5\] in the model \(6 differences\)"),
+        ({"layers": 2}, "the model has no 2.weight (2 differences)"),
+        ({"layers": 4}, "it has no 3.weight (2 differences)"),
+        ({"width": 5}, "0.weight is [4, 4] there and [5, 5] in the model (6 differences)"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tmp_path, shape, reason):
     model, optimizer = trainee(seed=0)
     save_checkpoint(tmp_path, 1, model, optimizer, {}, 1, ALONE)
-    other, other_optimizer = trainee(seed=1, **shape)
-    before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="step_000001 does not fit this model and optimizer: " + reason):
-        load_checkpoint(tmp_path / "step_000001", other, other_optimizer, ALONE)
-    assert all_equal(other.state_dict(), before)
+    assert refusal(tmp_path / "step_000001", *trainee(seed=1, **shape)).endswith(
+        f"step_000001 cannot be loaded: {reason}"
+    )
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     model, optimizer = trainee(seed=0)
     train(model, optimizer, range(1))
     save_checkpoint(tmp_path, 1, model, optimizer, {}, 1, ALONE)
-    with pytest.raises(ValueError, match=r"does not fit this model and optimizer: .*momentum"):
-        load_checkpoint(tmp_path / "step_000001", model, SGD(model.parameters(), momentum=0.9), ALONE)
+    assert "momentum" in refusal(tmp_path / "step_000001", model, SGD(model.parameters(), momentum=0.9))
+    first, last = list(model.parameters())[:1], list(model.parameters())[1:]
+    two_groups = AdamW([{"params": first}, {"params": last}])
+    assert "param_groups.1" in refusal(tmp_path / "step_000001", model, two_groups)
+    save_checkpoint(tmp_path, 2, model, two_groups, {}, 1, ALONE)
+    fewer = refusal(tmp_path / "step_000002", model, optimizer)
+    assert "the optimizer's groups have other parameters there" in fewer
 
 
 def sharded(name: str, seed: int, world: World) -> tuple[nn.Module, Optimizer]:

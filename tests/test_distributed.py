@@ -56,6 +56,48 @@ def test_totals_and_maxima_are_over_all_processes_and_exact_in_float64():
     assert run_processes(1, numbers) == [({"whole": 2**40, "part": 0.1}, [-1.0, 0, False])]
 
 
+def block(world: World, failing: dict[int, Exception]) -> str:
+    """What comes of a block that fails on some processes."""
+    try:
+        with world.together(OSError):
+            if world.rank in failing:
+                raise failing[world.rank]
+        return "done"
+    except ValueError as error:
+        assert (error.__cause__ is failing.get(world.rank)) and isinstance(error.__cause__, OSError | None)
+        return str(error)
+
+
+def blocks(rank: int) -> list[str]:
+    world = World.join(CPU)
+    full, gone = OSError(28, "No space left"), OSError("gone:\nthe disk")
+    cases = [{}, {1: full}, {0: gone, 1: full}, dict.fromkeys(range(3), full), {0: OSError()}]
+    outcomes = [block(world, failing) for failing in cases]
+    world.leave()
+    return outcomes
+
+
+def test_a_block_that_fails_on_one_process_fails_on_all_with_one_message_and_nobody_waits():
+    one, other, every, nameless = (
+        "[Errno 28] No space left (process 1 of 3, from 0)",
+        "gone: (process 0 of 3, from 0)",
+        "[Errno 28] No space left",
+        "OSError (process 0 of 3, from 0)",
+    )
+    assert run_processes(3, blocks) == [["done", one, other, every, nameless]] * 3
+    assert run_processes(1, blocks) == [["done", "done", "gone:", every, "OSError"]]
+
+
+def unforeseen(rank: int) -> str:
+    world = World.join(CPU)
+    return block(world, {1: KeyError("no such name")})
+
+
+def test_what_a_block_does_not_name_is_raised_as_it_is():
+    with pytest.raises(KeyError, match="no such name"):
+        run_processes(2, unforeseen)
+
+
 def arrivals(rank: int) -> tuple[float, float]:
     world = World.join(CPU)
     time.sleep(0.2 * rank)

@@ -27,9 +27,11 @@ from torchtune.modules.peft import get_adapter_params
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpg import Rollouts
-from flexpg.integrations.torchtune_setup import completion_text, prompt_tokens
+from flexpg.integrations.torchtune_setup import completion_text, component, prompt_tokens
 from flexpg.tasks import ByteTokenizer
 from recipes.grpo import SETUP_ERRORS, GRPORecipe
+from tests.test_checkpoints import flip
+from tests.test_faults import Touch
 
 TINY = Path(__file__).parent.parent / "recipes/configs/tiny_cpu.yaml"
 SHAPE = {
@@ -363,16 +365,6 @@ def test_the_reference_of_full_fine_tuning_is_a_frozen_copy(folders, tmp_path):
     assert error(policy, reference) > 0.01
 
 
-class Touch:
-    """What unpickling makes a file of."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("way", ["torch.save", "pickle"])
 def test_a_checkpoint_cannot_run_code(folders, tmp_path, way):
     folder, planted = tmp_path / "from_a_stranger", tmp_path / "planted"
@@ -390,15 +382,33 @@ def test_a_checkpoint_cannot_run_code(folders, tmp_path, way):
     assert planted.exists()  # as it would have been
 
 
-def truncate(folder: Path, shard: str) -> None:
-    (folder / shard).write_bytes((folder / shard).read_bytes()[:-1000])
+def halved(name: str):
+    def damage(folder: Path, shard: str) -> None:
+        file = folder / name.format(shard=shard)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    return damage
+
+
+def flipped(part: bytes):
+    """A bit of the header of a shard: of its length, which comes first, or of a word."""
+
+    def damage(folder: Path, shard: str) -> None:
+        flip(folder / shard, (folder / shard).read_bytes().index(part))
+
+    return damage
 
 
 @pytest.mark.parametrize(
     ("damage", "overrides", "message"),
     [
         (lambda folder, shard: (folder / shard).unlink(), [], "{shard}"),
-        (truncate, [], "{shard}"),
+        (halved("{shard}"), [], "{shard}"),
+        (lambda folder, shard: (folder / shard).write_bytes(b""), [], "{shard}"),
+        (flipped(b""), [], "{shard}"),
+        (flipped(b'{"'), [], "{shard}"),
+        (flipped(b"weight"), [], r'unexpected key: "\S+\.veight"'),
+        (halved("config.json"), [], "checkpointer: "),
         (lambda folder, shard: (folder / "config.json").unlink(), [], r"config\.json"),
         (lambda *_: None, ["checkpointer.checkpoint_files=[{shard}]"], r"it has no \S+ \(\d+ differences\)"),
         (
@@ -407,7 +417,10 @@ def truncate(folder: Path, shard: str) -> None:
             r"tok_embeddings\.weight is \[260, 64\] there and \[261, 64\] in the model",
         ),
     ],
-    ids=["missing shard", "truncated shard", "missing config.json", "shard left out", "other vocabulary"],
+    ids=[
+        *("missing shard", "halved shard", "empty shard", "bit of a length", "bit of a header", "bit of a name"),
+        *("halved config.json", "missing config.json", "shard left out", "other vocabulary"),
+    ],
 )
 def test_a_broken_checkpoint_is_named_before_anything_is_trained(folders, tmp_path, damage, overrides, message):
     folder = tmp_path / "broken"
@@ -422,6 +435,51 @@ def test_a_broken_checkpoint_is_named_before_anything_is_trained(folders, tmp_pa
         recipe(folder, "llama3_2", tmp_path / "out", *overrides)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+TOKENIZERS = {
+    "qwen2": ["qwen2_5.qwen2_5_tokenizer", "path={folder}/vocab.json", "merges_file={folder}/merges.txt"],
+    "llama3_2": ["llama3.llama3_tokenizer", "path={folder}/tokenizer.model"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("qwen2", "vocab.json", b'{"a": 0, "b', "tokenizer: "),
+        ("qwen2", "merges.txt", b"#version: 0.2\n\xff\xfe", "tokenizer: .*utf-8"),
+        ("llama3_2", "tokenizer.model", b"YQ== 0\nYg", r"tokenizer: .*b'Yg' in \S+/tokenizer\.model"),
+        ("llama3_2", "tokenizer.model", b"", "tokenizer: "),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_before_anything_is_trained(folders, tmp_path, name, file, content, message):
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / file).write_bytes(content)
+    builder, *arguments = (each.format(folder=tmp_path) for each in TOKENIZERS[name])
+    options = [f"_component_=torchtune.models.{builder}", *arguments]
+    with pytest.raises(SETUP_ERRORS, match=f"^{message}") as caught:
+        recipe(folders[name], name, tmp_path / "out", *(f"tokenizer.{option}" for option in options))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda rows: rows[: len(rows) // 2], r"rows\.jsonl line 21 is not JSON"),
+        (lambda rows: rows.replace(b"7", b"\xb7"), r"rows\.jsonl line 8 .*utf-8"),
+        (lambda rows: b"", r"rows\.jsonl"),
+    ],
+    ids=["halved", "flipped bit", "empty"],
+)
+def test_a_damaged_data_file_is_named_with_its_line_before_anything_is_trained(tmp_path, damage, message):
+    rows = "".join(json.dumps({"question": f"{n}+0", "answer": str(n)}) + "\n" for n in range(40)).encode()
+    (tmp_path / "rows.jsonl").write_bytes(damage(rows))
+    data = {"_component_": "flexpg.tasks.problems", "source": str(tmp_path / "rows.jsonl")}
+    data |= {"template": "{question}", "answer": "{answer}", "size": 8}
+    with pytest.raises(SETUP_ERRORS, match=f"^train_problems: .*{message}") as caught:
+        component("train_problems", OmegaConf.create({"train_problems": data}))
+    assert "\n" not in str(caught.value)
 
 
 def in_bf16(folders, tmp_path, name: str, param_dtype: str, *, lora: bool) -> GRPORecipe:

@@ -173,7 +173,7 @@ def killed(rank: int, output_dir: str) -> None:
     recipe(TINY, True, Path(output_dir), LONG).train()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
     """It is killed on two processes, and resumed on one."""
     alone = recipe(TINY, True, tmp_path / "alone", [*LONG, "checkpoint_every_n_steps=0"])
