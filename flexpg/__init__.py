@@ -30,6 +30,7 @@ from flexpg.prefix import EncodedPrefix
 from flexpg.report import Report, report
 from flexpg.rollouts import Rollouts, group_advantages
 from flexpg.sampling import Samples, SamplingParams, sample
+from flexpg.self_check import SelfCheck, SelfCheckError, self_check
 from flexpg.tree import PrefixTree
 
 __version__ = "0.1.0"
@@ -46,6 +47,8 @@ __all__ = [
     "Rollouts",
     "Samples",
     "SamplingParams",
+    "SelfCheck",
+    "SelfCheckError",
     "TreeBlockMask",
     "activation_bytes",
     "attention",
@@ -63,6 +66,7 @@ __all__ = [
     "report",
     "runs",
     "sample",
+    "self_check",
     "shared_cost",
     "token_logprobs",
     "token_logprobs_and_entropies",

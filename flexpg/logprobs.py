@@ -7,12 +7,15 @@ positions only, a chunk at a time, and again in the backward: neither [S, V] log
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree, checked_tree
 
 Output = Callable[[Tensor], Tensor]
@@ -43,8 +46,9 @@ def token_logprobs(
         [N, C] float32 (float64 for float64 hidden), 0 where there is no trained token.
 
     Raises:
-        ValueError: shapes, lengths, devices, temperature or chunk that do not fit.
-        TypeError: lengths that are no tensor of integers, or a tree that is none.
+        ValueError: shapes, lengths, devices, temperature or chunk that do not fit, or logits without some token's.
+        TypeError: an output layer that cannot be called, hidden states or a mask that are no tensor, lengths that are
+            no tensor of integers, or a tree that is none.
     """
     logprobs, _ = _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=False)
     return logprobs
@@ -68,6 +72,28 @@ def token_logprobs_and_entropies(
     return _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=True)
 
 
+def logprobs_alone(
+    hidden: Callable[[Tensor], Tensor], output: Output, rollouts: Rollouts, temperature: float = 1.0
+) -> Tensor:
+    """What sharing is checked against: each rollout alone, forward by forward, each token predicted by the one before.
+
+    Args:
+        hidden: tokens [1, T] -> hidden states [1, T, E], the model's ordinary forward.
+        output: as in `token_logprobs`.
+        rollouts: on the model's device.
+        temperature: divides the logits.
+
+    Returns:
+        [N, C] float32 (float64 for float64 logits), 0 where there is no trained token.
+    """
+    rows = []
+    for tokens, prompt_len in zip(rollouts.sequences, rollouts.prompt_lens.tolist(), strict=True):
+        logits = output(hidden(tokens[None])[0, prompt_len - 1 : -1])  # [T_n, V]
+        scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        rows.append(scores.gather(-1, tokens[prompt_len:, None])[:, 0])
+    return pad_sequence(rows, batch_first=True).where(rollouts.trained, 0)
+
+
 def _scored(
     hidden: Tensor,
     output: Output,
@@ -79,16 +105,21 @@ def _scored(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     tokens = checked_tree(tree).token_row()[0]
+    if not isinstance(hidden, Tensor) or not callable(output):
+        raise TypeError(
+            f"hidden is a {type(hidden).__name__} and output a {type(output).__name__}; give a tensor [1, S, E] and "
+            "the output layer, which makes logits [M, V] of rows [M, E]"
+        )
     if hidden.dim() != 3 or hidden.shape[:2] != (1, len(tree)):
         raise ValueError(f"hidden is {tuple(hidden.shape)}; the tree's packed row needs [1, {len(tree)}, E]")
     if hidden.device != tree.end.device:
         raise ValueError(
             f"hidden is on {hidden.device} and the tree on {tree.end.device}; move the tree with .to(device)"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; give a positive number (for greedy samples, 1)")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; give 1 or more")
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; give a positive number (for greedy samples, 1)")
+    if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens!r}; give a whole number, 1 or more")
     prompt_lens = _checked_prompt_lens(tree, prompt_lens)
     trained = _trained(tree.lengths - prompt_lens, mask)  # [N, C]
     sequence, step = trained.nonzero(as_tuple=True)  # [M] each
@@ -100,6 +131,11 @@ def _scored(
 
     def chunk_logprobs(number: int, rows: Tensor, targets: Tensor) -> Tensor:
         logits = output(rows)  # [m, V]
+        if logits.dim() != 2 or len(logits) != len(rows) or logits.shape[1] <= tree.max_token:
+            raise ValueError(
+                f"output made {tuple(logits.shape)} of rows {tuple(rows.shape)}; token ids up to {tree.max_token} need "
+                f"logits [{len(rows)}, {tree.max_token + 1} or more]"
+            )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         if number == len(entropies):  # not in the backward, which computes the scores again
@@ -130,7 +166,7 @@ def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
         raise TypeError(f"prompt_lens is of type {type(prompt_lens).__name__}; give an int64 tensor [N]")
     if prompt_lens.shape != tree.lengths.shape:
         raise ValueError(f"prompt_lens is {tuple(prompt_lens.shape)}; the tree has {len(tree.lengths)} sequences")
-    if prompt_lens.is_floating_point():
+    if prompt_lens.is_floating_point() or prompt_lens.dtype == torch.bool:
         raise TypeError(f"prompt_lens is {prompt_lens.dtype}; lengths are integers")
     prompt_lens = prompt_lens.to(tree.lengths)
     wrong = ((prompt_lens < 1) | (prompt_lens >= tree.lengths)).nonzero().flatten()
@@ -145,12 +181,15 @@ def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
 
 def _trained(completion_lens: Tensor, mask: Tensor | None) -> Tensor:
     """[N, C] bool, True where a completion token is trained."""
-    width = int(completion_lens.max()) if mask is None else mask.shape[-1]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; give a bool tensor [N, C]")
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != len(completion_lens)):
+        wanted = f"bool [{len(completion_lens)}, longest completion]"
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; give {wanted}")
+    width = int(completion_lens.max()) if mask is None else mask.shape[1]
     present = torch.arange(width, device=completion_lens.device) < completion_lens[:, None]
     if mask is None:
         return present
-    if mask.dtype != torch.bool or mask.shape != present.shape:
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; give bool [{len(present)}, longest completion]")
     mask = mask.to(present.device)
     if (mask & ~present).any():
         n = int((mask & ~present).any(1).nonzero()[0])

@@ -145,6 +145,22 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def evaluated(history: Sequence[Mapping[str, float]], accuracies: Mapping[int, float]) -> str:
+    """The latest evaluation in a line, with the mean reward of the steps since the one before.
+
+    >>> evaluated([{"reward": 0.5}, {"reward": 1.0}], {0: 0.25, 2: 0.875})
+    'step    2  held-out accuracy 0.875  reward 0.750'
+
+    Args:
+        history: the metrics of every step.
+        accuracies: held-out accuracy by steps done.
+    """
+    *earlier, latest = sorted(accuracies)
+    rewards = [metrics["reward"] for metrics in history[max(earlier, default=0) : latest]]
+    trained_on = f"  reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+    return f"step {latest:>4}  held-out accuracy {accuracies[latest]:.3f}{trained_on}"
+
+
 def summary(history: Sequence[Mapping[str, float]], accuracies: Mapping[int, float]) -> str:
     """A table of what was learned, where the time went and what sharing saved.
 

@@ -24,6 +24,29 @@ LABEL_PT = 7.0  # font size of a segment's length
 DENSE, SHARED, QUIET = "#b8b8b8", "#1f6fb4", "#9ecae1"
 
 
+def plot_run(folder: Path, rewards: Sequence[float], accuracies: dict[int, float], rollouts: Rollouts | None) -> None:
+    """Draws reward.png, and of a step's rollouts mask.png, of two groups, and savings.png.
+
+    In the mask equal beginnings of completions are not merged, as training does, so that all can be seen.
+
+    Args:
+        folder: where the pictures go.
+        rewards: as in `plot_reward`.
+        accuracies: as in `plot_reward`.
+        rollouts: group by group; None draws the reward alone.
+    """
+    plot_reward(folder / "reward.png", rewards, accuracies)
+    if rollouts is None:  # of a run that was resumed when all steps were done
+        return
+    groups = rollouts.group_ids.tolist()
+    completions = [
+        [own for own, group in zip(rollouts.completions, groups, strict=True) if group == number]
+        for number in range(min(2, rollouts.num_groups))
+    ]
+    plot_mask(folder / "mask.png", PrefixTree.from_groups(rollouts.prompts[: len(completions)], completions))
+    plot_savings(folder / "savings.png", rollouts)
+
+
 def plot_reward(path: Path, rewards: Sequence[float], accuracies: dict[int, float]) -> None:
     """The training reward of every step and the held-out accuracy, over steps.
 

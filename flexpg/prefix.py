@@ -11,7 +11,8 @@ inputs), as recomputing them would cost another forward of what is longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexpg.masks import TreeBlockMask, block_mask, mask_of
+from flexpg.packing import MicroBatch
 from flexpg.tree import PrefixTree, Tokens, checked_tree, padded_size
 
 
@@ -171,6 +173,23 @@ def encoded(tokens: Tokens, forward: Callable[[PrefixTree, TreeBlockMask], Tenso
     prefix = EncodedPrefix(tokens)
     prefix.keep_hidden(forward(prefix.tree, prefix.mask))
     return prefix
+
+
+def encoded_run(
+    run: Sequence[MicroBatch], encode: Callable[[Tokens], EncodedPrefix]
+) -> AbstractContextManager[EncodedPrefix | None]:
+    """The prompt that several micro-batches have in common, encoded; None for a micro-batch on its own.
+
+    Where other processes encode a prompt and this one has none, one token goes through the model, as FSDP needs.
+
+    Args:
+        run: micro-batches of one run, as `flexpg.packing.runs` gives them.
+        encode: an integration's `encode_prefix` of a model.
+    """
+    if len(run) == 1:
+        return nullcontext()
+    batch = max(run, key=lambda batch: batch.prefix_tokens)
+    return encode(batch.rollouts.prompts[0][: max(batch.prefix_tokens, 1)])
 
 
 def row_mask(tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix | None) -> TreeBlockMask:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
-from torchtune import config, training, utils
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torchtune import training, utils
 from torchtune.config._errors import InstantiationError
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 from torchtune.recipe_interfaces import FTRecipeInterface
@@ -30,7 +31,6 @@ from tqdm import tqdm
 
 from flexpg import (
     MicroBatch,
-    PrefixTree,
     Rollouts,
     Samples,
     SamplingParams,
@@ -40,21 +40,32 @@ from flexpg import (
     pack,
     sample,
 )
-from flexpg.checkpoints import checkpoints, load_checkpoint, read_progress, save_checkpoint
+from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.distributed import World
+from flexpg.failures import NotFinite, OutOfMemory, not_finite, within_memory
 from flexpg.integrations import torchtune as shared
 from flexpg.integrations import torchtune_models as models
 from flexpg.integrations import torchtune_setup as tune
 from flexpg.integrations.torchtune_shape import shape_of
-from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, seconds, sharing_pays, summary
+from flexpg.layers import uncompiled
+from flexpg.metrics import (
+    cost_metrics,
+    evaluated,
+    peak_memory_gib,
+    rates,
+    rollout_metrics,
+    seconds,
+    sharing_pays,
+    summary,
+)
 from flexpg.packing import runs
-from flexpg.plot import plot_mask, plot_reward, plot_savings
-from flexpg.rewards import named_rewards, score
-from flexpg.tasks import Problem
-from flexpg.tree import BLOCK
+from flexpg.plot import plot_run
+from flexpg.rewards import RewardError, named_rewards, score
+from flexpg.self_check import SelfCheckError, check_run
 
 # What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)
+RUN_ERRORS = (RewardError, SelfCheckError, NotFinite, OutOfMemory, CheckpointError)  # in the middle of training
 COMPONENTS = (
     *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "sampling"),
     *("optimizer", "lr_scheduler", "metric_logger"),
@@ -65,7 +76,7 @@ AT_LEAST = {  # whole numbers
     **dict.fromkeys(("checkpoint_every_n_steps", "seed"), 0),
 }
 CHOICES = {
-    **dict.fromkeys(("compile", "activation_checkpointing", "resume"), (True, False)),
+    **dict.fromkeys(("compile", "activation_checkpointing", "resume", "self_check"), (True, False)),
     "sharing": ("auto", True, False),
     **dict.fromkeys(("dtype", "param_dtype"), ("fp32", "bf16")),
     **{"prompt_format": ("plain", "bos", "chat"), "scale_rewards": ("group", "batch", "none")},
@@ -94,11 +105,13 @@ class GRPORecipe(FTRecipeInterface):
                 f"{self.world.size}: give a multiple of minibatches, with a prompt or more for each process in each"
             )
         self.autocast = partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != self.param_dtype)
+        self.train_autocast = partial(self.autocast, cache_enabled=self.world.size == 1)  # FSDP frees what it caches
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.is_told_to_stop = False
         self.checkpointer = None  # the first process alone has one
         self.first_rollouts = self.is_sharing = None  # for the picture of the mask; whether the last step shared
+        self.is_checked = not cfg.self_check
         utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's own chatter
 
     def setup(self) -> None:
@@ -113,8 +126,9 @@ class GRPORecipe(FTRecipeInterface):
         self.model = models.model_shape(cfg, self.dtype, self.param_dtype)
         self.is_lora = bool(get_adapter_params(self.model))
         self.shape = shape_of(self.model, with_adapters=True)
-        self.prompts = self.tokenized("train", self.problems)
-        self.test_prompts = self.tokenized("test", self.test_problems)
+        tokenized = partial(tune.tokenized, cfg, self.tokenizer, self.sampling, self.model, device=self.world.device)
+        self.prompts = tokenized("train", self.problems, at_least=cfg.prompts_per_step)
+        self.test_prompts = tokenized("test", self.test_problems, at_least=self.world.size)  # one for each process
         earlier = checkpoints(self.checkpoint_dir)
         if len(set(self.world.gather([str(earlier[-1:])]))) > 1:
             raise ValueError(f"the processes see different files in {self.output_dir}; give a folder that all share")
@@ -136,9 +150,8 @@ class GRPORecipe(FTRecipeInterface):
             self.resume(earlier[-1])
         if self.world.is_first:
             if cfg.resume:
-                print(
-                    f"going on after step {self.steps_done}{'' if earlier else f', as {self.checkpoint_dir} is empty'}"
-                )
+                why = "" if earlier else f", as {self.checkpoint_dir} is empty"
+                print(f"going on after step {self.steps_done}{why}")
             self.metric_logger = tune.component("metric_logger", cfg)
             self.metric_logger.log_config(cfg)
 
@@ -168,9 +181,9 @@ class GRPORecipe(FTRecipeInterface):
                 bar.update()
                 bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {metrics['token_ratio']:.1f} x fewer tokens")
                 if cfg.checkpoint_every_n_steps and self.steps_done % cfg.checkpoint_every_n_steps == 0:
-                    self.save_progress()
+                    self.save_progress(self.checkpoint_dir)
         if not self.is_finished():
-            self.save_progress()
+            self.save_progress(self.checkpoint_dir)
 
     def is_finished(self) -> bool:
         """Whether all steps are done, and the last evaluation."""
@@ -185,6 +198,8 @@ class GRPORecipe(FTRecipeInterface):
         rollouts, metrics = self.sample(number)
         sampled = seconds(self.world.device)
         minibatches, costs = self.packed(rollouts)
+        if not self.is_checked:
+            self.self_check(minibatches[0])
         scored_minibatches = [(batches, *self.old_and_ref(batches)) for batches in minibatches]
         scored = seconds(self.world.device)
         if self.is_stopping():
@@ -210,9 +225,8 @@ class GRPORecipe(FTRecipeInterface):
         shape = (len(chosen), size, self.sampling.max_new_tokens)
         uniforms = torch.rand(shape, dtype=torch.float64, generator=self._generator(f"samples of step {number}"))
         mine = self.world.share(range(len(chosen)))
-        samples = self._drawn(
-            [self.prompts[chosen[n]] for n in mine], size, self.sampling, uniforms[mine].flatten(0, 1)
-        )
+        prompts = [self.prompts[chosen[n]] for n in mine]
+        samples = self._drawn(prompts, size, self.sampling, uniforms[mine].flatten(0, 1))
         texts = [tune.completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
         groups = []
         for i, n in enumerate(mine):
@@ -248,6 +262,18 @@ class GRPORecipe(FTRecipeInterface):
         costs = cost_metrics(packed, self.is_sharing, self.shape, self.cfg.compile or self.world.device.type != "cpu")
         return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
 
+    @within_memory("max_tokens")
+    def self_check(self, batches: list[MicroBatch]) -> None:
+        """Ends the run if the model does not share prefixes exactly, on the first rollouts that are shared."""
+        if self.is_sharing:
+            options = {"temperature": self.sampling.temperature, "autocast": self.train_autocast}
+            options["any_failed"] = lambda failed: self.world.largest(failed) > 0
+            found = check_run(self.model, runs(batches)[0], **options)
+            self.is_checked = True
+            if self.world.is_first:
+                print(found)
+
+    @within_memory("max_tokens")
     @torch.no_grad()
     def old_and_ref(self, batches: list[MicroBatch]) -> tuple[Scores, Scores]:
         """Old and reference log-probabilities [n, C] of each micro-batch, where they are needed."""
@@ -261,12 +287,13 @@ class GRPORecipe(FTRecipeInterface):
                 ref = [logprobs for logprobs, _ in self.logprobs(self.model, batches)]
         return old, ref
 
+    @within_memory("max_tokens", "set activation_checkpointing=true")
     def update(
         self, batches: list[MicroBatch], olds: Scores, refs: Scores, normalizer: Tensor, advantages: Tensor
     ) -> dict[str, float]:
         """One optimizer step: the losses of all micro-batches, on all processes, add up to that of the mini-batch."""
         self.optimizer.zero_grad()
-        sums: dict[str, float] = {}
+        sums, seen = {}, []
         scores = self.logprobs(self.model, batches)
         for (logprobs, entropies), batch, old, ref in zip(scores, batches, olds, refs, strict=True):
             loss, metrics = self.loss(
@@ -279,14 +306,19 @@ class GRPORecipe(FTRecipeInterface):
                 entropies=entropies,
             )
             (loss * self.world.size).backward()  # FSDP takes the mean over the processes
+            seen.append((batch, logprobs.detach(), old, ref, loss.item()))
             tokens = metrics.pop("tokens")
             added = {"loss": loss, "tokens": tokens} | {name: mean * tokens for name, mean in metrics.items()}
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in added.items()}
         sums = self.world.total(sums)
-        grad_norm = clip_grad_norm_(self.trained, self.cfg.clip_grad_norm)
+        grad_norm = get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        if not grad_norm.isfinite():
-            raise ValueError(f"the gradient's norm is {grad_norm.item()}; the model was not updated")
+        if not (isfinite(grad_norm) and isfinite(sums["loss"])):
+            self.save_progress(folder := self.output_dir / "not_finite")
+            kept = checkpoints(folder)[-1] / f"rank_{self.world.rank}.pt"
+            what = f"step {self.steps_done + 1}: the loss is {sums['loss']} and the gradient's norm {grad_norm}"
+            raise not_finite(what, kept, seen, advantages, self.model)
+        clip_grads_with_norm_(self.trained, self.cfg.clip_grad_norm, grad_norm)
         self.optimizer.step()
         loss, tokens = sums.pop("loss"), sums.pop("tokens")
         return {"loss": loss, "grad_norm": grad_norm.item()} | {name: value / tokens for name, value in sums.items()}
@@ -296,13 +328,12 @@ class GRPORecipe(FTRecipeInterface):
 
         The prompt of a group over the budget is encoded once for its micro-batches, and its backward runs after theirs.
         """
-        autocast = partial(self.autocast, cache_enabled=self.world.size == 1)  # or it would hold what FSDP has freed
         for run in runs(batches):
-            with autocast():
+            with self.train_autocast():
                 encoded = shared.encode_run(model, run)
             with encoded as prefix:
                 for batch in run:
-                    with autocast():
+                    with self.train_autocast():
                         if self.is_sharing:
                             scores = shared.logprobs(model, batch, self.sampling.temperature, prefix)
                         else:
@@ -319,13 +350,10 @@ class GRPORecipe(FTRecipeInterface):
         accuracy = self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
             self.metric_logger.log("held_out_accuracy", accuracy, step=self.steps_done)
-            before = max((step for step in self.accuracies if step < self.steps_done), default=0)
-            rewards = [metrics["reward"] for metrics in self.history[before:]]
-            trained_on = f"  reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
             bar.clear()
-            print(f"step {self.steps_done:>4}  held-out accuracy {accuracy:.3f}{trained_on}")
+            print(evaluated(self.history, self.accuracies))
 
-    def save_progress(self) -> None:
+    def save_progress(self, folder: Path) -> None:
         """What `resume` needs, on disk in one piece."""
         progress = {
             "steps_done": self.steps_done,
@@ -335,7 +363,7 @@ class GRPORecipe(FTRecipeInterface):
             "options": {name: OmegaConf.to_container(self.cfg)[name] for name in SAME_ON_RESUME},
         }
         keep = self.cfg.keep_last_n_checkpoints
-        save_checkpoint(self.checkpoint_dir, self.steps_done, self.model, self.optimizer, progress, keep, self.world)
+        save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world)
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on after the step of a checkpoint."""
@@ -355,50 +383,18 @@ class GRPORecipe(FTRecipeInterface):
         models.save(self.model, self.cfg, self.checkpointer, self.world)
 
     def report(self) -> None:
-        """Prints what a run was, and draws what it learned, the mask of two groups, and what sharing saves.
-
-        In the mask equal beginnings of completions are not merged, as training does, so that all can be seen.
-        """
-        if not self.world.is_first:
-            return
-        print(summary(self.history, self.accuracies))
-        print(f"{'pictures':<20}{self.output_dir}/{{reward,mask,savings}}.png")
-        plot_reward(self.output_dir / "reward.png", [metrics["reward"] for metrics in self.history], self.accuracies)
-        rollouts, size = self.first_rollouts, self.cfg.group_size
-        if rollouts is None:  # resumed when all steps were done
-            return
-        count = min(2, rollouts.num_groups)
-        completions = [rollouts.completions[group * size : (group + 1) * size] for group in range(count)]
-        plot_mask(self.output_dir / "mask.png", PrefixTree.from_groups(rollouts.prompts[:count], completions))
-        plot_savings(self.output_dir / "savings.png", rollouts)
+        """Prints what a run was, and draws what it learned, the mask of two groups, and what sharing saves."""
+        if self.world.is_first:
+            print(summary(self.history, self.accuracies))
+            print(f"{'pictures':<20}{self.output_dir}/{{reward,mask,savings}}.png")
+            rewards = [metrics["reward"] for metrics in self.history]
+            plot_run(self.output_dir, rewards, self.accuracies, self.first_rollouts)
 
     def cleanup(self) -> None:
         """Closes the log, and leaves the other processes."""
         if self.world.is_first:
             self.metric_logger.close()
         self.world.leave()
-
-    def tokenized(self, name: str, problems: list[Problem]) -> list[Tensor]:
-        """Every problem's prompt as tokens on the device; one that the model cannot complete is named."""
-        least = self.cfg.prompts_per_step if name == "train" else self.world.size  # one for each process
-        if len(problems) < least:
-            raise ValueError(f"{name}_problems has {len(problems)}; this run needs {least} or more")
-        prompts = []
-        for number, problem in enumerate(problems):
-            tokens = tune.prompt_tokens(self.tokenizer, problem.prompt, self.cfg.prompt_format)
-            try:
-                if not tokens:
-                    raise ValueError("its prompt is empty")
-                length = len(tokens) + self.sampling.max_new_tokens
-                slots = length + (-len(tokens) % BLOCK if self.cfg.compile else 0)
-                for budget, needed in (("max_tokens", length), ("max_cache_tokens", slots)):
-                    if needed > self.cfg[budget]:
-                        raise ValueError(f"prompt and completion of {needed} tokens exceed {budget}={self.cfg[budget]}")
-                shared.check_fits(self.model, max(tokens + list(self.sampling.stop_tokens)), length)
-            except ValueError as error:
-                raise ValueError(f"{name} problem {number} of {len(problems)}: {error}") from None
-            prompts.append(torch.tensor(tokens, device=self.world.device))
-        return prompts
 
     def chosen(self, number: int) -> list[int]:
         """The problems of a step: all of them in a random order, then again in another."""
@@ -411,12 +407,13 @@ class GRPORecipe(FTRecipeInterface):
         """Whether any process was told to stop, on which all must agree."""
         return self.world.largest(self.is_told_to_stop) > 0
 
+    @within_memory("max_cache_tokens")
     def _drawn(
         self, prompts: list[Tensor], group_size: int, params: SamplingParams, uniforms: Tensor | None
     ) -> Samples:
         compiled = self.cfg.compile and self.world.size == 1 and self.world.device.type == "cuda"  # FSDP breaks graphs
         options = {"max_cache_tokens": self.cfg.max_cache_tokens, "compiled": compiled}
-        with self.autocast(), shared.unsharded(self.model), shared.uncompiled(self.model):
+        with self.autocast(), shared.unsharded(self.model), uncompiled(self.model):
             return sample(self.decoder, shared.output(self.model), prompts, group_size, params, uniforms, **options)
 
     def _rows(self, minibatch: int) -> slice:
@@ -428,15 +425,18 @@ class GRPORecipe(FTRecipeInterface):
         return torch.Generator().manual_seed(random.Random(f"{self.cfg.seed} {purpose}").getrandbits(63))
 
 
-@config.parse
+@tune.parsed
 def recipe_main(cfg: DictConfig) -> None:
     """Runs the recipe; a mistake in the configuration or the data ends it with one line."""
     try:
         recipe = GRPORecipe(cfg)
         recipe.setup()
     except SETUP_ERRORS as error:
-        sys.exit(f"error: {error}")
-    recipe.train()
+        sys.exit(f"error: {tune.one_line(error)}")
+    try:
+        recipe.train()
+    except RUN_ERRORS as error:
+        sys.exit(f"error: {tune.one_line(error)}")
     if recipe.is_finished():
         recipe.save_checkpoint()
         recipe.report()

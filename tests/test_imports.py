@@ -36,7 +36,10 @@ ORDER = [
     "tasks",
     "distributed",
     "checkpoints",
+    "failures",
     "integrations",
+    "layers",
+    "self_check",
     "__main__",
 ]
 INTEGRATED = {"torchtune", "transformers", "trl"}  # each imported by flexpg/integrations/<its name>*.py alone
@@ -109,6 +112,26 @@ def test_a_package_is_imported_by_its_integration_alone(path):
     integrated = own.split(".")[-1].split("_")[0]
     allowed = {integrated, *STANDS_ON.get(integrated, ())} if own.startswith("integrations.") else set()
     assert packages <= allowed
+
+
+RUN_TEXT = {"eval", "exec", "compile", "__import__"}  # as builtins
+READ_PICKLES = {"checkpoints"}  # by an unpickler of its own, which makes no object of another kind
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted((PACKAGE.parent / "recipes").glob("*.py"))], ids=lambda path: path.stem
+)
+def test_no_text_is_run_and_no_pickle_is_read(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.func.id for call in calls if isinstance(call.func, ast.Name) and call.func.id in RUN_TEXT]
+    for call in calls:
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "load":
+            module = ast.unparse(call.func.value)
+            assert module not in {"yaml", "joblib", "marshal", "shelve"}
+            assert module != "pickle" or path.stem in READ_PICKLES
+            assert module != "torch" or {"weights_only"} <= {option.arg for option in call.keywords}
+    if path.stem not in READ_PICKLES:
+        assert not imported(path) & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 
 
 def test_every_public_name_exists_and_is_listed_once():

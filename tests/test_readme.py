@@ -1,4 +1,4 @@
-"""The README's snippets run, and its numbers are those of the committed benchmark."""
+"""The snippets of README and docs/correctness.md run, and README's numbers are those of the committed benchmark."""
 
 import json
 import re
@@ -8,10 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CORRECTNESS = (ROOT / "docs/correctness.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + CORRECTNESS, re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["mask", "torchtune", "transformers", "trl", "large group"])
+@pytest.mark.parametrize(
+    "snippet", SNIPPETS, ids=["mask", "torchtune", "transformers", "trl", "large group", "self-check"]
+)
 def test_snippets_run(snippet, monkeypatch, tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # which they name, and runs/ is made beside it
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ holds in the recomputation of activation checkpointing too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -22,10 +22,11 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
 from flexpg.attention import attention
+from flexpg.logprobs import logprobs_alone as each_alone
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
-from flexpg.prefix import EncodedPrefix, encoded, encoded_row, row_mask, whole_row
+from flexpg.prefix import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
@@ -76,9 +77,7 @@ def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
 
 
 def encode_run(model: TransformerDecoder, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:
-    """The prompt that several micro-batches have in common, encoded; None for a micro-batch on its own.
-
-    Where other processes encode a prompt and this one has none, one token goes through the model, as FSDP needs.
+    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix.encoded_run`.
 
     Args:
         model: as in `forward`.
@@ -88,10 +87,7 @@ def encode_run(model: TransformerDecoder, run: Sequence[MicroBatch]) -> Abstract
         ValueError: as `forward`.
         TypeError: as `forward`.
     """
-    if len(run) == 1:
-        return nullcontext()
-    batch = max(run, key=lambda batch: batch.prefix_tokens)
-    return encode_prefix(model, batch.rollouts.prompts[0][: max(batch.prefix_tokens, 1)])
+    return encoded_run(run, partial(encode_prefix, model))
 
 
 def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
@@ -137,6 +133,29 @@ def logprobs(
         )
 
     return _within(model, scored)
+
+
+def logprobs_alone(model: TransformerDecoder, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of trained tokens, each rollout alone, through torchtune's own attention; for `self_check`.
+
+    Args:
+        model: as in `forward`.
+        rollouts: on the model's device.
+        temperature: divides the logits.
+
+    Returns:
+        [n, C], as `flexpg.logprobs.logprobs_alone`.
+    """
+
+    def scored(model: TransformerDecoder) -> Tensor:
+        return each_alone(lambda tokens: _hidden(model, tokens, None, None), output(model), rollouts, temperature)
+
+    return _within(model, scored)
+
+
+def layers(model: TransformerDecoder) -> dict[str, nn.Module]:
+    """The decoder layers by name, the first first."""
+    return {f"layers.{n}": layer for n, layer in enumerate(model.layers)}
 
 
 def unshared_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -199,22 +218,6 @@ def unsharded(model: TransformerDecoder) -> Iterator[None]:
             shard.reshard()
 
 
-@contextmanager
-def uncompiled(model: TransformerDecoder) -> Iterator[None]:
-    """Inside, layers that `torchtune.training.compile_model` has compiled are called as they were.
-
-    For sampling: its many shapes would use up the recompilations that training needs.
-    """
-    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
-
-
 def check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device | None = None) -> None:
     """Refuses what the model has no embedding or no position for.
 
@@ -262,7 +265,7 @@ def _call(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]
 
 
 def _hidden(
-    model: TransformerDecoder, tokens: Tensor, position_ids: Tensor, mask: TreeBlockMask | SampleCache
+    model: TransformerDecoder, tokens: Tensor, position_ids: Tensor | None, mask: TreeBlockMask | SampleCache | None
 ) -> Tensor:
     # Not model(...): that would cut a row at max_seq_len packed tokens, apply the output layer, and round to float32.
     hidden = model.tok_embeddings(tokens)

@@ -31,7 +31,7 @@ from torchtune.modules.peft import (
 )
 
 from flexpg.checkpoints import differences
-from flexpg.distributed import World
+from flexpg.distributed import World, first_line
 from flexpg.integrations.torchtune_setup import component
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -79,11 +79,11 @@ def checkpoint(cfg: DictConfig, model: TransformerDecoder) -> tuple[Any, dict[st
         ValueError: a missing file, or another model's: names, shapes or heads differ, and the first is named.
     """
     checkpointer = component("checkpointer", cfg)
+    folder = Path(cfg.checkpointer.checkpoint_dir)
     try:
         weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
     except Exception as error:  # of a model_type that is not the checkpoint's, torchtune raises no narrower one
-        raise ValueError(f"checkpointer: {type(error).__name__}: {error}") from error
-    folder = Path(cfg.checkpointer.checkpoint_dir)
+        raise ValueError(f"checkpointer: {type(error).__name__}: {first_line(error)} (of {folder})") from error
     adapters = get_adapter_params(model)
     needed = {name: value.shape for name, value in model.state_dict().items() if name not in adapters}
     wrong = differences({name: value.shape for name, value in weights.items()}, needed)

@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
 from torchtune.data import Message
+from torchtune.modules import TransformerDecoder
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from flexpg.distributed import first_line
+from flexpg.integrations.torchtune import check_fits
 from flexpg.losses import grpo_loss, loss_normalizer
+from flexpg.sampling import SamplingParams
+from flexpg.tasks.problem import Problem
+from flexpg.tree import BLOCK
 
 NO_TEXT = (KeyError, TypeError, ValueError)  # what tokenizers raise of an id that they do not know
+
+
+def parsed(recipe_main: Callable[[DictConfig], None]) -> Callable[[], None]:
+    """A recipe's main function, called with the configuration that the command line names.
+
+    It is torchtune's `config.parse`, but that a mistake in the command line or in the file ends the process with one
+    line instead of a traceback. What `recipe_main` raises comes through.
+
+    Args:
+        recipe_main: takes the configuration; its docstring is the help.
+    """
+
+    @wraps(recipe_main)
+    def main() -> None:
+        found: list[DictConfig] = []
+
+        @config.parse
+        @wraps(recipe_main)
+        def keep(cfg: DictConfig) -> None:
+            found.append(cfg)
+
+        try:
+            keep()
+        except SystemExit:  # torchtune exits behind `keep`; before it, argparse has said what is wrong
+            if not found:
+                raise
+        except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+            sys.exit(f"error: {one_line(error)}")
+        except TypeError:  # torchtune hands the file's options on as keywords
+            sys.exit("error: the file of --config has no names at its top; give a YAML of `name: value`")
+        recipe_main(found[0])
+
+    return main
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line; its kind, where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_keys(
@@ -67,10 +115,16 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ValueError: the first that is wrong, named.
     """
+    if not isinstance(cfg.output_dir, str):
+        raise ValueError(f"output_dir is {cfg.output_dir!r}; give a folder")
     if cfg.group_size == 1:
         raise ValueError("group_size is 1, which makes every advantage zero; give 2 or more")
     if type(cfg.clip_grad_norm) not in (int, float) or not cfg.clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm is {cfg.clip_grad_norm!r}; give a number above 0, .inf for no clipping")
+    if not isinstance(cfg.output_dir, str) or not cfg.output_dir:
+        raise ValueError(f"output_dir is {cfg.output_dir!r}; give a folder")
+    if "stop_tokens" in cfg.sampling:
+        raise ValueError("sampling.stop_tokens are the tokenizer's; leave them out")
     temperature = cfg.sampling.get("temperature")
     if type(temperature) not in (int, float) or not temperature > 0:
         raise ValueError(f"sampling.temperature is {temperature!r}; rollouts need a number above 0")
@@ -81,7 +135,7 @@ def check_values(cfg: DictConfig) -> None:
         options: dict[str, Any] = {str(name): value for name, value in cfg.loss.items()}
         grpo_loss(one, one, one[0], one.bool(), ref_logprobs=one, normalizer=1.0, **options)
         loss_normalizer(one.bool(), cfg.loss.loss_type, 1)
-    except (TypeError, ValueError, OmegaConfBaseException) as error:
+    except (TypeError, ValueError, OverflowError, OmegaConfBaseException) as error:
         raise ValueError(f"loss: {error}") from None
 
 
@@ -100,9 +154,17 @@ def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:
     try:
         return config.instantiate(cfg[name], *args, **kwargs)
     except KeyError as error:
-        raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}") from error
+        raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}{_files(cfg[name])}") from error
     except (TypeError, ValueError, OSError, ImportError, InstantiationError) as error:
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{name}: {first_line(error)}{_files(cfg[name])}") from error
+    except Exception as error:  # a component is anybody's code, which may raise anything
+        raise ValueError(f"{name}: {type(error).__name__}: {one_line(error)}{_files(cfg[name])}") from error
+
+
+def _files(options: DictConfig) -> str:
+    """The files and folders that a component was given, in words: what parses them seldom names them."""
+    paths = [value for value in options.values() if isinstance(value, str) and Path(value).exists()]
+    return f" (given {', '.join(paths)})" if paths else ""
 
 
 def device_and_dtypes(cfg: DictConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:
@@ -150,6 +212,52 @@ def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "
             raise ValueError(f"the tokenizer's max_seq_len={tokenizer.max_seq_len} cuts the prompt; set it to null")
         return list(first[:end])
     return list(tokenizer.encode(prompt, add_bos=prompt_format == "bos", add_eos=False))
+
+
+def tokenized(
+    cfg: DictConfig,
+    tokenizer: Any,
+    sampling: SamplingParams,
+    model: TransformerDecoder,
+    name: str,
+    problems: Sequence[Problem],
+    *,
+    at_least: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Every problem's prompt as tokens; one that the model or a budget has no room for is named.
+
+    Args:
+        cfg: the whole configuration.
+        tokenizer: torchtune's, or one with its methods.
+        sampling: how long completions may be, and what ends them.
+        model: what is trained.
+        name: "train" or "test".
+        problems: of that name.
+        at_least: problems that the run needs.
+        device: where the tokens are wanted.
+
+    Raises:
+        ValueError: too few problems, or the first whose prompt cannot be completed.
+    """
+    if len(problems) < at_least:
+        raise ValueError(f"{name}_problems has {len(problems)}; this run needs {at_least} or more")
+    prompts = []
+    for number, problem in enumerate(problems):
+        tokens = prompt_tokens(tokenizer, problem.prompt, cfg.prompt_format)
+        try:
+            if not tokens:
+                raise ValueError("its prompt is empty")
+            length = len(tokens) + sampling.max_new_tokens
+            slots = length + (-len(tokens) % BLOCK if cfg.compile else 0)
+            for budget, needed in (("max_tokens", length), ("max_cache_tokens", slots)):
+                if needed > cfg[budget]:
+                    raise ValueError(f"prompt and completion of {needed} tokens exceed {budget}={cfg[budget]}")
+            check_fits(model, max(tokens + list(sampling.stop_tokens)), length)
+        except ValueError as error:
+            raise ValueError(f"{name} problem {number} of {len(problems)}: {error}") from None
+        prompts.append(torch.tensor(tokens, device=device))
+    return prompts
 
 
 def completion_text(tokenizer: Any, tokens: Sequence[int]) -> str:

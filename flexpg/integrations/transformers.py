@@ -10,7 +10,8 @@ Not every model that takes the mask obeys it: transformers_checks.py refuses wha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -25,8 +26,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexpg.attention import attention
 from flexpg.integrations.transformers_checks import NAME, causal_lm, packed_forward, reached
+from flexpg.logprobs import logprobs_alone as each_alone
+from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix import EncodedPrefix, encoded, encoded_row, row_mask, whole_row
+from flexpg.packing import MicroBatch
+from flexpg.prefix import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree, Tokens
 
 
@@ -96,6 +101,76 @@ def encode_prefix(model: nn.Module, tokens: Tokens) -> EncodedPrefix:
         TypeError: as `forward`.
     """
     return encoded(tokens, partial(forward, model))
+
+
+def encode_run(model: nn.Module, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:
+    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix.encoded_run`.
+
+    Args:
+        model: as in `encode_prefix`.
+        run: micro-batches of one run, as `flexpg.packing.runs` gives them.
+
+    Raises:
+        ValueError: as `forward`.
+        TypeError: as `forward`.
+    """
+    return encoded_run(run, partial(encode_prefix, model))
+
+
+def logprobs(
+    model: nn.Module, batch: MicroBatch, temperature: float = 1.0, prefix: EncodedPrefix | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of a micro-batch's trained tokens.
+
+    Args:
+        model: as in `forward`, with an output layer.
+        batch: rollouts and their packed row, on the model's device.
+        temperature: divides the logits.
+        prefix: of the micro-batch's run; not used where the micro-batch does not begin with it.
+
+    Returns:
+        [n, C] and [n, C], as `flexpg.token_logprobs_and_entropies`.
+
+    Raises:
+        ValueError: as `forward`.
+        TypeError: as `forward` and `output`.
+    """
+    tree, rollouts = batch.tree, batch.rollouts
+    return token_logprobs_and_entropies(
+        forward(model, tree, prefix=prefix if batch.prefix_tokens else None),
+        output(model),
+        tree,
+        prompt_lens=rollouts.prompt_lens,
+        mask=rollouts.trained,
+        temperature=temperature,
+    )
+
+
+def logprobs_alone(model: nn.Module, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of trained tokens, each rollout alone, through transformers' own attention; for `self_check`.
+
+    Args:
+        model: as in `logprobs`.
+        rollouts: on the model's device.
+        temperature: divides the logits.
+
+    Returns:
+        [n, C], as `flexpg.logprobs.logprobs_alone`.
+    """
+    decoder = causal_lm(model).base_model
+
+    def hidden(tokens: Tensor) -> Tensor:
+        return decoder(input_ids=tokens, use_cache=False).last_hidden_state
+
+    return each_alone(hidden, output(model), rollouts, temperature)
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder layers by name, the first first."""
+    whole = causal_lm(model)
+    stacks = {name: own for name, own in whole.named_modules() if isinstance(own, nn.ModuleList)}
+    name = next(name for name, own in stacks.items() if len(own) == whole.config.num_hidden_layers)
+    return {f"{name}.{n}": layer for n, layer in enumerate(stacks[name])}
 
 
 def output(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,102 @@
+"""What ends a run in the middle of training: no memory, or numbers that are none; said in one line, with what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flexpg.packing import MicroBatch
+
+# A micro-batch, its log-probabilities [n, C] under the policy, the old one and the reference, and its loss.
+Scored = tuple[MicroBatch, Tensor, Tensor | None, Tensor | None, float]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OutOfMemory(RuntimeError):
+    """The device or the machine has no more memory; the message names the budget to lower."""
+
+
+class NotFinite(ArithmeticError):
+    """The loss or a gradient is no finite number; the message says where, and the model was not updated."""
+
+
+def within_memory(budget: str, otherwise: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Of a recipe's method: where it runs out of memory, the error names the budget that decides over its memory.
+
+    Args:
+        budget: the key of the recipe's `cfg` that holds it.
+        otherwise: what else may help.
+    """
+
+    def decorated(method: Callable[P, R]) -> Callable[P, R]:
+        @wraps(method)
+        def bounded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return method(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                recipe: Any = args[0]
+                advice = f"lower {budget}, which is {recipe.cfg[budget]}{otherwise and f', or {otherwise}'}"
+                raise OutOfMemory(f"out of memory in {method.__name__}; {advice}") from error
+
+        return bounded
+
+    return decorated
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's error has a type of its own; that of a CPU's allocator is known by its text alone (torch 2.13)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The norm of every gradient by its parameter's name, over all processes, which all call it."""
+    from torch.distributed.tensor import DTensor  # at first use: it takes a second
+
+    norms = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+            norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norms
+
+
+def not_finite(what: str, path: Path, seen: Sequence[Scored], advantages: Tensor, model: nn.Module) -> NotFinite:
+    """The error of an update that must not be made; what it was computed from is kept for a look at it.
+
+    Args:
+        what: is not finite, in words, and in which step.
+        path: of a file beside the model's weights: `torch.load(path, weights_only=True)` has tokens, log-probabilities
+            and loss of each micro-batch, and the norm of every gradient.
+        seen: of this process's micro-batches.
+        advantages: [N] of all rollouts.
+        model: with its gradients; all processes of a sharded one call this.
+    """
+    kept, found = [], ""
+    for batch, logprobs, old, ref, loss in seen:
+        rollouts = batch.rollouts
+        scores = {"logprobs": logprobs, "old_logprobs": old, "ref_logprobs": ref}
+        scores["advantages"] = advantages[batch.indices]
+        for name, values in scores.items():
+            if not found and values is not None and not values.isfinite().all():
+                n = int((~values.isfinite()).nonzero()[0, 0])
+                found = f"{name} of rollout {batch.indices[n]}"
+        tables = {"group_ids": rollouts.group_ids, "rewards": rollouts.rewards, "trained": rollouts.trained, **scores}
+        tokens = {"prompts": rollouts.prompts, "completions": rollouts.completions}
+        kept.append({"indices": batch.indices, "loss": loss, **tokens, **tables})
+    norms = gradient_norms(model)
+    torch.save({"micro_batches": kept, "gradient_norms": norms}, path)
+    wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    found = found or (f"the gradient of {wrong[0]}, and of {len(wrong) - 1} others" if wrong else "the loss")
+    return NotFinite(
+        f"{what}, first in {found}. The model was not updated; {path.parent} holds its weights, and {path.name} there "
+        "the rollouts and log-probabilities"
+    )
