@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns when this is unset.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test examples bench bench-gpu gpu lint clean
+.PHONY: help demo test mutations proof examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,13 @@ demo: $(INSTALLED) ## train the tiny model on a CPU
 
 test: $(INSTALLED) ## run the tests and the examples in the docstrings
 	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+
+mutations: $(INSTALLED) ## make known faults on purpose, and print which test finds each
+	@$(BIN)/python -m tests.mutations
+
+proof: mutations ## what takes long: the mutations, 10,000 random cases, a run killed 20 times, 500 steps watched
+	@FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
+	@$(BIN)/pytest -m proof
 
 examples: $(INSTALLED) ## run what examples/ holds: a transformers update, conversations of an agent, a TRL run
 	@$(BIN)/python examples/transformers_update.py
@@ -36,10 +43,11 @@ gpu: $(INSTALLED) ## on a machine with CUDA GPUs: the tests that need one, the r
 		device=cuda dtype=bf16 output_dir=runs/gpu num_steps=10
 	@$(MAKE) --no-print-directory bench-gpu
 
-lint: $(INSTALLED) ## check style, formatting and types
+lint: $(INSTALLED) ## check style, formatting and types, and that no file holds a secret
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@git ls-files | xargs $(BIN)/detect-secrets-hook --exclude-files '^examples/data/tau_bench_sample\.json$$'
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
