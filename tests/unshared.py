@@ -6,6 +6,7 @@ Nothing here goes through flexpg: models are called module by module as torchtun
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,29 +26,29 @@ VOCAB, MAX_SEQ_LEN = 50, 192
 SHAPE = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
 SHAPE |= {"intermediate_dim": 48, "max_seq_len": MAX_SEQ_LEN}
 BUILDERS = {
-    "llama3_2": lambda: llama3_2(**SHAPE),
-    "llama3_2_lora": lambda: lora_llama3_2(
-        ["q_proj", "v_proj"], apply_lora_to_mlp=True, **SHAPE, lora_rank=4, lora_alpha=8
+    "llama3_2": partial(llama3_2, **SHAPE),
+    "llama3_2_lora": partial(
+        lora_llama3_2, ["q_proj", "v_proj"], apply_lora_to_mlp=True, **SHAPE, lora_rank=4, lora_alpha=8
     ),
-    "llama3": lambda: llama3(**SHAPE),
-    "qwen2": lambda: qwen2(**SHAPE),
-    "qwen2_tied": lambda: qwen2(**SHAPE, tie_word_embeddings=True),
-    "mistral": lambda: mistral(**SHAPE),
-    "phi3": lambda: phi3(**SHAPE),
+    "llama3": partial(llama3, **SHAPE),
+    "qwen2": partial(qwen2, **SHAPE),
+    "qwen2_tied": partial(qwen2, **SHAPE, tie_word_embeddings=True),
+    "mistral": partial(mistral, **SHAPE),
+    "phi3": partial(phi3, **SHAPE),
     # A window shorter than the sequences, and softcaps that bend, as gemma2's own sizes would do nothing here.
-    "gemma2": lambda: gemma2(
-        **SHAPE, head_dim=8, hidden_capping_value=2.0, final_capping_value=2.0, sliding_window_size=7
+    "gemma2": partial(
+        gemma2, **SHAPE, head_dim=8, hidden_capping_value=2.0, final_capping_value=2.0, sliding_window_size=7
     ),
 }
 
 
-def tiny_model(name: str, seed: int = 0) -> TransformerDecoder:
+def tiny_model(name: str, seed: int = 0, **changes: int | bool) -> TransformerDecoder:
     """A small torchtune model whose every parameter matters: no norm weight of 1, no LoRA matrix of 0.
 
     Its embeddings are small beside what attention adds, or a tied head would just repeat the last token.
     """
     torch.manual_seed(seed)
-    model = BUILDERS[name]()
+    model = BUILDERS[name](**changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
