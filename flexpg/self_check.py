@@ -318,10 +318,11 @@ def _shared_backward(subject: _Subject, run: Sequence[MicroBatch]) -> list[Tenso
 def _alone_backward(subject: _Subject, compared: Sequence[tuple[MicroBatch, int]], sign: int) -> list[Tensor]:
     """Each rollout alone, forward and backward; its log-probabilities [C]."""
     found: list[Tensor] = []
-    for batch, n in compared:
-        own = subject.alone(batch, n)
-        (sign * (_weights(len(own), len(found), own) * own).sum()).backward()
-        found.append(own.detach())
+    with uncompiled(subject.model):  # for the backward too: checkpointing calls the layers again in it
+        for batch, n in compared:
+            own = subject.alone(batch, n)
+            (sign * (_weights(len(own), len(found), own) * own).sum()).backward()
+            found.append(own.detach())
     return found
 
 

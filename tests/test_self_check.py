@@ -78,16 +78,18 @@ def test_a_group_over_the_budget_is_checked_behind_its_encoded_prompt():
     assert check_run(model, run).rollouts == 6
 
 
-@pytest.mark.parametrize("change", ["checkpointing", "compiled"])
-def test_layers_may_be_checkpointed_or_compiled(change):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_may_be_checkpointed_and_compiled(compiled, checkpointing):
     model = tiny_model("llama3_2").train()
-    if change == "compiled":
+    if compiled:
         for layer in model.layers:
             layer.compile(backend="eager")
-    else:
+    if checkpointing:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     checked(model)
-    assert all((layer._compiled_call_impl is not None) == (change == "compiled") for layer in model.layers)
+    layers = [module for module in model.modules() if isinstance(module, TransformerSelfAttentionLayer)]
+    assert all((layer._compiled_call_impl is not None) == compiled for layer in layers)
 
 
 def test_rollouts_that_share_nothing_or_are_alone_pass():
