@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from flexpg.distributed import World, first_line
+from flexpg.distributed import World, one_line
 
 # What is not trained can be loaded from where it came. Strict loading would miss it; names are compared here instead.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -140,7 +141,7 @@ def read_progress(checkpoint: Path) -> Any:
     try:
         return _read_json(checkpoint, "progress.json", _saved_checksums(checkpoint))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {checkpoint} cannot be loaded: {first_line(error)}") from error
+        raise _refusal(checkpoint, one_line(error), is_whole=False) from error
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, world: World) -> Any:
@@ -162,8 +163,10 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     groups = [group["params"] for group in state["optimizer"]["param_groups"]]
+    is_whole = False
     try:
         saved, index = _verified(checkpoint, world)
+        is_whole = True
         if wrong := differences(saved["trained.json"]["shapes"], _shapes(weights)):
             raise ValueError(f"{wrong[0]} ({len(wrong)} differences)")
         if not saved["trained.json"]["has_moments"]:
@@ -176,7 +179,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     except (ValueError, CheckpointException) as error:
         if not had_moments:
             optimizer.state.clear()
-        raise CheckpointError(f"the checkpoint {checkpoint} cannot be loaded: {_reason(error)}") from error
+        raise _refusal(checkpoint, _reason(error), is_whole) from error
     planner.put_in_place()
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
@@ -234,7 +237,7 @@ def _read_index(checkpoint: Path, expected: Mapping[str, int]) -> Metadata:
     except OSError:
         raise
     except Exception as error:  # a pickle can raise whatever it likes, of what it is allowed to name
-        raise ValueError(f".metadata is no index of tensors: {first_line(error)}") from error
+        raise ValueError(f".metadata is no index of tensors: {one_line(error)}") from error
     if strays := named - set(expected):
         raise ValueError(f".metadata names {min(strays)}, which is no file of this checkpoint")
     return index
@@ -328,9 +331,18 @@ def _checksum(path: Path) -> int:
     return crc
 
 
+def _refusal(checkpoint: Path, reason: str, is_whole: bool) -> CheckpointError:
+    """What is wrong with a checkpoint, and what to do: a whole one may be another model's, and worth keeping."""
+    older = list(takewhile(lambda other: other != checkpoint, checkpoints(checkpoint.parent)))
+    advice = f"delete it to {f'go on from {older[-1]}' if older else 'start anew'}"
+    if is_whole:
+        advice = f"load it into the model and optimizer that it was saved from, or {advice}"
+    return CheckpointError(f"the checkpoint {checkpoint} cannot be loaded: {reason}; {advice}")
+
+
 def _reason(error: BaseException) -> str:
     """The first process's error, of those that PyTorch has gathered."""
-    return first_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
+    return one_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ here the template is the tokenizer's own, and one that rewrites earlier turns is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TypeGuard
@@ -117,7 +117,7 @@ def conversation_rollouts(
             and message.
         Exception: whatever the template itself raises, with a note that names the conversation.
     """
-    if not isinstance(conversations, Sequence):
+    if not isinstance(conversations, Sized):  # a data set has a length and no more of a Sequence
         raise TypeError(f"conversations is a {type(conversations).__name__}; give a list of them")
     if not len(conversations):
         raise ValueError("no conversation came; give at least one")

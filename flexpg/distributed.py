@@ -88,13 +88,13 @@ class World:
             errors: what may be raised in it; anything else ends its own process alone, at once.
 
         Raises:
-            ValueError: the first line of what was raised, on the first of the processes if on some of them alone.
+            ValueError: what was raised, in one line, on the first of the processes if on some of them alone.
         """
         cause, reason = None, ""
         try:
             yield
         except errors as error:
-            cause, reason = error, first_line(error)
+            cause, reason = error, one_line(error)
         reasons = self.gather([reason])
         failed = [rank for rank, reason in enumerate(reasons) if reason]
         if failed:
@@ -112,6 +112,6 @@ class World:
             dist.destroy_process_group()
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line: its message, or its name where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line, all of it: a YAML's last says where. Its kind, where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flexpg.distributed import World
 from flexpg.packing import MicroBatch
 
 # A micro-batch, its log-probabilities [n, C] under the policy, the old one and the reference, and its loss.
@@ -23,7 +25,7 @@ class OutOfMemory(RuntimeError):
     """The device or the machine has no more memory; the message names the budget to lower."""
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(FloatingPointError):
     """The loss or a gradient is no finite number; the message says where, and the model was not updated."""
 
 
@@ -52,9 +54,11 @@ def within_memory(budget: str, otherwise: str = "") -> Callable[[Callable[P, R]]
     return decorated
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error has a type of its own; that of a CPU's allocator is known by its text alone (torch 2.13)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """That of torch's CUDA allocator has a type of its own; others are known by their text alone (torch 2.13)."""
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA's and Triton's, a CPU's, cuBLAS's
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in signs)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
@@ -69,34 +73,55 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return norms
 
 
-def not_finite(what: str, path: Path, seen: Sequence[Scored], advantages: Tensor, model: nn.Module) -> NotFinite:
+def not_finite(
+    what: str,
+    folder: Path,
+    world: World,
+    save: Callable[[Path], None],
+    seen: Sequence[Scored],
+    advantages: Tensor,
+    model: nn.Module,
+) -> NotFinite:
     """The error of an update that must not be made; what it was computed from is kept for a look at it.
+
+    All processes call it. What an earlier run left in the folder goes.
 
     Args:
         what: is not finite, in words, and in which step.
-        path: of a file beside the model's weights: `torch.load(path, weights_only=True)` has tokens, log-probabilities
-            and loss of each micro-batch, and the norm of every gradient.
+        folder: gets the model's weights, and a file of each process: `torch.load(path, weights_only=True)` has tokens,
+            log-probabilities and loss of each micro-batch, and the norm of every gradient.
+        world: the processes.
+        save: writes the weights into a folder; its CheckpointError becomes a part of this one.
         seen: of this process's micro-batches.
         advantages: [N] of all rollouts.
-        model: with its gradients; all processes of a sharded one call this.
+        model: with its gradients.
     """
     kept, found = [], ""
     for batch, logprobs, old, ref, loss in seen:
-        rollouts = batch.rollouts
         scores = {"logprobs": logprobs, "old_logprobs": old, "ref_logprobs": ref}
         scores["advantages"] = advantages[batch.indices]
         for name, values in scores.items():
             if not found and values is not None and not values.isfinite().all():
                 n = int((~values.isfinite()).nonzero()[0, 0])
                 found = f"{name} of rollout {batch.indices[n]}"
+        rollouts = batch.rollouts
         tables = {"group_ids": rollouts.group_ids, "rewards": rollouts.rewards, "trained": rollouts.trained, **scores}
+        on_cpu = {name: None if table is None else table.cpu() for name, table in tables.items()}
         tokens = {"prompts": rollouts.prompts, "completions": rollouts.completions}
-        kept.append({"indices": batch.indices, "loss": loss, **tokens, **tables})
+        lists = {name: [row.cpu() for row in rows] for name, rows in tokens.items()}
+        kept.append({"indices": batch.indices, "loss": loss, **lists, **on_cpu})
     norms = gradient_norms(model)
-    torch.save({"micro_batches": kept, "gradient_norms": norms}, path)
     wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
     found = found or (f"the gradient of {wrong[0]}, and of {len(wrong) - 1} others" if wrong else "the loss")
-    return NotFinite(
-        f"{what}, first in {found}. The model was not updated; {path.parent} holds its weights, and {path.name} there "
-        "the rollouts and log-probabilities"
-    )
+    path = folder / f"rank_{world.rank}.pt"
+    try:
+        with world.together(OSError):
+            if world.is_first:
+                shutil.rmtree(folder, ignore_errors=True)
+        save(folder)
+        with world.together(OSError, RuntimeError):
+            torch.save({"micro_batches": kept, "gradient_norms": norms}, path)
+        where = f"{folder} holds its weights, and {path.name} there the rollouts and log-probabilities"
+    except ValueError as error:
+        where = f"what it was computed from could not be saved ({error})"
+    return NotFinite(f"{what}, first in {found}. The model was not updated; {where}")

@@ -58,18 +58,20 @@ def layers_moved(layers: Mapping[str, nn.Module], unit: float) -> AbstractContex
         unit: say, `torch.finfo(dtype).eps`.
     """
 
-    def move(number: int, name: str, hidden: Tensor) -> Tensor:
+    def move(number: int, name: str, hidden: Tensor) -> Tensor | None:
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():  # of a part; say, a router's choice
+            return None
         generator = torch.Generator(hidden.device).manual_seed(number)
         is_up = torch.randint(0, 2, hidden.shape, generator=generator, device=hidden.device)
         return hidden * torch.tensor([1 - unit, 1 + unit], dtype=hidden.dtype, device=hidden.device)[is_up]
 
-    leaves = {
-        f"{name}.{path}": module
+    parts = {
+        module: f"{name}.{path}"  # by module, as layers may share one
         for name, layer in layers.items()
         for path, module in layer.named_modules()
-        if not list(module.children())
+        if module is layer or not list(module.children())
     }
-    return _hooked({**layers, **leaves}, move)
+    return _hooked({name: module for module, name in parts.items()}, move)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from flexpg.rollouts import Rollouts
+from flexpg.scalars import is_number, is_whole
 from flexpg.tree import PrefixTree, checked_tree
 
 Output = Callable[[Tensor], Tensor]
@@ -73,7 +74,11 @@ def token_logprobs_and_entropies(
 
 
 def logprobs_alone(
-    hidden: Callable[[Tensor], Tensor], output: Output, rollouts: Rollouts, temperature: float = 1.0
+    hidden: Callable[[Tensor], Tensor],
+    output: Output,
+    rollouts: Rollouts,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
 ) -> Tensor:
     """What sharing is checked against: each rollout alone, forward by forward, each token predicted by the one before.
 
@@ -82,15 +87,22 @@ def logprobs_alone(
         output: as in `token_logprobs`.
         rollouts: on the model's device.
         temperature: divides the logits.
+        chunk_tokens: positions whose logits exist at a time.
 
     Returns:
         [N, C] float32 (float64 for float64 logits), 0 where there is no trained token.
     """
+
+    def scored(states: Tensor, targets: Tensor) -> Tensor:
+        logits = output(states)  # [m, V]
+        scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        return scores.gather(-1, targets[:, None])[:, 0]
+
     rows = []
     for tokens, prompt_len in zip(rollouts.sequences, rollouts.prompt_lens.tolist(), strict=True):
-        logits = output(hidden(tokens[None])[0, prompt_len - 1 : -1])  # [T_n, V]
-        scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-        rows.append(scores.gather(-1, tokens[prompt_len:, None])[:, 0])
+        states = hidden(tokens[None])[0, prompt_len - 1 : -1]  # [T_n, E]
+        chunks = zip(states.split(chunk_tokens), tokens[prompt_len:].split(chunk_tokens), strict=True)
+        rows.append(torch.cat([checkpoint(scored, *chunk, use_reentrant=False) for chunk in chunks]))
     return pad_sequence(rows, batch_first=True).where(rollouts.trained, 0)
 
 
@@ -116,9 +128,9 @@ def _scored(
         raise ValueError(
             f"hidden is on {hidden.device} and the tree on {tree.end.device}; move the tree with .to(device)"
         )
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+    if not is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; give a positive number (for greedy samples, 1)")
-    if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+    if not is_whole(chunk_tokens):
         raise ValueError(f"chunk_tokens is {chunk_tokens!r}; give a whole number, 1 or more")
     prompt_lens = _checked_prompt_lens(tree, prompt_lens)
     trained = _trained(tree.lengths - prompt_lens, mask)  # [N, C]

@@ -18,6 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from flexpg.scalars import is_number, is_whole
+
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
 
@@ -53,7 +55,7 @@ def loss_normalizer(mask: Tensor, loss_type: LossType = "dapo", max_completion_l
         return torch.tensor(float(len(mask)), device=mask.device)
     if max_completion_length is None:
         raise ValueError("loss_type 'dr_grpo' divides by max_completion_length; give the sampler's limit in tokens")
-    if not isinstance(max_completion_length, int) or max_completion_length < 1:
+    if not is_whole(max_completion_length):
         raise ValueError(f"max_completion_length is {max_completion_length!r}; give a number of tokens, 1 or more")
     return torch.tensor(float(len(mask) * max_completion_length), device=mask.device)
 
@@ -127,7 +129,7 @@ def grpo_loss(
     _check_mask(mask)
     for name, value in (("beta", beta), ("epsilon", epsilon), ("epsilon_high", epsilon_high)):
         is_left_out = name == "epsilon_high" and value is None
-        if not is_left_out and (not isinstance(value, int | float) or not value >= 0):
+        if not is_left_out and (not is_number(value) or not value >= 0):
             raise ValueError(f"{name} is {value!r}; give a number, 0 or more")
     if beta != 0.0 and ref_logprobs is None:
         raise ValueError(f"beta is {beta}, but the KL term needs ref_logprobs; give them or set beta to 0")
@@ -155,7 +157,7 @@ def grpo_loss(
     if importance_sampling_level == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
     ratio = log_ratio.exp()
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    low, high = 1 - float(epsilon), 1 + float(epsilon if epsilon_high is None else epsilon_high)
     losses = -torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)  # [N, C]
     watched = {
         "ratio": ratio,
@@ -166,7 +168,7 @@ def grpo_loss(
         distance = trained(ref_logprobs).detach() - policy
         watched["kl"] = distance.expm1() - distance
         if beta != 0.0:
-            losses = losses + beta * watched["kl"]
+            losses = losses + float(beta) * watched["kl"]
     if entropies is not None:
         watched["entropy"] = entropies
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexpg.scalars import is_whole
 from flexpg.tree import BLOCK, PrefixTree, checked_tree
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -153,10 +154,11 @@ def block_mask(tree: PrefixTree, window: int | None = None, *, first_query: int 
         TypeError: a tree that is none.
     """
     checked_tree(tree)
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and not is_whole(window):
         raise ValueError(f"window is {window!r}; a token sees at least itself, so give 1 or more, or None for none")
     if first_query % BLOCK or not 0 <= first_query < len(tree):
         raise ValueError(f"first_query is {first_query}; give a multiple of {BLOCK} from 0 to below {len(tree)}")
+    window = None if window is None else int(window)
     with torch.inference_mode(False):
         end, size = tree.end, len(tree)
         start = torch.arange(0, size, BLOCK, device=end.device)  # [n] first token of each block

@@ -14,13 +14,13 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from numbers import Integral
 
 import numpy as np
 import torch
 
 from flexpg.cost import Cost, causal_cost, shared_cost
 from flexpg.rollouts import Rollouts, checked_indices, checked_rollouts
+from flexpg.scalars import is_whole
 from flexpg.tree import PrefixTree, common_prefix, sorted_order
 
 # A visible pair costs 4 E operations per layer, a token 24 E^2 and more: at a width E of 2,048 this many pairs a token.
@@ -95,7 +95,7 @@ def pack(
     """
     chosen = _chosen(indices, len(checked_rollouts(rollouts)))
     for name, value, what in (("max_tokens", max_tokens, "tokens"), ("world_size", world_size, "processes")):
-        if not isinstance(value, Integral) or value < 1:
+        if not is_whole(value):
             raise ValueError(f"{name} is {value!r}; give the number of {what}, 1 or more")
     rows = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":

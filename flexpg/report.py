@@ -25,6 +25,7 @@ from flexpg.cost import (
 )
 from flexpg.packing import MicroBatch, pack, run_cost, runs
 from flexpg.rollouts import Rollouts
+from flexpg.scalars import is_whole
 from flexpg.tree import PrefixTree
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def report(
     if not isinstance(max_tokens, Collection):
         raise TypeError(f"max_tokens is {max_tokens!r}; give a list of budgets")
     for budget in max_tokens:
-        if not isinstance(budget, int) or budget < 1:
+        if not is_whole(budget):
             raise ValueError(f"max_tokens has {budget!r}; give budgets of at least one token")
     work = partial(_work, shape=shape, itemsize=itemsize, activation_checkpointing=activation_checkpointing)
     whole, called = _comparison(rollouts, work), names or [f"rollout {n}" for n in range(len(rollouts))]

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexpg.scalars import is_number
+
 _LARGEST = torch.finfo(torch.float32).max
 _MOST_DIGITS = 1000  # a longer number is read as none: int() itself refuses 4301 digits
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?|(?<![\d.])\.\d++)(?:[eE][+-]?\d++)?"
@@ -60,8 +62,7 @@ class Reward:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not number or not abs(self.weight) <= _LARGEST:
+        if not is_number(self.weight) or not abs(self.weight) <= _LARGEST:
             raise ValueError(f"reward {self.name!r}: weight is {self.weight!r}; give a finite number")
         if not callable(self.function):
             raise ValueError(f"reward {self.name!r}: function is {self.function!r}; give one, or its name to `reward`")

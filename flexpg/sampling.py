@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache as cached
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from flexpg.sample_cache import SampleCache
+from flexpg.scalars import is_number, is_whole
 from flexpg.tree import BLOCK, PrefixTree, Tokens
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at what is finished: each look waits for the device
@@ -45,17 +45,19 @@ class SamplingParams:
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if not is_whole(self.max_new_tokens):
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; give a whole number, 1 or more")
-        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature!r}; give 0 for greedy or a positive number")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and not is_whole(self.top_k):
             raise ValueError(f"top_k is {self.top_k!r}; give a whole number, 1 or more, or None for all tokens")
-        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; give a probability above 0, up to 1 for all tokens")
         stops = self.stop_tokens
-        if not isinstance(stops, Collection) or not all(isinstance(token, Integral) and token >= 0 for token in stops):
+        if not isinstance(stops, Collection) or not all(is_whole(token, least=0) for token in stops):
             raise ValueError(f"stop_tokens is {stops!r}; give a list of token ids, [] for none")
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # a Fraction divides no tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +110,10 @@ def sample(
 
     Raises:
         ValueError: a group size below 1, an empty prompt, uniforms that do not fit, a budget in which one sample does
-            not fit, or logits that are not finite.
+            not fit.
+        FloatingPointError: logits that are not finite.
     """
-    if not isinstance(group_size, int) or group_size < 1:
+    if not is_whole(group_size):
         raise ValueError(f"group_size is {group_size!r}; give 1 completion per prompt or more")
     lengths = PrefixTree.from_sequences(prompts).lengths  # what is wrong with any prompt is refused before all waves
     shape = (len(prompts) * group_size, params.max_new_tokens)
@@ -126,7 +129,9 @@ def sample(
     sizes = (tokens != NOT_DRAWN).sum(1)  # [N]
     longest = int(sizes.max())
     if not logprobs.isfinite().all():
-        raise ValueError("some log-probabilities are not finite, so the model's logits are not; look at its weights")
+        raise FloatingPointError(
+            "some log-probabilities are not finite, so the model's logits are not; look at its weights"
+        )
     last = tokens.gather(1, sizes[:, None] - 1)[:, 0]
     completions = [row[:size] for row, size in zip(tokens, sizes.tolist(), strict=True)]
     return Samples(completions, logprobs[:, :longest], torch.isin(last, _stops(params, last)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import SupportsIndex
 
 import numpy as np
@@ -339,6 +340,6 @@ def _regroup(flat: list, like: Sequence[Sequence]) -> list[list]:
 
 
 def _length(name: str, n: int) -> int:
-    if not isinstance(n, Tensor | SupportsIndex | float) or n < 1 or n % 1:
+    if isinstance(n, bool) or not isinstance(n, Tensor | SupportsIndex | Real) or n < 1 or n % 1:
         raise ValueError(f"{name} has length {n!r}; every prefix and suffix needs a whole number of tokens, 1 or more")
     return int(n)

@@ -42,7 +42,7 @@ from flexpg import (
 )
 from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.distributed import World
-from flexpg.failures import NotFinite, OutOfMemory, not_finite, within_memory
+from flexpg.failures import OutOfMemory, not_finite, within_memory
 from flexpg.integrations import torchtune as shared
 from flexpg.integrations import torchtune_models as models
 from flexpg.integrations import torchtune_setup as tune
@@ -65,7 +65,7 @@ from flexpg.self_check import SelfCheckError, check_run
 
 # What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)
-RUN_ERRORS = (RewardError, SelfCheckError, NotFinite, OutOfMemory, CheckpointError)  # in the middle of training
+RUN_ERRORS = (RewardError, SelfCheckError, FloatingPointError, OutOfMemory, CheckpointError)  # in training
 COMPONENTS = (
     *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "sampling"),
     *("optimizer", "lr_scheduler", "metric_logger"),
@@ -262,7 +262,7 @@ class GRPORecipe(FTRecipeInterface):
         costs = cost_metrics(packed, self.is_sharing, self.shape, self.cfg.compile or self.world.device.type != "cpu")
         return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
 
-    @within_memory("max_tokens")
+    @within_memory("max_tokens", "set self_check=false")
     def self_check(self, batches: list[MicroBatch]) -> None:
         """Ends the run if the model does not share prefixes exactly, on the first rollouts that are shared."""
         if self.is_sharing:
@@ -314,10 +314,9 @@ class GRPORecipe(FTRecipeInterface):
         grad_norm = get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         if not (isfinite(grad_norm) and isfinite(sums["loss"])):
-            self.save_progress(folder := self.output_dir / "not_finite")
-            kept = checkpoints(folder)[-1] / f"rank_{self.world.rank}.pt"
             what = f"step {self.steps_done + 1}: the loss is {sums['loss']} and the gradient's norm {grad_norm}"
-            raise not_finite(what, kept, seen, advantages, self.model)
+            folder, save = self.output_dir / "not_finite", self.save_progress
+            raise not_finite(what, folder, self.world, save, seen, advantages, self.model)
         clip_grads_with_norm_(self.trained, self.cfg.clip_grad_norm, grad_norm)
         self.optimizer.step()
         loss, tokens = sums.pop("loss"), sums.pop("tokens")
@@ -435,10 +434,11 @@ def recipe_main(cfg: DictConfig) -> None:
         sys.exit(f"error: {tune.one_line(error)}")
     try:
         recipe.train()
+        if recipe.is_finished():
+            recipe.save_checkpoint()
     except RUN_ERRORS as error:
         sys.exit(f"error: {tune.one_line(error)}")
     if recipe.is_finished():
-        recipe.save_checkpoint()
         recipe.report()
     elif recipe.world.is_first:
         print(f"stopped after step {recipe.steps_done} of {cfg.num_steps}; resume=true goes on from there")

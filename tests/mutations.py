@@ -2,7 +2,7 @@
 
     python -m tests.mutations                      every fault, the table, and exit status 1 where one survives
     python -m tests.mutations "plain causal mask"  some faults
-    python -m tests.mutations --all-tests NAME     the whole suite but its slow tests against one fault: who kills it
+    python -m tests.mutations --all-tests NAME     the whole suite but its longest tests against one fault: who kills it
 
 mutations.txt holds them. A fault is one edit of the source, as someone might write it by mistake. Each is made in a
 copy of the packages, and the test that is named beside it runs there, in a process forked from one that imported torch
@@ -67,9 +67,11 @@ class Fault:
 # ---- the faults ------------------------------------------------------------------------------------------------------
 
 
-# A file, then its faults: a name, what the file holds once, what stands there instead, and the test below tests/.
 def parsed(text: str) -> list[Fault]:
-    """The faults of a text in the manner of mutations.txt."""
+    """The faults of a text in the manner of mutations.txt.
+
+    A file, then its faults: a name, what the file holds once, what stands there instead, and the test below tests/.
+    """
     faults, file = [], ""
     for block in text.strip().split("\n\n"):
         if block.startswith("==== "):
@@ -257,8 +259,8 @@ def run(faults: Sequence[Fault], at_once: int) -> bool:
 
 
 def run_all_tests(fault: Fault) -> bool:
-    """Prints every test of the suite that kills a fault, its slow ones left out."""
-    options = ["tests", "-m", "not slow", "--ignore=tests/test_mutations.py"]
+    """Prints every test of the suite that kills a fault, its longest ones left out."""
+    options = ["tests", "-m", "not slow and not proof and not machines", "--ignore=tests/test_mutations.py"]
     ((_, outcome),) = outcomes([(fault, options)], at_once=1, limit_s=SUITE_LIMIT_S)
     for test, error in outcome.failed.items():
         print(f"{test}  {error}")
@@ -272,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description="Make faults, and see who notices.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to make; all of them where none is named")
     parser.add_argument("-j", dest="at_once", type=int, default=2, help="processes at a time (2)")
-    parser.add_argument("--all-tests", action="store_true", help="run the whole suite, but its slow tests, against one")
+    parser.add_argument("--all-tests", action="store_true", help="run the suite, but its longest tests, against one")
     parser.add_argument("--table", action="store_true", help="print what docs/correctness.md holds, and make no fault")
     options = parser.parse_args(arguments)
     by_name = {fault.name: fault for fault in FAULTS}

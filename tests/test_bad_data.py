@@ -147,6 +147,12 @@ LINES = [
 ]
 CONVERSATIONS = [
     ("none", lambda: talked(), ValueError, "no conversation came; give at least one"),
+    (
+        "an iterator",
+        lambda: conversation_rollouts(iter([GOOD]), Tags()),
+        TypeError,
+        "conversations is a list_",
+    ),
     ("one alone", lambda: conversation_rollouts(GOOD, Tags()), TypeError, "conversations is a Conversation; give a"),
     ("a dict", lambda: talked(GOOD, CHAT), TypeError, "conversation 1 of 2 is a dict; make it Conversation(messages"),
     ("a text", lambda: talked(Conversation("hello")), TypeError, "conversation 0 of 1, messages: a str came; give a"),

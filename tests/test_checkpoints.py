@@ -26,7 +26,7 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 from unshared import VOCAB, tiny_model
 
-from flexpg.checkpoints import checkpoints, load_checkpoint, read_progress, save_checkpoint
+from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.distributed import World
 
 CPU = torch.device("cpu")
@@ -184,7 +184,9 @@ def flip(file: Path, position: int) -> None:
 def refusal(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> str:
     """Why a checkpoint is not loaded; model and optimizer are to the bit what they were."""
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    with pytest.raises(ValueError, match=r"^the checkpoint .*/step_0*\d+ cannot be loaded: \S") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"^the checkpoint .*/step_0*\d+ cannot be loaded: \S.* delete it to "
+    ) as caught:
         load_checkpoint(checkpoint, model, optimizer, ALONE)
     assert "\n" not in str(caught.value)
     assert all_equal((model.state_dict(), optimizer.state_dict()), before)
@@ -212,7 +214,9 @@ def test_a_damaged_checkpoint_is_named_in_one_line_and_nothing_of_it_is_used(tmp
     reason = refusal(tmp_path / "step_000001", other, other_optimizer)
     assert re.search(FILES[pattern], reason) or pattern == "files.json"  # then others are not what it says
     if pattern == "progress.json":
-        with pytest.raises(ValueError, match=r"^the checkpoint .*/step_000001 cannot be loaded: \S"):
+        with pytest.raises(
+            ValueError, match=r"^the checkpoint .*/step_000001 cannot be loaded: \S.*; delete it to start anew$"
+        ):
             read_progress(tmp_path / "step_000001")
 
 
@@ -255,9 +259,21 @@ def test_without_checksums_a_flipped_bit_of_a_weight_would_be_loaded(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tmp_path, shape, reason):
     model, optimizer = trainee(seed=0)
     save_checkpoint(tmp_path, 1, model, optimizer, {}, 1, ALONE)
+    advice = "load it into the model and optimizer that it was saved from, or delete it to start anew"
     assert refusal(tmp_path / "step_000001", *trainee(seed=1, **shape)).endswith(
-        f"step_000001 cannot be loaded: {reason}"
+        f"step_000001 cannot be loaded: {reason}; {advice}"
     )
+
+
+def test_of_a_damaged_checkpoint_it_is_said_which_one_to_go_on_from(tmp_path):
+    model, optimizer = trainee(seed=0)
+    for step in (9, 10, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, 4, ALONE)
+        truncated("*.distcp")(tmp_path / f"step_{step:06d}")
+    for step, before in ((10, 9), (1_000_000, 10), (1_000_001, 1_000_000)):
+        message = refusal(tmp_path / f"step_{step:06d}", model, optimizer)
+        assert message.endswith(f"what was saved; delete it to go on from {tmp_path}/step_{before:06d}")
+    assert refusal(tmp_path / "step_000009", model, optimizer).endswith("; delete it to start anew")
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
@@ -382,7 +398,7 @@ def saved_by_the_killed(folder: Path, save: Save, rng: random.Random) -> list[in
     return survivors(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.machines
 def test_a_process_that_is_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
     rng, newest = random.Random(0), 0
     for _ in range(12):
@@ -393,7 +409,7 @@ def test_a_process_that_is_killed_at_any_moment_leaves_whole_checkpoints(tmp_pat
     assert os.listdir(tmp_path) == [f"step_{newest + 1:06d}"]
 
 
-@pytest.mark.slow
+@pytest.mark.machines
 def test_the_kills_catch_a_checkpoint_that_is_written_in_its_place(tmp_path):
     rng = random.Random(0)
     with pytest.raises((AssertionError, ValueError, OSError)):

@@ -494,3 +494,22 @@ def test_every_file_that_the_page_names_exists():
     assert targets
     for target in targets:
         assert (ROOT / "docs" / target).exists(), target
+
+
+class DataSet:
+    """Conversations with a length, by their number, as `datasets` has rows; no Sequence."""
+
+    def __init__(self, rows: list[Conversation]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Conversation:
+        return self.rows[number]
+
+
+def test_conversations_need_no_more_than_a_length_and_numbers(conversations, tokenizer):
+    ours, theirs = (conversation_rollouts(given, tokenizer) for given in (DataSet(conversations), conversations))
+    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[0].rewards, theirs[0].rewards)
+    assert all(map(torch.equal, ours[0].completions, theirs[0].completions))

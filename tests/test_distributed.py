@@ -80,12 +80,12 @@ def blocks(rank: int) -> list[str]:
 def test_a_block_that_fails_on_one_process_fails_on_all_with_one_message_and_nobody_waits():
     one, other, every, nameless = (
         "[Errno 28] No space left (process 1 of 3, from 0)",
-        "gone: (process 0 of 3, from 0)",
+        "gone: the disk (process 0 of 3, from 0)",
         "[Errno 28] No space left",
         "OSError (process 0 of 3, from 0)",
     )
     assert run_processes(3, blocks) == [["done", one, other, every, nameless]] * 3
-    assert run_processes(1, blocks) == [["done", "done", "gone:", every, "OSError"]]
+    assert run_processes(1, blocks) == [["done", "done", "gone: the disk", every, "OSError"]]
 
 
 def unforeseen(rank: int) -> str:

@@ -18,7 +18,7 @@ from benchmarks.sharing import recipe
 from flexpg.failures import NotFinite, OutOfMemory, gradient_norms, within_memory
 from flexpg.losses import grpo_loss
 from flexpg.self_check import SelfCheckError
-from recipes.grpo import recipe_main
+from recipes.grpo import RUN_ERRORS, recipe_main
 
 ROOT = Path(__file__).parent.parent
 TINY = "recipes/configs/tiny_cpu.yaml"
@@ -60,16 +60,37 @@ def test_numbers_that_are_none_stop_the_run_before_the_update_and_all_is_kept_to
     run.loss = partial(loss, **run.loss.keywords)
     with pytest.raises(NotFinite, match=words) as caught:
         run.step(2)
-    assert re.search(r"The model was not updated; .*not_finite/step_000001 holds its weights", str(caught.value))
+    assert re.search(r"was not updated; .*not_finite holds its weights, and rank_0\.pt there", str(caught.value))
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     assert all(map(torch.equal, moments, (state["exp_avg"] for state in run.optimizer.state.values())))
-    kept = torch.load(tmp_path / "not_finite/step_000001/rank_0.pt", weights_only=True)
+    kept = torch.load(tmp_path / "not_finite/rank_0.pt", weights_only=True)
     assert sorted(n for batch in kept["micro_batches"] for n in batch["indices"]) == list(range(16))
     for batch in kept["micro_batches"]:
         assert batch["logprobs"].shape == batch["trained"].shape and batch["logprobs"].isfinite().all()
         assert len(batch["completions"]) == len(batch["advantages"]) == len(batch["indices"])
     assert any(map(math.isnan, kept["gradient_norms"].values())) == (name == "gradient")
     assert not (tmp_path / "checkpoints").exists()
+    (tmp_path / "not_finite/of an earlier run").touch()
+    run.steps_done = 0
+    with pytest.raises(NotFinite, match="step 1: "):
+        run.step(1)
+    assert {path.name for path in (tmp_path / "not_finite").iterdir()} == {"step_000000", "rank_0.pt"}
+
+
+def test_a_stop_says_so_where_nothing_can_be_kept(tmp_path):
+    run = recipe(TINY, True, tmp_path, SMALL)
+    (tmp_path / "not_finite").touch()  # where a folder belongs
+    run.loss = partial(nan_gradient, **run.loss.keywords)
+    with pytest.raises(NotFinite, match=r"norm nan, .* was not updated; what it was .* could not be saved \("):
+        run.step(1)
+
+
+def test_weights_that_are_not_finite_end_the_run_while_it_samples(tmp_path):
+    run = recipe(TINY, True, tmp_path, SMALL)
+    with torch.no_grad():
+        run.trained[0].fill_(math.nan)
+    with pytest.raises(RUN_ERRORS, match="some log-probabilities are not finite"):
+        run.train()
 
 
 def stopped(rank: int, output_dir: str) -> tuple[str, bool, list[str]]:
@@ -83,9 +104,10 @@ def stopped(rank: int, output_dir: str) -> tuple[str, bool, list[str]]:
     is_changed = any(not torch.equal(a, b.full_tensor()) for a, b in zip(before, run.trained, strict=True))
     run.world.wait()
     run.cleanup()
-    return str(caught.value), is_changed, sorted(path.name for path in Path(output_dir).glob("not_finite/*/rank_*"))
+    return str(caught.value), is_changed, sorted(path.name for path in Path(output_dir).glob("not_finite/rank_*"))
 
 
+@pytest.mark.machines
 def test_a_number_that_is_none_on_one_process_stops_all_before_the_update(tmp_path):
     for message, is_changed, files in run_processes(2, stopped, str(tmp_path)):
         assert "step 1: " in message and "nan" in message
@@ -100,10 +122,12 @@ def starved(rank: int, output_dir: str, method: str) -> str:
     (batches,), _ = run.packed(rollouts)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 2**21, resource.RLIM_INFINITY))
+    run.cfg.group_size = 256  # of samples alone: the rollouts are there
     with pytest.raises(OutOfMemory) as caught:
         if method == "sample":
             run.sample(2)
-        run.update(batches, [None] * len(batches), [None] * len(batches), 1.0, rollouts.rewards)
+        else:
+            run.update(batches, [None] * len(batches), [None] * len(batches), 1.0, rollouts.rewards)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return str(caught.value)
 
@@ -136,7 +160,12 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
         with pytest.raises(type(error)) as caught:
             Recipe().method(error)
         assert caught.value is error
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+    texts = [
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling",
+        "you can't allocate memory",
+    ]
+    for error in (torch.OutOfMemoryError("of its own type"), MemoryError(), *map(RuntimeError, texts)):
         with pytest.raises(OutOfMemory, match="lower max_tokens, which is 5"):
             Recipe().method(error)
 
@@ -177,6 +206,7 @@ def checked(rank: int, output_dir: str, overrides: list[str]) -> tuple[dict[str,
     return metrics["loss"], run.is_checked
 
 
+@pytest.mark.machines
 def test_the_check_changes_no_step_of_several_processes(tmp_path):
     found = [run_processes(2, checked, str(tmp_path / value), [f"self_check={value}"]) for value in ("true", "false")]
     assert found[0] == found[1] and found[0][0][1]

@@ -24,12 +24,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 from torchtune._cli import tune
 
-from flexpg.checkpoints import checkpoints, load_checkpoint, read_progress, save_checkpoint
+from benchmarks.sharing import recipe
+from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.distributed import World
 from recipes.grpo import recipe_main
 from tests.processes import run_processes, start_command
 from tests.test_checkpoints import ALONE, CPU, flip, sharded
+from tests.test_recipe import LORA
 from tests.test_recipe_processes import ROOT, SMALL, TINY, newest, wait_until
+
+pytestmark = pytest.mark.machines
 
 
 class Touch:
@@ -126,6 +130,7 @@ def test_a_hostile_or_damaged_checkpoint_is_refused_by_every_process_and_runs_no
     assert len({message for message, _ in outcomes}) == 1
     message = outcomes[0][0]
     assert message.startswith(f"the checkpoint {checkpoint} cannot be loaded: ") and reason in message
+    assert message.endswith("delete it to start anew")
     assert "\n" not in message
 
 
@@ -230,6 +235,55 @@ def test_wherever_the_disk_is_full_the_old_checkpoint_is_kept_until_a_new_one_is
         assert message.endswith(f"; {disk}/step_000001 is the last one; free space, or set another output_dir")
 
 
+def weights_on_a_full_disk(rank: int, folder: Path, overrides: list[str], max_bytes: int) -> str:
+    """What is said of trained weights when the disk is full; those before stay, and with space again they are written.
+
+    What a killed run has left is no part of them.
+    """
+    os.chdir(ROOT)
+    run, place = recipe(TINY, True, folder, overrides), folder / "epoch_0"
+    run.save_checkpoint()
+    before = contents(folder)
+    with torch.no_grad():
+        for parameter in run.trained:
+            parameter.add_(1.0)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, limit[1]))
+    with pytest.raises(CheckpointError) as caught:
+        run.save_checkpoint()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert contents(folder) == before
+    for left in (place / "other.safetensors", folder / "unfinished/epoch_0/config.json"):
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.write_text("half")
+    run.save_checkpoint()
+    after = contents(folder)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert after.keys() == before.keys()
+    assert changed and all(name.endswith((".safetensors", ".pt")) for name in changed)
+    return str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """The files that a trained model is made of, and anything that is no whole one, with their checksums."""
+    parts = ("epoch_0", "adapter", "unfinished")
+    files = [file for part in parts for file in (folder / part).rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): zlib.crc32(file.read_bytes()) for file in files}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "max_bytes"),
+    [([], 10_000), (LORA, 10_000), (LORA, 1_500_000)],
+    ids=["the model", "adapters", "the model behind its adapters"],
+)
+def test_trained_weights_that_do_not_fit_on_the_disk_end_in_one_line_and_spare_those_before(
+    tmp_path, overrides, max_bytes
+):
+    (message,) = run_processes(1, weights_on_a_full_disk, tmp_path, overrides, max_bytes)
+    assert message.startswith(f"the trained weights could not be written to {tmp_path}/epoch_0: ")
+    assert message.endswith("; free space and run again with resume=true") and "\n" not in message
+
+
 FUNCTIONS = """
 import os
 import zlib
@@ -302,7 +356,6 @@ def launch(tmp_path, monkeypatch):
     return lambda *overrides: Launched(tmp_path, *overrides)
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_and_the_command_names_it(launch):
     run = launch()
     run.wait_until(run.has_two_workers)
@@ -326,7 +379,6 @@ def test_a_process_that_hears_no_signal_does_not_outlive_one_that_was_killed(lau
     assert re.search(DEATH, printed), printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "error"),
     [
@@ -388,7 +440,7 @@ def killed(folder: Path, moment: str, rng: random.Random) -> None:
     assert f"going on after step {before}" in printed or "going on" not in printed
 
 
-@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.proof)])
 def test_a_run_killed_at_any_moment_and_resumed_loses_one_interval_and_ends_bit_for_bit_as_one_left_alone(
     tmp_path, monkeypatch, kills
 ):

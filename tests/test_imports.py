@@ -13,6 +13,7 @@ import flexpg
 
 PACKAGE = Path(flexpg.__file__).parent
 ORDER = [
+    "scalars",
     "rollouts",
     "tree",
     "cost",

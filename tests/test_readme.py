@@ -47,6 +47,15 @@ def test_the_ratios_of_conversations_quote_the_committed_benchmark():
     assert f"{quoted} in {ratios[1]:.1f} times fewer" in " ".join(README.split())
 
 
-def test_every_file_that_is_named_exists():
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_file_and_section_that_is_named_exists(path):
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", path.read_text()):
+        name, _, section = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", own).lower().replace(" ", "-") for own in headings}, target

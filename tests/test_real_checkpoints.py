@@ -106,6 +106,7 @@ SMALL = [
     "train_problems.size=8",
     "test_problems.size=2",
     "optimizer.lr=0.01",
+    "self_check=false",
 ]
 EXACT = 1e-5  # of the largest: round-off of float32 through the layers, in another order
 

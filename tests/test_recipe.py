@@ -28,7 +28,7 @@ LORA = [
     "model.lora_rank=16",
     "model.lora_alpha=32",
 ]
-SMALL = ["prompts_per_step=2", "group_size=4", "train_problems.size=64", "test_problems.size=8"]
+SMALL = ["prompts_per_step=2", "group_size=4", "train_problems.size=64", "test_problems.size=8", "self_check=false"]
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,10 @@ def test_what_changes_memory_or_speed_does_not_change_the_update(tmp_path, optio
 
 
 def test_bf16_computes_nearly_the_same_and_keeps_parameters_in_float32(tmp_path):
-    runs = [recipe(TINY, True, tmp_path / dtype, [*SMALL, f"dtype={dtype}"]) for dtype in ("bf16", "fp32")]
+    runs = [
+        recipe(TINY, True, tmp_path / dtype, [*SMALL, f"dtype={dtype}", "self_check=true"])
+        for dtype in ("bf16", "fp32")
+    ]
     rollouts = runs[1].sample(1)[0]
     low, full = (next(run.logprobs(run.model, run.packed(rollouts)[0][0]))[0] for run in runs)
     assert low.dtype == torch.float32
@@ -233,7 +236,7 @@ def test_compiled_layers_are_not_left_to_eager_by_what_sampling_and_adapters_ask
     """torch gives up at a limit of graphs, in silence; here that is an error, and sampling leaves them alone."""
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
     torch._dynamo.reset()
-    overrides = [*SMALL, *LORA, "loss.beta=0.1", "minibatches=2", "activation_checkpointing=true"]
+    overrides = [*SMALL, *LORA, "loss.beta=0.1", "minibatches=2", "activation_checkpointing=true", "self_check=true"]
     run, plain = (recipe(TINY, True, tmp_path / c, [*overrides, f"compile={c}"]) for c in ("true", "false"))
     pairs = run_both(run, plain, 3)
     assert max(pair.difference(metric) for pair in pairs for metric in ("loss", "grad_norm", "kl")) < 1e-4

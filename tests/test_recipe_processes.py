@@ -21,6 +21,8 @@ from recipes.grpo import SETUP_ERRORS, recipe_main
 from tests.processes import run_processes, start_command
 from tests.test_recipe import LORA, TINY
 
+pytestmark = pytest.mark.machines
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["prompts_per_step=8", "group_size=4", "train_problems.size=64", "test_problems.size=6", "num_steps=2"]
 LORA_CONFIG = "recipes/configs/tiny_lora_cpu.yaml"
@@ -56,7 +58,6 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_any_number_of_processes_gives_the_same_update(tmp_path, options):
     """With max_tokens=352 groups are runs of micro-batches that share a prompt, alike in number on every process."""
@@ -84,7 +85,6 @@ def learned(rank: int, config: str, output_dir: str) -> dict[int, float]:
     return run.accuracies
 
 
-@pytest.mark.slow
 def test_ten_steps_of_lora_lift_held_out_accuracy_from_under_a_half_to_over_nine_tenths(tmp_path):
     accuracies = run_processes(1, learned, LORA_CONFIG, str(tmp_path))[0]
     assert accuracies[0] < 0.5
@@ -136,7 +136,6 @@ def metrics_of(output_dir: Path) -> list[dict[str, float]]:
     return [{name: float(step[name]) for name in kept} for step in steps]
 
 
-@pytest.mark.slow
 def test_two_launchers_as_two_nodes_give_the_update_of_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -195,7 +194,6 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 0), (signal.SIGINT, 500)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_and_ends_the_run(tmp_path, number, every):
     options = ["--config", TINY, *SMALL, f"output_dir={tmp_path}"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -30,8 +32,8 @@ from torchtune.modules.peft import (
     set_trainable_params,
 )
 
-from flexpg.checkpoints import differences
-from flexpg.distributed import World, first_line
+from flexpg.checkpoints import CheckpointError, differences
+from flexpg.distributed import World, one_line
 from flexpg.integrations.torchtune_setup import component
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -83,7 +85,7 @@ def checkpoint(cfg: DictConfig, model: TransformerDecoder) -> tuple[Any, dict[st
     try:
         weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
     except Exception as error:  # of a model_type that is not the checkpoint's, torchtune raises no narrower one
-        raise ValueError(f"checkpointer: {type(error).__name__}: {first_line(error)} (of {folder})") from error
+        raise ValueError(f"checkpointer: {type(error).__name__}: {one_line(error)} (of {folder})") from error
     adapters = get_adapter_params(model)
     needed = {name: value.shape for name, value in model.state_dict().items() if name not in adapters}
     wrong = differences({name: value.shape for name, value in weights.items()}, needed)
@@ -150,12 +152,16 @@ def save(model: TransformerDecoder, cfg: DictConfig, checkpointer: Any, world: W
 
     `checkpointer.output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype it was trained in, which
     its config.json then names. Adapters alone stand in `checkpointer.output_dir`/adapter/epoch_0, as PEFT reads them.
+    Both are written aside and renamed when they are whole, over those of an earlier run.
 
     Args:
         model: on one device or sharded.
         cfg: the whole configuration.
         checkpointer: the one that loaded the weights.
         world: the processes.
+
+    Raises:
+        CheckpointError: they could not be written, and what was there is as it was; on the first process alone.
     """
     gathered = get_model_state_dict(model, options=WHOLE)  # on the first process alone
     if not world.is_first:
@@ -163,15 +169,35 @@ def save(model: TransformerDecoder, cfg: DictConfig, checkpointer: Any, world: W
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
     weights = {name: value.to(trained) for name, value in gathered.items() if isinstance(value, Tensor)}
     lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
-    if lora is not None:
-        _save_adapters(weights, lora, model.head_dim, cfg)
-        own = {name: value.clone() for name, value in weights.items()}  # merging adds in place, on a CPU to the model
-        weights = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
-    checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
-    _name_dtype(Path(cfg.checkpointer.output_dir) / "epoch_0" / "config.json", trained)
+    place = Path(cfg.checkpointer.output_dir)
+    aside = place / "unfinished"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
+    try:
+        if lora is not None:
+            _save_adapters(weights, lora, model.head_dim, cfg, aside / "adapter")
+            own = {name: value.clone() for name, value in weights.items()}  # merging adds in place: on a CPU, to these
+            weights = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
+        checkpointer._output_dir = aside  # another checkpointer would have to read the weights first
+        checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
+        _name_dtype(aside / "epoch_0" / "config.json", trained)
+        _put_in_place(aside, place)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's, of a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        failed = f"the trained weights could not be written to {place / 'epoch_0'}: {one_line(error)}"
+        raise CheckpointError(f"{failed}; free space and run again with resume=true") from error
 
 
-def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: DictConfig) -> None:
+def _put_in_place(aside: Path, place: Path) -> None:
+    for new in [*aside.glob("adapter/epoch_0"), *aside.glob("epoch_0")]:
+        final = place / new.relative_to(aside)
+        final.parent.mkdir(exist_ok=True)
+        if final.exists():
+            final.rename(new.with_name("replaced"))
+        new.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)  # the weights are in place, whatever stays of those before
+
+
+def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: DictConfig, folder: Path) -> None:
     described = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -186,7 +212,7 @@ def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, 
         "base_model_name_or_path": str(cfg.checkpointer.checkpoint_dir),
     }
     adapter = {training.ADAPTER_KEY: get_adapter_state_dict(weights), training.ADAPTER_CONFIG: described}
-    folder, is_qwen = Path(cfg.checkpointer.output_dir) / "adapter", cfg.checkpointer.model_type == "QWEN2"
+    is_qwen = cfg.checkpointer.model_type == "QWEN2"
     as_file = {"safe_serialization": True} if is_qwen else {}
     apart = component("checkpointer", cfg, output_dir=str(folder), **as_file)
     apart.save_checkpoint(adapter, epoch=0, adapter_only=True)

@@ -20,7 +20,7 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from flexpg.distributed import first_line
+from flexpg.distributed import one_line
 from flexpg.integrations.torchtune import check_fits
 from flexpg.losses import grpo_loss, loss_normalizer
 from flexpg.sampling import SamplingParams
@@ -61,11 +61,6 @@ def parsed(recipe_main: Callable[[DictConfig], None]) -> Callable[[], None]:
         recipe_main(found[0])
 
     return main
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line; its kind, where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_keys(
@@ -115,8 +110,6 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         ValueError: the first that is wrong, named.
     """
-    if not isinstance(cfg.output_dir, str):
-        raise ValueError(f"output_dir is {cfg.output_dir!r}; give a folder")
     if cfg.group_size == 1:
         raise ValueError("group_size is 1, which makes every advantage zero; give 2 or more")
     if type(cfg.clip_grad_norm) not in (int, float) or not cfg.clip_grad_norm > 0:
@@ -156,7 +149,7 @@ def component(name: str, cfg: DictConfig, *args: Any, **kwargs: Any) -> Any:
     except KeyError as error:
         raise ValueError(f"{name}: {cfg[name]._component_} does not know {error}{_files(cfg[name])}") from error
     except (TypeError, ValueError, OSError, ImportError, InstantiationError) as error:
-        raise ValueError(f"{name}: {first_line(error)}{_files(cfg[name])}") from error
+        raise ValueError(f"{name}: {one_line(error)}{_files(cfg[name])}") from error
     except Exception as error:  # a component is anybody's code, which may raise anything
         raise ValueError(f"{name}: {type(error).__name__}: {one_line(error)}{_files(cfg[name])}") from error
 

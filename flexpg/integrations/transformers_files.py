@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from flexpg.distributed import one_line
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 UNLIMITED = 10**30  # as transformers itself writes it
 
@@ -26,7 +28,7 @@ def local_config(path: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(file), local_files_only=True)
     except Exception as error:  # each family checks its own fields, in its own way
-        raise ValueError(f"{file}: {_first_line(error)}") from error
+        raise ValueError(f"{file}: {one_line(error)}") from error
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -47,10 +49,4 @@ def local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # Tokens are counted here, not run, so it need not warn of those beyond the model's context.
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)
     except Exception as error:  # `tokenizers` raises nothing more precise
-        raise ValueError(f"{folder} holds no tokenizer that transformers loads: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says first, with the line that a colon announces; its kind, where it says nothing."""
-    first, *others = str(error).splitlines() or [type(error).__name__]
-    return " ".join([first, *others[:1]]) if first.endswith(":") else first
+        raise ValueError(f"{folder} holds no tokenizer that transformers loads: {one_line(error)}") from error
