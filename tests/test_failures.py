@@ -212,6 +212,27 @@ def test_the_check_changes_no_step_of_several_processes(tmp_path):
     assert found[0] == found[1] and found[0][0][1]
 
 
+def refused(rank: int, output_dir: str) -> str:
+    """What the self-check says on each of two processes, on the second of which a layer looks past its mask."""
+    run = recipe(TINY, True, Path(output_dir), SMALL)
+    if rank == 1:
+        attn = run.model.layers[1].attn
+        project = attn.q_proj.forward
+        attn.q_proj.forward = lambda x: project(x.roll(1, 1))
+    with pytest.raises(SelfCheckError) as caught:
+        run.step(1)
+    run.world.wait()
+    run.cleanup()
+    return str(caught.value)
+
+
+@pytest.mark.machines
+def test_a_check_that_fails_on_one_process_ends_all_and_waits_for_none(tmp_path):
+    first, second = run_processes(2, refused, str(tmp_path))
+    assert first == "self-check: it failed on another process"
+    assert "moved in layers.1" in second
+
+
 def test_gradient_norms_are_those_of_every_parameter_with_a_gradient():
     model = tiny_model("qwen2")
     model.norm.scale.grad = torch.full_like(model.norm.scale, 2.0)
