@@ -1,6 +1,6 @@
 """Bad input of the recipe and of `python -m flexpg`: what is wrong, what is given, and words of the line that ends it.
 
-The library's own doors stand in test_bad_input.py, files and texts in test_bad_data.py.
+The library's own doors stand in test_bad_input.py, files and texts in bad_data.py.
 """
 
 import json

@@ -1,10 +1,11 @@
 """Bad input of the library, door by door: what is wrong, the call, its error, and words that the message contains.
 
-Files, texts and rewards stand in test_bad_data.py, the recipe and the command line in test_bad_commands.py.
+The rows of files, texts and rewards stand in bad_data.py, the recipe and the command line in test_bad_commands.py.
 """
 
 import math
 
+import bad_data
 import pytest
 import torch
 import transformers
@@ -38,6 +39,11 @@ from flexpg.integrations import transformers as integration
 
 NAN, INF = math.nan, math.inf
 ZEROS, ONES = torch.zeros, torch.ones
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
 
 def ids(*tokens):
@@ -402,6 +408,7 @@ DOORS = {
     **{"Rollouts": ROLLOUTS, "group_advantages": ADVANTAGES, "PrefixTree": TREES, "pack": PACKING, "mask": MASKS},
     **{"attention": ATTENTION, "token_logprobs": LOGPROBS, "grpo_loss": LOSSES, "sampling": SAMPLING},
     **{"report and cost": REPORTS, "models": MODELS},
+    **bad_data.DOORS,
 }
 CASES = [
     pytest.param(call, error, words, id=f"{door}: {what}")

@@ -1,6 +1,6 @@
-"""Bad data: files, transcripts, tasks, rewards and texts that cannot be read, and the words that their errors contain.
+"""Bad data: files, transcripts, tasks, rewards and texts that cannot be read; test_bad_input.py tests the rows.
 
-As in test_bad_input.py, a row is what is wrong, the call, its error, and what the message contains.
+A row is what is wrong, the call, its error, and what the message contains.
 """
 
 import json
@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from flexpg import Conversation, conversation_rollouts
@@ -35,11 +34,6 @@ CHAT = {"messages": [USER, SAID]}
 GOOD = Conversation([USER, SAID])
 TASK = {"task_id": 1, "reward": 0.0, "traj": [USER, SAID]}
 ROW, OTHER = {"q": "1+1", "a": 2}, {"q": "2+2", "a": 4}
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
 
 
 class Tags:
@@ -277,20 +271,3 @@ DOORS = {
     **{"rollout file": LINES, "conversations": CONVERSATIONS, "tau-bench": TAU, "tasks": PROBLEMS},
     **{"rewards": REWARDS, "byte tokenizer": TEXTS},
 }
-CASES = [
-    pytest.param(call, error, words, id=f"{door}: {what}")
-    for door, rows in DOORS.items()
-    for what, call, error, *words in rows
-]
-
-
-@pytest.mark.parametrize(("call", "error", "words"), CASES)
-def test_a_mistake_is_refused_in_words_that_say_where_it_stands(call, error, words):
-    with pytest.raises(error) as caught:
-        call()
-    message = str(caught.value)
-    assert all(word in message for word in words), message
-
-
-def test_no_two_rows_have_one_name():
-    assert len({case.id for case in CASES}) == len(CASES)
