@@ -27,6 +27,8 @@ from flexpg.integrations import transformers as integration
 from flexpg.integrations.transformers import NAME, forward, output, register
 from flexpg.logprobs import token_logprobs
 from flexpg.masks import block_mask
+from flexpg.packing import pack, runs
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
 WINDOW = 7
@@ -283,6 +285,27 @@ def test_a_changed_completion_leaves_all_other_rollouts_bitwise_the_same():
     others = torch.tensor([0, 2, 3, 4])
     assert torch.equal(after[others], before[others])
     assert (after[1, :9] - before[1, :9]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("max_tokens", [400, 70], ids=["one row", "a run behind its prompt"])
+def test_packed_rollouts_are_scored_as_each_alone_at_a_temperature(max_tokens):
+    model, ordinary = (in_float64(own) for own in pair("llama"))
+    completions = [torch.tensor(tokens(4 + n, 60 + n)) for n in range(8)]
+    mask = torch.ones(8, 11, dtype=torch.bool) & (torch.arange(11) < torch.arange(4, 12)[:, None])
+    mask[2, 1] = False  # a tool's token
+    rollouts = Rollouts([torch.tensor(tokens(30, 59))], completions, torch.zeros(8, dtype=int), torch.zeros(8), mask)
+    expected = torch.zeros(8, 11, dtype=torch.float64)
+    for n, sequence in enumerate(rollouts.sequences):
+        scores = (ordinary(input_ids=sequence[None]).logits[0] / 0.7).log_softmax(-1)
+        expected[n, : 4 + n] = scores[29:-1].gather(-1, sequence[30:, None])[:, 0]
+    expected = expected.where(mask, 0)
+    assert (integration.logprobs_alone(model, rollouts, 0.7) - expected).abs().max() < 1e-12
+    (run,) = runs(pack(rollouts, max_tokens))
+    assert (len(run) > 1) == (max_tokens == 70)
+    with torch.no_grad(), integration.encode_run(model, run) as prefix:
+        for batch in run:
+            found, _ = integration.logprobs(model, batch, 0.7, prefix)
+            assert (found - expected[batch.indices, : found.shape[1]]).abs().max() < 1e-12
 
 
 # ---- the mistakes that are known, each far outside the tolerance ----------------------------------------------------

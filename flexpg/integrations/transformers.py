@@ -166,11 +166,16 @@ def logprobs_alone(model: nn.Module, rollouts: Rollouts, temperature: float = 1.
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder layers by name, the first first."""
+    """The decoder layers by name, the first first.
+
+    Raises:
+        TypeError: a model that does not keep them in one list.
+    """
     whole = causal_lm(model)
-    stacks = {name: own for name, own in whole.named_modules() if isinstance(own, nn.ModuleList)}
-    name = next(name for name, own in stacks.items() if len(own) == whole.config.num_hidden_layers)
-    return {f"{name}.{n}": layer for n, layer in enumerate(stacks[name])}
+    for name, own in whole.named_modules():
+        if isinstance(own, nn.ModuleList) and len(own) == whole.config.num_hidden_layers:
+            return {f"{name}.{n}": layer for n, layer in enumerate(own)}
+    raise TypeError(f"{type(whole).__name__} has no list of {whole.config.num_hidden_layers} layers to look at")
 
 
 def output(model: nn.Module) -> Callable[[Tensor], Tensor]:
