@@ -6,12 +6,12 @@
 
 q is [1, Hq, S, D], k and v are [1, Hkv, S, D]. Over the packed row of the case:
 
-- flex: flexpg.attention's compiled FlexAttention. Its mask_mod reads one number for a pair: end[kv].
+- flex: flexpg.backends.dispatch's compiled FlexAttention. Its mask_mod reads one number for a pair: end[kv].
 - flex_torch_tables: the same with the tables that torch's create_block_mask makes of the same mask_mod.
 - flex_3_loads, flex_5_loads, flex_6_loads: the same with flexpg's tables, but a mask_mod as they are written elsewhere,
   which reads so many numbers for a pair; of prompts and completions alone, not of deeper trees. Each is checked to be
   the same mask.
-- split, on CPU: flexpg.attention's way to train there.
+- split, on CPU: flexpg.backends.dispatch's way to train there.
 - sdpa_dense, on CPU: torch's SDPA with the whole mask.
 - prefix_grouper, on CPU: the two calls of the package of that name, of prompts and completions alone.
 
@@ -44,7 +44,7 @@ from benchmarks.record import run
 from benchmarks.turns import by_turns, median, ratio
 from benchmarks.update import prefix_grouper_attention, uneven
 from flexpg import PrefixTree, attention, block_mask, dense_mask, shared_cost
-from flexpg.attention.flex import RECOMPILE_LIMIT, packed_flex_attention
+from flexpg.backends.flex import RECOMPILE_LIMIT, packed_flex_attention
 from flexpg.masks import MaskMod
 from flexpg.tree import BLOCK, MIN_BLOCKS
 

@@ -24,7 +24,7 @@ from examples.agent_conversations import costs, small_model, trained_tokenizer
 from flexpg import Rollouts, group_advantages, grpo_loss, pack, token_logprobs
 from flexpg.conversations import Conversation, conversation_rollouts
 from flexpg.integrations.transformers import forward, output, register
-from flexpg.tasks import tau_bench
+from flexpg.training.tasks import tau_bench
 
 DATA = Path("../shared/data/tau_bench/gpt-4o-airline.json")
 

@@ -1,6 +1,6 @@
 """Attention of a packed row by FlashAttention-2's kernels for sequences of varying lengths: an experiment.
 
-The scheme of flexpg/attention/split.py, with as few calls as the tree allows:
+The scheme of flexpg/backends/split.py, with as few calls as the tree allows:
 
     own       every segment with itself, causally: they stand one behind the other, so one call takes them all
     level l   all that hangs under a segment with l ancestors attends to the whole of it: a dense rectangle. Those of
@@ -10,7 +10,7 @@ The pieces of a query's softmax are merged by their logsumexp, and in the backwa
 and logsumexp. (`torch.nn.attention.varlen.varlen_attn` would not do: it drops the gradient of its logsumexp.)
 
 The CUDA kernels themselves have not been run: no GPU was at hand. Everything around them is, on CPU, with `REFERENCE`
-in place of `FLASH`: `largest_difference` compares it with flexpg.attention, and benchmarks.kernels asks for it on CPU.
+in place of `FLASH`: `largest_difference` compares it with flexpg.backends.dispatch, and benchmarks.kernels asks for it on CPU.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def calls(tree: PrefixTree) -> list[Call]:
 def flash_split_attention(
     q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, plan: Sequence[Call], kernels: Kernels
 ) -> Tensor:
-    """What `flexpg.attention` gives, by `calls(tree)`.
+    """What `flexpg.backends.dispatch` gives, by `calls(tree)`.
 
     Args:
         q: [1, Hq, S, D].

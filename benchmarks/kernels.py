@@ -4,7 +4,7 @@
     python -m benchmarks.kernels --tiny             # seconds on CPU, to see that it works; nothing is compiled then
 
 Each trial computes attention of the same packed row, forward and backward, by turns with `default`, which is
-flexpg.attention's flex:
+flexpg.backends.dispatch's flex:
 
 - blocks_of_128: q, k and v as [1, H, S / 128, 128, D], flattened in the compiled function: the kernels then know that
   the length is a multiple of 128, and may drop the checks at its end.
@@ -63,7 +63,7 @@ from benchmarks.record import run
 from benchmarks.turns import by_turns
 from benchmarks.update import uneven
 from flexpg import PrefixTree, attention, block_mask, shared_cost
-from flexpg.attention.flex import RECOMPILE_LIMIT
+from flexpg.backends.flex import RECOMPILE_LIMIT
 from flexpg.tree import BLOCK
 
 CASES = {

@@ -37,7 +37,7 @@ from benchmarks.record import run
 from benchmarks.update import Case as Lengths
 from benchmarks.update import Group, Way, update, ways
 from flexpg import PrefixTree, activation_bytes, dense_cost, shared_cost
-from flexpg.integrations.torchtune_shape import shape_of
+from flexpg.analysis.torchtune_shape import shape_of
 
 MIB = 2**20
 

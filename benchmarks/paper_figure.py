@@ -3,7 +3,7 @@
     python -m benchmarks.paper_figure                      # everything; about five minutes on one core
     python -m benchmarks.paper_figure --picture-only       # draws docs/paper_figure.png from the last results
 
-Counted: `flexpg.cost` for the layers of Qwen2.5-7B, as the paper names no model; logits of completion tokens are the
+Counted: `flexpg.analysis.flops` for the layers of Qwen2.5-7B, as the paper names no model; logits of completion tokens are the
 same work both ways, and are counted apart. Measured: seconds of a forward and backward of a small model on one core,
 prompts of 512 tokens, both ways by turns in one process. The unshared way is a fair one: the model's own forward on a
 batch without padding, and logits of completion tokens alone, made by the same function as the shared ones.
@@ -27,9 +27,9 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
 from benchmarks.record import RESULTS, save
-from flexpg.cost import Cost, ModelShape, dense_cost, shared_cost, update_flops
+from flexpg.analysis.flops import Cost, ModelShape, dense_cost, shared_cost, update_flops
+from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.integrations import torchtune as shared
-from flexpg.integrations.torchtune_shape import shape_of
 from flexpg.logprobs import token_logprobs
 from flexpg.tree import PrefixTree
 
@@ -75,7 +75,7 @@ def flops_of(update: Callable[[], object]) -> int:
 
 
 def _flash_flops() -> dict[object, Callable[..., int]]:
-    """Of visible pairs alone, as in `flexpg.cost`: 4 D in the forward, 8 D in the backward."""
+    """Of visible pairs alone, as in `flexpg.analysis.flops`: 4 D in the forward, 8 D in the backward."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, is_causal: bool = False, **_: object) -> int:
         rows, columns = q.shape[-2], k.shape[-2]

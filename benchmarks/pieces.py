@@ -3,7 +3,7 @@
     python -m benchmarks.pieces
     python -m benchmarks.pieces --tiny             # seconds, to see that it works
 
-flexpg/attention/split.py computes a group as causal pieces, the prompt's and each completion's, and one rectangle: all
+flexpg/backends/split.py computes a group as causal pieces, the prompt's and each completion's, and one rectangle: all
 completions' queries, the prompt's keys. Beside what it does (left) stands what it might do:
 
 - prompt whole, or cut into chunks of 512 tokens, where more of the work is in rectangles.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.record import run
 from benchmarks.turns import by_turns, median, ratio
-from flexpg.attention.split import _flash, _flash_backward
+from flexpg.backends.split import _flash, _flash_backward
 
 CHUNK = 512
 

@@ -46,7 +46,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.record import run
 from flexpg import PrefixTree, block_mask
-from flexpg.attention import attention
+from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask
 
 HEAD_DIM = 64

@@ -44,9 +44,9 @@ from benchmarks.models import decoder
 from benchmarks.record import run
 from benchmarks.turns import by_turns, median, ratio
 from flexpg import PrefixTree, dense_cost, grpo_loss, shared_cost, token_logprobs
-from flexpg.cost import update_flops
+from flexpg.analysis.flops import update_flops
+from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.integrations import torchtune as shared
-from flexpg.integrations.torchtune_shape import shape_of
 
 
 @dataclass(frozen=True)

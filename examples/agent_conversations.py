@@ -18,7 +18,7 @@ import flexpg
 from flexpg import Cost, PrefixTree, Rollouts, dense_cost, shared_cost
 from flexpg.conversations import Conversation, conversation_rollouts
 from flexpg.integrations.transformers import forward, output, register
-from flexpg.tasks import tau_bench
+from flexpg.training.tasks import tau_bench
 
 DATA = Path(__file__).parent / "data"
 MARKS = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]

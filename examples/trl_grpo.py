@@ -11,7 +11,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig
 
 from flexpg.integrations.trl import SharedPrefixGRPOTrainer
-from flexpg.tasks import arithmetic, arithmetic_reward
+from flexpg.training.tasks import arithmetic, arithmetic_reward
 
 CHECKPOINT = "recipes/assets/tiny"
 CONFIG = GRPOConfig(

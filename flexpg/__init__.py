@@ -10,9 +10,7 @@ Axes, everywhere in this package:
 True means "counts" in every mask.
 """
 
-from flexpg.attention import attention
-from flexpg.conversations import Conversation, conversation_rollouts
-from flexpg.cost import (
+from flexpg.analysis.flops import (
     Cost,
     Flops,
     ModelShape,
@@ -22,16 +20,18 @@ from flexpg.cost import (
     shared_cost,
     update_flops,
 )
+from flexpg.analysis.report import Report, report
+from flexpg.backends.dispatch import attention
+from flexpg.conversations import Conversation, conversation_rollouts
 from flexpg.logprobs import token_logprobs, token_logprobs_and_entropies
 from flexpg.losses import grpo_loss, loss_normalizer
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
 from flexpg.packing import MicroBatch, pack, recomputed_tokens, runs
-from flexpg.prefix import EncodedPrefix
-from flexpg.report import Report, report
+from flexpg.prefix_cache import EncodedPrefix
 from flexpg.rollouts import Rollouts, group_advantages
 from flexpg.sampling import Samples, SamplingParams, sample
-from flexpg.self_check import SelfCheck, SelfCheckError, self_check
 from flexpg.tree import PrefixTree
+from flexpg.verify import SelfCheck, SelfCheckError, self_check
 
 __version__ = "0.1.0"
 

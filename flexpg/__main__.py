@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexpg.cost import ModelShape
+    from flexpg.analysis.flops import ModelShape
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -102,9 +102,9 @@ def run_report(args: argparse.Namespace) -> None:
     try:
         from rich.console import Console
 
-        from flexpg.plot import plot_report
-        from flexpg.report import MAX_TOKENS, report
-        from flexpg.rollout_file import read_rollouts
+        from flexpg.analysis.plots import plot_report
+        from flexpg.analysis.report import MAX_TOKENS, report
+        from flexpg.analysis.rollout_files import read_rollouts
     except ImportError as error:
         raise ImportError(f"{error}; a report needs more than flexpg alone: pip install 'flexpg[report]'") from error
     if not args.file.is_file():
@@ -133,8 +133,8 @@ def _shape(path: Path) -> ModelShape:
 
 
 def _shape_of_checkpoint(path: Path) -> ModelShape:
-    from flexpg.integrations.transformers_files import local_config
-    from flexpg.integrations.transformers_shape import shape_of
+    from flexpg.analysis.transformers_files import local_config
+    from flexpg.analysis.transformers_shape import shape_of
 
     config = local_config(path)
     try:
@@ -149,8 +149,8 @@ def _shape_of_recipe(path: Path) -> ModelShape:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
-    from flexpg.integrations.torchtune_models import model_shape
-    from flexpg.integrations.torchtune_shape import shape_of
+    from flexpg.analysis.torchtune_shape import shape_of
+    from flexpg.training.models import model_shape
 
     try:
         config = OmegaConf.load(path)
@@ -172,13 +172,13 @@ def _said(error: Exception) -> str:
 def _tokenizer(args: argparse.Namespace) -> dict[str, Any]:
     """What `read_rollouts` takes of a tokenizer: nothing, where none was named and the model's folder holds none."""
     if str(args.tokenizer) == "bytes":
-        from flexpg.tasks import ByteTokenizer
+        from flexpg.training.tasks import ByteTokenizer
 
         return {"encode": ByteTokenizer().encode}
     folder = args.tokenizer or (args.model.parent if args.model.is_file() else args.model)
     if args.tokenizer is None and args.model.suffix in (".yaml", ".yml"):
         return {}
-    from flexpg.integrations.transformers_files import has_tokenizer, local_tokenizer
+    from flexpg.analysis.transformers_files import has_tokenizer, local_tokenizer
 
     if args.tokenizer is None and not has_tokenizer(folder):
         return {}

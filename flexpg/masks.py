@@ -87,7 +87,7 @@ def dense_mask(end: Tensor) -> Tensor:
 
 
 class KeyValues(Protocol):
-    """Keys and values of an earlier forward, per layer; `flexpg.prefix.EncodedPrefix` is one."""
+    """Keys and values of an earlier forward, per layer; `flexpg.prefix_cache.EncodedPrefix` is one."""
 
     tree: PrefixTree
 

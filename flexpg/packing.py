@@ -5,7 +5,7 @@ whatever has most in common is put together first, and where it does not fit one
 takes the next largest (best fit, decreasing). So system prompts, few-shot blocks and the turns of a conversation are
 encoded as seldom as the budget allows.
 
-A group over the budget becomes a run: several micro-batches of one prompt, which `flexpg.prefix` encodes once.
+A group over the budget becomes a run: several micro-batches of one prompt, which `flexpg.prefix_cache` encodes once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import groupby, pairwise
 import numpy as np
 import torch
 
-from flexpg.cost import Cost, causal_cost, shared_cost
+from flexpg.analysis.flops import Cost, causal_cost, shared_cost
 from flexpg.rollouts import Rollouts, checked_indices, checked_rollouts
 from flexpg.scalars import is_whole
 from flexpg.tree import PrefixTree, common_prefix, sorted_order
@@ -38,7 +38,7 @@ class MicroBatch:
         rank: the process that it is meant for.
         run: number of its run; the runs of all processes are alike in their number and their numbers of micro-batches.
         prefix_tokens: of the prompt that the micro-batches of its run have in common, and that needs to be encoded but
-            once (`flexpg.prefix`); 0 where the group is whole. A micro-batch can do without the others all the same.
+            once (`flexpg.prefix_cache`); 0 where the group is whole. A micro-batch can do without the others all the same.
         is_idle: it keeps a process in step with the others: two tokens of rollout `indices[0]`, and none is trained.
     """
 

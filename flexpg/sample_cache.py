@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpg.attention import attention
+from flexpg.backends.dispatch import attention
 from flexpg.masks import block_mask
 from flexpg.tree import BLOCK, PrefixTree
 

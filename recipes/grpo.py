@@ -40,15 +40,17 @@ from flexpg import (
     pack,
     sample,
 )
-from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
-from flexpg.distributed import World
-from flexpg.failures import OutOfMemory, not_finite, within_memory
+from flexpg.analysis.plots import plot_run
+from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.integrations import torchtune as shared
-from flexpg.integrations import torchtune_models as models
-from flexpg.integrations import torchtune_setup as tune
-from flexpg.integrations.torchtune_shape import shape_of
-from flexpg.layers import uncompiled
-from flexpg.metrics import (
+from flexpg.layer_hooks import uncompiled
+from flexpg.packing import runs
+from flexpg.training import models
+from flexpg.training import setup as tune
+from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
+from flexpg.training.distributed import World
+from flexpg.training.failures import OutOfMemory, not_finite, within_memory
+from flexpg.training.metrics import (
     cost_metrics,
     evaluated,
     peak_memory_gib,
@@ -58,10 +60,8 @@ from flexpg.metrics import (
     sharing_pays,
     summary,
 )
-from flexpg.packing import runs
-from flexpg.plot import plot_run
-from flexpg.rewards import RewardError, named_rewards, score
-from flexpg.self_check import SelfCheckError, check_run
+from flexpg.training.rewards import RewardError, named_rewards, score
+from flexpg.verify import SelfCheckError, check_run
 
 # What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)

@@ -26,8 +26,8 @@ from torchtune.modules import TransformerDecoder
 
 from flexpg import PrefixTree, SamplingParams, sample, token_logprobs
 from flexpg.integrations import torchtune as flexpg_torchtune
-from flexpg.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward
-from flexpg.tasks.arithmetic import operands, worked, worked_examples
+from flexpg.training.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward
+from flexpg.training.tasks.arithmetic import operands, worked, worked_examples
 
 TOKENIZER = ByteTokenizer()
 SHAPE = dict(

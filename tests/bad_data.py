@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import torch
 
 from flexpg import Conversation, conversation_rollouts
+from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.conversations import template_messages
-from flexpg.rewards import (
+from flexpg.training.rewards import (
     Reward,
     RewardError,
     named_rewards,
@@ -23,9 +24,8 @@ from flexpg.rewards import (
     score,
     short_enough,
 )
-from flexpg.rollout_file import read_rollouts
-from flexpg.tasks import ByteTokenizer, arithmetic, gsm8k, problems
-from flexpg.tasks.tau_bench import tau_bench
+from flexpg.training.tasks import ByteTokenizer, arithmetic, gsm8k, problems
+from flexpg.training.tasks.tau_bench import tau_bench
 
 NAN, INF = math.nan, math.inf
 PROMPTED = {"prompt": [1, 2], "completions": [[3]]}
@@ -94,7 +94,7 @@ def scored(value):
 
 
 def matches(**options):
-    return reward("format", "flexpg.rewards.matches", **options)
+    return reward("format", "flexpg.training.rewards.matches", **options)
 
 
 LINES = [
@@ -219,13 +219,29 @@ PROBLEMS = [
 ]
 REWARDS = [
     ("no module", lambda: reward("r", "no_such.f"), ValueError, "reward 'r'", "cannot be imported: No module named"),
-    ("no function", lambda: reward("r", "flexpg.rewards.none"), ValueError, "module 'flexpg.rewards' has no attribute"),
+    (
+        "no function",
+        lambda: reward("r", "flexpg.training.rewards.none"),
+        ValueError,
+        "module 'flexpg.training.rewards' has no attribute",
+    ),
     ("nothing", lambda: reward("r", ""), ValueError, "reward 'r': function is '', which cannot be imported"),
     ("None", lambda: reward("r", None), ValueError, "reward 'r': function is None; name it as 'module.function'"),
     ("a number", lambda: reward("r", "math.pi"), ValueError, "function is 'math.pi', a float; name a function"),
-    ("a module", lambda: reward("r", "flexpg.rewards"), ValueError, "'flexpg.rewards', a module; name a function"),
+    (
+        "a module",
+        lambda: reward("r", "flexpg.training.rewards"),
+        ValueError,
+        "'flexpg.training.rewards', a module; name a function",
+    ),
     ("no signature", lambda: reward("r", "builtins.str"), ValueError, "str does not tell its arguments; wrap it in a"),
-    ("an option missing", lambda: matches(), ValueError, "reward 'format': flexpg.rewards.matches(", "'pattern'"),
+    (
+        "an option missing",
+        lambda: matches(),
+        ValueError,
+        "reward 'format': flexpg.training.rewards.matches(",
+        "'pattern'",
+    ),
     ("an option too many", lambda: matches(pattern="a", flags=2), ValueError, "unexpected keyword argument 'flags'"),
     ("an option twice", lambda: matches(completion="a"), ValueError, "multiple values for argument 'completion'"),
     ("a weight of NaN", lambda: Reward("r", len, NAN), ValueError, "reward 'r': weight is nan; give a finite number"),

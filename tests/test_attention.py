@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from unshared import LargestTensor, random_sequences, relative_error, unshared_attention
 
-from flexpg.attention import attention, flex
+from flexpg.backends import flex
+from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask, block_mask, group_block_mask
 from flexpg.tree import PrefixTree
 

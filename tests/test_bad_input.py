@@ -34,7 +34,8 @@ from flexpg import (
     token_logprobs,
     tree_mask_mod,
 )
-from flexpg.integrations import torchtune, torchtune_shape, transformers_shape
+from flexpg.analysis import torchtune_shape, transformers_shape
+from flexpg.integrations import torchtune
 from flexpg.integrations import transformers as integration
 
 NAN, INF = math.nan, math.inf

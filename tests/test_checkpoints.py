@@ -26,8 +26,8 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 from unshared import VOCAB, tiny_model
 
-from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
-from flexpg.distributed import World
+from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
+from flexpg.training.distributed import World
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -47,7 +47,7 @@ def test_the_help_of_report_names_every_option_and_what_stands_in_the_file(capsy
 
 
 def test_ls_imports_nothing_that_a_report_needs():
-    lazy = "{'rich', 'matplotlib', 'transformers', 'torchtune', 'omegaconf', 'flexpg.plot'}"
+    lazy = "{'rich', 'matplotlib', 'transformers', 'torchtune', 'omegaconf', 'flexpg.analysis.plots'}"
     command = f"import sys; from flexpg.__main__ import main; main(['ls']); assert not {lazy} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

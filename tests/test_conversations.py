@@ -19,7 +19,7 @@ from examples.agent_conversations import small_model, trained_tokenizer
 from flexpg import PrefixTree, dense_cost, group_advantages, pack, shared_cost
 from flexpg.conversations import Conversation, conversation_rollouts, template_messages
 from flexpg.integrations.transformers import register
-from flexpg.tasks import tau_bench
+from flexpg.training.tasks import tau_bench
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "examples" / "data" / "tau_bench_sample.json"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.paper_figure import GROUPS, NAMED, PROMPTS, PUBLISHED, RATIOS, SHAPES, counted_ratio
-from flexpg.cost import (
+from flexpg.analysis.flops import (
     Cost,
     Flops,
     ModelShape,

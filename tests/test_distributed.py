@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 
-from flexpg.distributed import World
+from flexpg.training.distributed import World
 
 CPU = torch.device("cpu")
 

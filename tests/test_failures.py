@@ -15,9 +15,9 @@ from torch import Tensor
 from unshared import tiny_model
 
 from benchmarks.sharing import recipe
-from flexpg.failures import NotFinite, OutOfMemory, gradient_norms, within_memory
 from flexpg.losses import grpo_loss
-from flexpg.self_check import SelfCheckError
+from flexpg.training.failures import NotFinite, OutOfMemory, gradient_norms, within_memory
+from flexpg.verify import SelfCheckError
 from recipes.grpo import RUN_ERRORS, recipe_main
 
 ROOT = Path(__file__).parent.parent

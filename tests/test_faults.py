@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from torchtune._cli import tune
 
 from benchmarks.sharing import recipe
-from flexpg.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
-from flexpg.distributed import World
+from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
+from flexpg.training.distributed import World
 from recipes.grpo import recipe_main
 from tests.processes import run_processes, start_command
 from tests.test_checkpoints import ALONE, CPU, flip, sharded
@@ -288,7 +288,7 @@ FUNCTIONS = """
 import os
 import zlib
 
-from flexpg.tasks import arithmetic, arithmetic_reward
+from flexpg.training.tasks import arithmetic, arithmetic_reward
 
 
 def spread(completion, answer):

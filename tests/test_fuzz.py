@@ -49,18 +49,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from unshared import VOCAB, in_float64, tiny_model, unshared_attention, unshared_logprobs
 
-from flexpg.attention import attention
+from flexpg.analysis.rollout_files import read_rollouts
+from flexpg.backends.dispatch import attention
 from flexpg.conversations import Conversation, conversation_rollouts, template_messages
 from flexpg.integrations import torchtune as shared
-from flexpg.integrations import torchtune_setup as tune
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss, loss_normalizer
 from flexpg.masks import block_mask, dense_mask
 from flexpg.packing import MicroBatch, encoded_tokens, pack, runs
-from flexpg.rewards import named_rewards
-from flexpg.rollout_file import read_rollouts
 from flexpg.rollouts import Rollouts, ScaleRewards, group_advantages
 from flexpg.sampling import SamplingParams, sample
+from flexpg.training import setup as tune
+from flexpg.training.rewards import named_rewards
 from flexpg.tree import BLOCK, PrefixTree
 from recipes.grpo import SETUP_ERRORS, GRPORecipe
 

@@ -16,31 +16,33 @@ ORDER = [
     "scalars",
     "rollouts",
     "tree",
-    "cost",
+    "analysis.flops",
     "packing",
     "masks",
-    "attention.dense",
-    "attention.flex",
-    "attention.split",
-    "attention",
-    "prefix",
+    "backends.dense",
+    "backends.flex",
+    "backends.split",
+    "backends",
+    "prefix_cache",
     "logprobs",
     "losses",
     "sample_cache",
     "sampling",
-    "rewards",
-    "metrics",
+    "training.rewards",
+    "training.metrics",
     "conversations",
-    "rollout_file",
-    "report",
-    "plot",
-    "tasks",
-    "distributed",
-    "checkpoints",
-    "failures",
+    "analysis.rollout_files",
+    "analysis.report",
+    "analysis.plots",
+    "training.tasks",
+    "training.distributed",
+    "training.checkpoints",
+    "training.failures",
     "integrations",
-    "layers",
-    "self_check",
+    "analysis",
+    "training",
+    "layer_hooks",
+    "verify",
     "__main__",
 ]
 INTEGRATED = {"torchtune", "transformers", "trl"}  # each imported by flexpg/integrations/<its name>*.py alone
@@ -53,7 +55,7 @@ environment = dict(os.environ)
 start = time.perf_counter()
 import flexpg
 seconds = time.perf_counter() - start
-import flexpg.rewards, flexpg.tasks
+import flexpg.training.rewards, flexpg.training.tasks
 assert dict(os.environ) == environment, "changed environment variables"
 unwanted = {"torchtune", "torchao", "transformers", "trl", "matplotlib", "rich", "datasets"} & set(sys.modules)
 assert not unwanted, unwanted

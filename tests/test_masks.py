@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from unshared import random_sequences
 
-from flexpg.attention import attention
+from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
-from flexpg.prefix import EncodedPrefix
+from flexpg.prefix_cache import EncodedPrefix
 from flexpg.tree import BLOCK, PrefixTree
 
 KV_TABLES = [("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")]

@@ -26,8 +26,8 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 from unshared import in_float64, relative_error, tiny_model, unshared_logprobs
 
-from flexpg.attention import attention
-from flexpg.attention import flex as flex_kernels
+from flexpg.backends import flex as flex_kernels
+from flexpg.backends.dispatch import attention
 from flexpg.integrations import torchtune, transformers
 from flexpg.logprobs import token_logprobs
 from flexpg.losses import grpo_loss, loss_normalizer

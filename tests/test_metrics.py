@@ -9,10 +9,10 @@ import pytest
 import torch
 from processes import run_processes
 
-from flexpg.cost import ModelShape
-from flexpg.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, sharing_pays, summary
+from flexpg.analysis.flops import ModelShape
 from flexpg.packing import MicroBatch, pack
 from flexpg.rollouts import Rollouts
+from flexpg.training.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, sharing_pays, summary
 
 
 def rollouts_of(prompts: list[list[int]], completions: list[list[int]], groups: list[int], rewards: list[float]):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from unshared import VOCAB, tiny_model
 
-from flexpg.cost import dense_cost, group_cost
+from flexpg.analysis.flops import dense_cost, group_cost
 from flexpg.integrations.torchtune import logprobs, unshared_logprobs
 from flexpg.losses import grpo_loss
 from flexpg.packing import PAIRS_PER_TOKEN, MicroBatch, encoded_tokens, pack, recomputed_tokens, runs

@@ -9,9 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from flexpg.cost import ModelShape
-from flexpg.masks import block_mask, dense_mask
-from flexpg.plot import (
+from flexpg.analysis.flops import ModelShape
+from flexpg.analysis.plots import (
     _block_kinds,
     _draw_segments,
     _label_segments,
@@ -25,7 +24,8 @@ from flexpg.plot import (
     plot_savings,
     plot_tree,
 )
-from flexpg.report import report
+from flexpg.analysis.report import report
+from flexpg.masks import block_mask, dense_mask
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 

@@ -14,13 +14,13 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 from unshared import VOCAB, in_float64, relative_error, tiny_model, unshared_attention, unshared_logprobs
 
-from flexpg.attention import attention
+from flexpg.backends.dispatch import attention
 from flexpg.integrations import torchtune as tune
 from flexpg.integrations import transformers as integration
 from flexpg.logprobs import token_logprobs
 from flexpg.masks import block_mask, dense_mask
 from flexpg.packing import pack, runs
-from flexpg.prefix import EncodedPrefix, _apart
+from flexpg.prefix_cache import EncodedPrefix, _apart
 from flexpg.rollouts import Rollouts
 from flexpg.tree import BLOCK, PrefixTree
 
@@ -219,7 +219,7 @@ def test_positions_that_begin_anew_behind_the_prefix_show(monkeypatch):
         vars(apart)["position_ids"] = (apart.position_ids - length).clamp(min=0)
         return apart
 
-    monkeypatch.setattr("flexpg.prefix._apart", flat)
+    monkeypatch.setattr("flexpg.prefix_cache._apart", flat)
     assert relative_error(by_parts(model, prompt, completions, weights)[0], expected) > 1e-3
 
 

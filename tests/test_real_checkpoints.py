@@ -27,8 +27,8 @@ from torchtune.modules.peft import get_adapter_params
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpg import Rollouts
-from flexpg.integrations.torchtune_setup import completion_text, component, prompt_tokens
-from flexpg.tasks import ByteTokenizer
+from flexpg.training.setup import completion_text, component, prompt_tokens
+from flexpg.training.tasks import ByteTokenizer
 from recipes.grpo import SETUP_ERRORS, GRPORecipe
 from tests.test_checkpoints import flip
 from tests.test_faults import Touch
@@ -476,7 +476,7 @@ def test_a_damaged_tokenizer_is_named_before_anything_is_trained(folders, tmp_pa
 def test_a_damaged_data_file_is_named_with_its_line_before_anything_is_trained(tmp_path, damage, message):
     rows = "".join(json.dumps({"question": f"{n}+0", "answer": str(n)}) + "\n" for n in range(40)).encode()
     (tmp_path / "rows.jsonl").write_bytes(damage(rows))
-    data = {"_component_": "flexpg.tasks.problems", "source": str(tmp_path / "rows.jsonl")}
+    data = {"_component_": "flexpg.training.tasks.problems", "source": str(tmp_path / "rows.jsonl")}
     data |= {"template": "{question}", "answer": "{answer}", "size": 8}
     with pytest.raises(SETUP_ERRORS, match=f"^train_problems: .*{message}") as caught:
         component("train_problems", OmegaConf.create({"train_problems": data}))

@@ -16,7 +16,7 @@ from transformers import Qwen2ForCausalLM
 from benchmarks.sharing import parameter_difference, recipe, run_both, token_ratio
 from flexpg import group_advantages, grpo_loss
 from flexpg.integrations.torchtune import unshared_logprobs
-from flexpg.rewards import RewardError
+from flexpg.training.rewards import RewardError
 from recipes.grpo import GRPORecipe
 
 ROOT = Path(__file__).parent.parent
@@ -314,7 +314,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run_before_the_update(tmp_path)
     ("pays", "says"), [(1.05, "prompts are shared, for"), (1e9, "every prompt is encoded once per")]
 )
 def test_auto_shares_where_it_pays_says_so_once_and_logs_the_ratio(tmp_path, capsys, monkeypatch, pays, says):
-    monkeypatch.setattr("flexpg.metrics.PAYS", pays)
+    monkeypatch.setattr("flexpg.training.metrics.PAYS", pays)
     shared = str(pays < 2).lower()
     runs = [recipe(TINY, True, tmp_path / name, [*SMALL, f"sharing={name}"]) for name in ("auto", shared)]
     pairs = run_both(*runs, 2)

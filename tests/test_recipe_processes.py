@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtune._cli import tune
 
 from benchmarks.sharing import recipe
-from flexpg.checkpoints import checkpoints
-from flexpg.integrations.torchtune_models import WHOLE
+from flexpg.training.checkpoints import checkpoints
+from flexpg.training.models import WHOLE
 from recipes.grpo import SETUP_ERRORS, recipe_main
 from tests.processes import run_processes, start_command
 from tests.test_recipe import LORA, TINY

@@ -10,11 +10,11 @@ import torch
 from matplotlib.image import imread
 
 from flexpg.__main__ import main
+from flexpg.analysis.flops import Cost, ModelShape, activation_bytes, shared_cost, update_flops
+from flexpg.analysis.report import Comparison, Packed, Work, report, short_bytes, short_count
+from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.conversations import Conversation, conversation_rollouts
-from flexpg.cost import Cost, ModelShape, activation_bytes, shared_cost, update_flops
 from flexpg.packing import encoded_tokens, pack, recomputed_tokens
-from flexpg.report import Comparison, Packed, Work, report, short_bytes, short_count
-from flexpg.rollout_file import read_rollouts
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpg.rewards import (
+from flexpg.training.rewards import (
     Reward,
     RewardError,
     final_number,
@@ -198,7 +198,7 @@ def test_short_enough_is_1_up_to_the_limit_and_0_from_twice_the_limit():
 
 
 def test_a_reward_is_its_function_with_the_options_filled_in():
-    term = reward("format", "flexpg.rewards.matches", weight=0.2, pattern="a")
+    term = reward("format", "flexpg.training.rewards.matches", weight=0.2, pattern="a")
     assert (term.name, term.weight, term.function("cat", ""), term.function("dog", "")) == ("format", 0.2, 1.0, 0.0)
 
 

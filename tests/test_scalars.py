@@ -22,7 +22,7 @@ from flexpg import (
     sample,
 )
 from flexpg.integrations import torchtune
-from flexpg.rewards import Reward
+from flexpg.training.rewards import Reward
 
 LOGPROBS = torch.tensor([[0.0, -0.5], [-1.0, -0.2]])
 MASK = torch.ones(2, 2).bool()

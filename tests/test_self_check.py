@@ -20,7 +20,7 @@ from flexpg.integrations.transformers import register
 from flexpg.masks import TreeBlockMask, dense_mask
 from flexpg.packing import pack, runs
 from flexpg.rollouts import Rollouts
-from flexpg.self_check import SelfCheck, SelfCheckError, check_run, self_check
+from flexpg.verify import SelfCheck, SelfCheckError, check_run, self_check
 
 WINDOW = 30
 

@@ -23,11 +23,11 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from unshared import tiny_model
 
 from benchmarks.paper_figure import SHAPES, flops_of, updates
-from flexpg.cost import Cost, ModelShape, activation_bytes, dense_cost, shared_cost, update_flops
+from flexpg.analysis.flops import Cost, ModelShape, activation_bytes, dense_cost, shared_cost, update_flops
+from flexpg.analysis.torchtune_shape import shape_of as torchtune_shape
+from flexpg.analysis.transformers_shape import shape_of as transformers_shape
 from flexpg.integrations import torchtune as shared_torchtune
 from flexpg.integrations import transformers as shared_transformers
-from flexpg.integrations.torchtune_shape import shape_of as torchtune_shape
-from flexpg.integrations.transformers_shape import shape_of as transformers_shape
 from flexpg.logprobs import token_logprobs
 from flexpg.tree import PrefixTree
 

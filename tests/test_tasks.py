@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from flexpg.tasks import ByteTokenizer, arithmetic, arithmetic_reward, gsm8k, problems
-from flexpg.tasks.arithmetic import worked
+from flexpg.training.tasks import ByteTokenizer, arithmetic, arithmetic_reward, gsm8k, problems
+from flexpg.training.tasks.arithmetic import worked
 from recipes import warm_start
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 
-from flexpg.integrations import trl_forward
 from flexpg.integrations.trl import (
     SharedPrefixDPOTrainer,
     SharedPrefixGRPOTrainer,
@@ -39,7 +38,8 @@ from flexpg.integrations.trl import (
     regrouped,
     share_prefixes,
 )
-from flexpg.integrations.trl_forward import packed_rows
+from flexpg.integrations.trl import forward as trl_forward
+from flexpg.integrations.trl.forward import packed_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*removed in v6:FutureWarning")  # TRL's use of transformers
 

@@ -21,12 +21,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
-from flexpg.attention import attention
+from flexpg.backends.dispatch import attention
 from flexpg.logprobs import logprobs_alone as each_alone
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
-from flexpg.prefix import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
+from flexpg.prefix_cache import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
 from flexpg.rollouts import Rollouts
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
@@ -77,7 +77,7 @@ def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
 
 
 def encode_run(model: TransformerDecoder, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:
-    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix.encoded_run`.
+    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix_cache.encoded_run`.
 
     Args:
         model: as in `forward`.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexpg.cost import (
+from flexpg.analysis.flops import (
     Cost,
     ModelShape,
     activation_bytes,
@@ -84,7 +84,7 @@ class Packed:
 
     Attributes:
         micro_batches: of the shared update.
-        tokens: encoded in all of them; where a group is over the budget, its prompt once (`flexpg.prefix`).
+        tokens: encoded in all of them; where a group is over the budget, its prompt once (`flexpg.prefix_cache`).
         recomputed_tokens: of those, what one packed row of everything would not encode again.
         flops: of all of them.
         peak_activation_bytes: of the micro-batch that needs most.

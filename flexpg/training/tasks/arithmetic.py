@@ -15,7 +15,7 @@ import re
 import zlib
 from typing import Literal
 
-from flexpg.tasks.problem import Problem
+from flexpg.training.tasks.problem import Problem
 
 MIN_PROMPT_BYTES = 256
 _FINAL_ANSWER = re.compile(r" =(\d+)\s*$")

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from flexpg.cost import dense_cost, group_cost, shared_cost
+from flexpg.analysis.flops import dense_cost, group_cost, shared_cost
+from flexpg.analysis.report import Comparison, Packed, Report, ratios, short_count
 from flexpg.masks import block_mask, tree_mask_mod
-from flexpg.report import Comparison, Packed, Report, ratios, short_count
 from flexpg.rollouts import Rollouts
 from flexpg.tree import BLOCK, PrefixTree
 
@@ -148,7 +148,7 @@ def plot_report(path: Path, found: Report) -> None:
 
     Args:
         path: picture to write.
-        found: what `flexpg.report.report` gave.
+        found: what `flexpg.analysis.report.report` gave.
     """
     figure = Figure(figsize=(10.4, 8.0), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(9, 8))

@@ -32,9 +32,9 @@ from torchtune.modules.peft import (
     set_trainable_params,
 )
 
-from flexpg.checkpoints import CheckpointError, differences
-from flexpg.distributed import World, one_line
-from flexpg.integrations.torchtune_setup import component
+from flexpg.training.checkpoints import CheckpointError, differences
+from flexpg.training.distributed import World, one_line
+from flexpg.training.setup import component
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)

@@ -24,13 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from flexpg.attention import attention
-from flexpg.integrations.transformers_checks import NAME, causal_lm, packed_forward, reached
+from flexpg.backends.dispatch import attention
+from flexpg.integrations.transformers.checks import NAME, causal_lm, packed_forward, reached
 from flexpg.logprobs import logprobs_alone as each_alone
 from flexpg.logprobs import token_logprobs_and_entropies
 from flexpg.masks import TreeBlockMask
 from flexpg.packing import MicroBatch
-from flexpg.prefix import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
+from flexpg.prefix_cache import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree, Tokens
 
@@ -104,7 +104,7 @@ def encode_prefix(model: nn.Module, tokens: Tokens) -> EncodedPrefix:
 
 
 def encode_run(model: nn.Module, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:
-    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix.encoded_run`.
+    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix_cache.encoded_run`.
 
     Args:
         model: as in `encode_prefix`.

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpg.integrations.trl_forward import share_prefixes  # before TRL, whose other versions it refuses in words
+from flexpg.integrations.trl.forward import share_prefixes  # before TRL, whose other versions it refuses in words
 
 # isort: split
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-from flexpg.integrations.transformers_checks import check_no_dropout
+from flexpg.integrations.transformers.checks import check_no_dropout
 from flexpg.tree import PrefixTree
 
 __all__ = ["SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer", "SharedPrefixRLOOTrainer", "share_prefixes"]

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from flexpg.distributed import World, one_line
+from flexpg.training.distributed import World, one_line
 
 # What is not trained can be loaded from where it came. Strict loading would miss it; names are compared here instead.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flexpg.tasks.dataset import problems
-from flexpg.tasks.problem import Problem
+from flexpg.training.tasks.dataset import problems
+from flexpg.training.tasks.problem import Problem
 
 _FINAL_ANSWER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 

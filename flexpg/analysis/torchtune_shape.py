@@ -1,4 +1,4 @@
-"""The shape of a torchtune decoder, of which `flexpg.cost` makes FLOPs and bytes."""
+"""The shape of a torchtune decoder, of which `flexpg.analysis.flops` makes FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 
-from flexpg.cost import ModelShape
+from flexpg.analysis.flops import ModelShape
 
 
 def shape_of(model: TransformerDecoder, *, with_adapters: bool = False) -> ModelShape:

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flexpg.distributed import World
 from flexpg.packing import MicroBatch
+from flexpg.training.distributed import World
 
 # A micro-batch, its log-probabilities [n, C] under the policy, the old one and the reference, and its loss.
 Scored = tuple[MicroBatch, Tensor, Tensor | None, Tensor | None, float]

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flexpg.attention.dense import dense_attention
-from flexpg.attention.flex import packed_flex_attention
+from flexpg.backends.dense import dense_attention
+from flexpg.backends.flex import packed_flex_attention
 from flexpg.masks import TreeBlockMask, check_lengths
 
 Backend = Literal["auto", "flex", "split", "dense"]
@@ -64,7 +64,7 @@ def attention(
             raise ValueError(
                 f'backend "split" has no softcap or window (got {softcap} and {mask.window}); use "dense" or "auto"'
             )
-        from flexpg.attention.split import split_attention  # at first use: its torch.compiler.disable loads dynamo, 1 s
+        from flexpg.backends.split import split_attention  # at first use: its torch.compiler.disable loads dynamo, 1 s
 
         return split_attention(q, k, v, mask, scale)
     if q.device.type == "cpu":

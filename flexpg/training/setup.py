@@ -20,11 +20,11 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from flexpg.distributed import one_line
 from flexpg.integrations.torchtune import check_fits
 from flexpg.losses import grpo_loss, loss_normalizer
 from flexpg.sampling import SamplingParams
-from flexpg.tasks.problem import Problem
+from flexpg.training.distributed import one_line
+from flexpg.training.tasks.problem import Problem
 from flexpg.tree import BLOCK
 
 NO_TEXT = (KeyError, TypeError, ValueError)  # what tokenizers raise of an id that they do not know

@@ -1,4 +1,4 @@
-"""The shape of a transformers model, of which `flexpg.cost` makes FLOPs and bytes.
+"""The shape of a transformers model, of which `flexpg.analysis.flops` makes FLOPs and bytes.
 
 Configs of different families name the same thing differently, and leave things out; so what can be counted is counted
 in the model's own layers.
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from flexpg.cost import ModelShape
-from flexpg.integrations.transformers_checks import check_architecture
+from flexpg.analysis.flops import ModelShape
+from flexpg.integrations.transformers.checks import check_architecture
 
 
 def shape_of(model_or_config: PreTrainedModel | PretrainedConfig) -> ModelShape:

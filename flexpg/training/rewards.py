@@ -85,7 +85,7 @@ def reward(name: str, function: str, weight: float = 1.0, **options: Any) -> Rew
             module that is none of import, syntax, attribute or value comes through as it is.
 
     Example:
-        >>> short = reward("short", "flexpg.rewards.short_enough", weight=0.1, max_chars=4)
+        >>> short = reward("short", "flexpg.training.rewards.short_enough", weight=0.1, max_chars=4)
         >>> short.function("123456", "6"), short.weight
         (0.5, 0.1)
     """
@@ -148,7 +148,7 @@ def score(
 
     Example:
         >>> length = Reward("length", lambda completion, answer: len(completion), weight=0.5)
-        >>> rewards = [reward("correct", "flexpg.rewards.number_correct"), length]
+        >>> rewards = [reward("correct", "flexpg.training.rewards.number_correct"), length]
         >>> total, values = score(rewards, ["7", "4 + 4 = 8"], ["8", "8"])
         >>> total, values["correct"].mean()
         (tensor([0.5000, 5.5000]), tensor(0.5000))

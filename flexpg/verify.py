@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexpg.failures import gradient_norms
-from flexpg.layers import layer_outputs, layers_moved, uncompiled
+from flexpg.layer_hooks import layer_outputs, layers_moved, uncompiled
 from flexpg.packing import MicroBatch, pack, runs
 from flexpg.rollouts import Rollouts, checked_rollouts
+from flexpg.training.failures import gradient_norms
 from flexpg.tree import PrefixTree
 
 ALLOWANCE = 2.0  # of right models of 20 kinds on a CPU, none strays further than 1.4 times, in bfloat16 0.8

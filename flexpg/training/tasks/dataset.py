@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexpg.tasks.problem import Problem
+from flexpg.training.tasks.problem import Problem
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LOADERS = {".parquet": "parquet", ".csv": "csv"}

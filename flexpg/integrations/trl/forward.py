@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers import register, softcap_of
-from flexpg.integrations.transformers_checks import NAME, causal_lm, check_architecture, packed_forward
-from flexpg.prefix import encoded_row
+from flexpg.integrations.transformers.checks import NAME, causal_lm, check_architecture, packed_forward
+from flexpg.prefix_cache import encoded_row
 from flexpg.tree import PrefixTree
 
 SUPPORTED = "1.16"  # the version of TRL whose fused head this file was written and tested against

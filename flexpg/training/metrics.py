@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexpg.cost import Cost, ModelShape, dense_cost, group_cost, update_flops
+from flexpg.analysis.flops import Cost, ModelShape, dense_cost, group_cost, update_flops
 from flexpg.packing import MicroBatch, encoded_tokens, recomputed_tokens, run_cost, runs
 from flexpg.rollouts import Rollouts
 from flexpg.tree import padded_size

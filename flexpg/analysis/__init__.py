@@ -1,0 +1,1 @@
+"""Cost model, reports and plots; imported by reports and benchmarks."""

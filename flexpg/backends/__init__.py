@@ -1,0 +1,1 @@
+"""Implementations of attention over a prefix tree: flex, split, dense."""

@@ -1,0 +1,1 @@
+"""What the recipes need besides the method; imported by recipes."""
