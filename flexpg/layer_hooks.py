@@ -1,4 +1,4 @@
-"""A model's layers for a while: uncompiled, or with their outputs looked at, or moved."""
+"""Context managers that disable compilation of a model's layers, record their outputs, or perturb them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Hook = Callable[[int, str, Tensor], Tensor | None]  # a layer's number, its name
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, modules that `nn.Module.compile` has compiled, as `torchtune.training.compile_model`, are as they were.
+    """Run modules that `nn.Module.compile` compiled, as `torchtune.training.compile_model` does, without compilation.
 
-    For what has other shapes or masks than training: it would use up the recompilations that training needs.
+    For calls with other shapes or masks than training has: they would use up the recompilations of training.
     """
     compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
     for module in compiled:
@@ -30,12 +30,12 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def layer_outputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> dict[str, Tensor]:
-    """[T, E] of every layer, on the CPU, from one call of the model, by name, the first first.
+def record_layer_outputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> dict[str, Tensor]:
+    """Call a model once and return the output [T, E] of every layer on the CPU, by name, in order.
 
     Args:
-        layers: decoder layers by name, which put out [1, T, E], or a tuple that begins with it.
-        call: runs the model once.
+        layers: Decoder layers by name, which return [1, T, E] or a tuple that begins with it.
+        call: Runs the model once.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -47,36 +47,36 @@ def layer_outputs(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> d
     return outputs
 
 
-def layers_moved(layers: Mapping[str, nn.Module], unit: float) -> AbstractContextManager[None]:
-    """A context in which all that a layer and its parts put out is a relative `unit` more or less, at random.
+def perturb_layer_outputs(layers: Mapping[str, nn.Module], unit: float) -> AbstractContextManager[None]:
+    """Return a context in which every output of a layer and its submodules is multiplied by 1 + unit or 1 - unit.
 
-    The same elements move the same way each time, as activation checkpointing calls a layer again, and no state of
-    random numbers is touched.
+    The signs are random but the same at every call, because activation checkpointing calls a layer twice. The global
+    random number generators are not used.
 
     Args:
-        layers: as in `layer_outputs`.
-        unit: say, `torch.finfo(dtype).eps`.
+        layers: As in `record_layer_outputs`.
+        unit: For instance `torch.finfo(dtype).eps`.
     """
 
-    def move(number: int, name: str, hidden: Tensor) -> Tensor | None:
-        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():  # of a part; say, a router's choice
+    def perturb(number: int, name: str, hidden: Tensor) -> Tensor | None:
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():  # such as a router's choice of experts
             return None
         generator = torch.Generator(hidden.device).manual_seed(number)
         is_up = torch.randint(0, 2, hidden.shape, generator=generator, device=hidden.device)
         return hidden * torch.tensor([1 - unit, 1 + unit], dtype=hidden.dtype, device=hidden.device)[is_up]
 
     parts = {
-        module: f"{name}.{path}"  # by module, as layers may share one
+        module: f"{name}.{path}"  # by module, because layers may share one
         for name, layer in layers.items()
         for path, module in layer.named_modules()
         if module is layer or not list(module.children())
     }
-    return _hooked({name: module for module, name in parts.items()}, move)
+    return _hooked({name: module for module, name in parts.items()}, perturb)
 
 
 @contextmanager
 def _hooked(layers: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
-    """Inside, the hook sees every layer's output, and may give another in its place; no layer is compiled."""
+    """Call a hook with every layer's output, which it may replace; layers must not be compiled."""
 
     def seen(number: int, name: str, module: nn.Module, args: Any, out: Any) -> Any:
         hidden = hook(number, name, out[0] if isinstance(out, tuple) else out)

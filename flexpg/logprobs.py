@@ -1,209 +1,158 @@
-"""Log-probabilities of completion tokens, from the hidden states of a packed row.
+"""Log-probabilities of completion tokens, from the hidden states of a packed sequence.
 
 A token is predicted at its parent in the tree, which for the first token of every completion is the last token of the
-prompt; the token before it in the packed row may belong to a sibling. The output layer is called on the trained
-positions only, a chunk at a time, and again in the backward: neither [S, V] logits nor the prompt's logits ever exist.
+prompt; the token before it in the packed sequence may belong to another completion. The output layer is applied only
+where a token counts in the loss, in chunks that are recomputed in the backward, so neither [S, V] logits nor logits of
+the prompt exist at any time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from flexpg.rollouts import Rollouts
-from flexpg.scalars import is_number, is_whole
-from flexpg.tree import PrefixTree, checked_tree
+from flexpg.tree import PrefixTree
 
-Output = Callable[[Tensor], Tensor]
+OutputLayer = Callable[[Tensor], Tensor]  # [M, E] -> [M, V]
+CHUNK_TOKENS = 1024  # positions whose logits exist at a time
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    output: OutputLayer,
+    tree: PrefixTree,
+    *,
+    prompt_lens: Tensor,
+    loss_mask: Tensor | None = ...,
+    temperature: float = ...,
+    chunk_tokens: int = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    output: OutputLayer,
+    tree: PrefixTree,
+    *,
+    prompt_lens: Tensor,
+    loss_mask: Tensor | None = ...,
+    temperature: float = ...,
+    chunk_tokens: int = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def token_logprobs(
     hidden: Tensor,
-    output: Output,
+    output: OutputLayer,
     tree: PrefixTree,
     *,
     prompt_lens: Tensor,
-    mask: Tensor | None = None,
+    loss_mask: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-) -> Tensor:
-    """Each trained completion token's log-probability, predicted at its parent.
+    chunk_tokens: int = CHUNK_TOKENS,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the log-probability of each completion token, predicted at its parent.
 
     Args:
-        hidden: [1, S, E], the hidden states of the packed row, after the final norm.
-        output: rows [M, E] -> logits [M, V], the model's own output layer with its softcap or scale.
-        tree: the packed row, with tokens.
-        prompt_lens: [N] int, tokens of each sequence that are its prompt; what follows is its completion.
-        mask: [N, C] bool, True where a completion token is trained; None for all of them.
-        temperature: divides the logits.
-        chunk_tokens: trained positions whose logits exist at a time.
+        hidden: [1, S, E], hidden states of the packed sequence after the final norm.
+        output: [M, E] -> logits [M, V], the model's output layer with its softcap or scale.
+        tree: The packed sequence, with tokens.
+        prompt_lens: [N] int64, the prompt's tokens of each sequence; the rest is its completion.
+        loss_mask: [N, C] bool, True where a log-probability is wanted; None for every completion token.
+        temperature: Divides the logits.
+        chunk_tokens: Positions whose logits exist at a time.
+        return_entropy: Also return the entropy of each predicted distribution, in nats and without gradient.
 
     Returns:
-        [N, C] float32 (float64 for float64 hidden), 0 where there is no trained token.
+        [N, C] float32 (float64 for float64 logits), 0 where `loss_mask` is False; with `return_entropy`, two of them.
 
     Raises:
-        ValueError: shapes, lengths, devices, temperature or chunk that do not fit, or logits without some token's.
-        TypeError: an output layer that cannot be called, hidden states or a mask that are no tensor, lengths that are
-            no tensor of integers, or a tree that is none.
+        ValueError: If shapes or lengths do not belong to the tree, or `temperature` is not positive.
     """
-    logprobs, _ = _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=False)
-    return logprobs
+    if list(hidden.shape[:2]) != [1, tree.padded_length]:
+        raise ValueError(f"hidden must be [1, {tree.padded_length}, E] for this tree, got {list(hidden.shape)}")
+    tokens = tree.input_ids[0]
+    prompt_lens = prompt_lens.to(tree.lengths)
+    if prompt_lens.shape != tree.lengths.shape or bool(((prompt_lens < 1) | (prompt_lens >= tree.lengths)).any()):
+        raise ValueError(
+            f"prompt_lens must leave at least one prompt and one completion token of sequences of "
+            f"{tree.lengths.tolist()} tokens, got {prompt_lens.tolist()}"
+        )
+    loss_mask = _completion_loss_mask(tree.lengths - prompt_lens, loss_mask)  # [N, C]
+    sequence, step = loss_mask.nonzero(as_tuple=True)  # [M] each
+    position = prompt_lens[sequence] + step
+    targets = tokens[tree.node[sequence, position]]  # [M]
+    parents = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the targets
+    rows = hidden[0].index_select(0, parents)  # [M, E], once: its backward fills an [S, E] gradient
+    flat = chunked_logprobs(
+        rows, targets, output, temperature=temperature, chunk_tokens=chunk_tokens, return_entropy=return_entropy
+    )
+    logprobs, *entropies = (
+        values.new_zeros(loss_mask.shape).index_put((sequence, step), values) for values in flat
+    )  # [N, C]
+    return (logprobs, entropies[0]) if return_entropy else logprobs
 
 
-def token_logprobs_and_entropies(
-    hidden: Tensor,
-    output: Output,
-    tree: PrefixTree,
+def chunked_logprobs(
+    rows: Tensor,
+    targets: Tensor,
+    output: OutputLayer,
     *,
-    prompt_lens: Tensor,
-    mask: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, with the entropy (nats, no gradient) of each token's distribution at `temperature`.
-
-    Returns:
-        Log-probabilities [N, C] and entropies [N, C], 0 where there is no trained token.
-    """
-    return _scored(hidden, output, tree, prompt_lens, mask, temperature, chunk_tokens, with_entropy=True)
-
-
-def logprobs_alone(
-    hidden: Callable[[Tensor], Tensor],
-    output: Output,
-    rollouts: Rollouts,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-) -> Tensor:
-    """What sharing is checked against: each rollout alone, forward by forward, each token predicted by the one before.
+    chunk_tokens: int = CHUNK_TOKENS,
+    return_entropy: bool = False,
+) -> tuple[Tensor, ...]:
+    """Compute log-probabilities of targets in chunks, whose logits are recomputed in the backward.
 
     Args:
-        hidden: tokens [1, T] -> hidden states [1, T, E], the model's ordinary forward.
-        output: as in `token_logprobs`.
-        rollouts: on the model's device.
-        temperature: divides the logits.
-        chunk_tokens: positions whose logits exist at a time.
+        rows: [M, E] hidden states, each of which predicts one target.
+        targets: [M] int64 token ids.
+        output: [M, E] -> logits [M, V].
+        temperature: Divides the logits.
+        chunk_tokens: Rows whose logits exist at a time.
+        return_entropy: Also return entropies, in nats and without gradient.
 
     Returns:
-        [N, C] float32 (float64 for float64 logits), 0 where there is no trained token.
+        [M] log-probabilities in float32 or better and, with `return_entropy`, [M] entropies.
+
+    Raises:
+        ValueError: If `temperature` is not positive.
     """
-
-    def scored(states: Tensor, targets: Tensor) -> Tensor:
-        logits = output(states)  # [m, V]
-        scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-        return scores.gather(-1, targets[:, None])[:, 0]
-
-    rows = []
-    for tokens, prompt_len in zip(rollouts.sequences, rollouts.prompt_lens.tolist(), strict=True):
-        states = hidden(tokens[None])[0, prompt_len - 1 : -1]  # [T_n, E]
-        chunks = zip(states.split(chunk_tokens), tokens[prompt_len:].split(chunk_tokens), strict=True)
-        rows.append(torch.cat([checkpoint(scored, *chunk, use_reentrant=False) for chunk in chunks]))
-    return pad_sequence(rows, batch_first=True).where(rollouts.trained, 0)
-
-
-def _scored(
-    hidden: Tensor,
-    output: Output,
-    tree: PrefixTree,
-    prompt_lens: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    chunk_tokens: int,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    tokens = checked_tree(tree).token_row()[0]
-    if not isinstance(hidden, Tensor) or not callable(output):
-        raise TypeError(
-            f"hidden is a {type(hidden).__name__} and output a {type(output).__name__}; give a tensor [1, S, E] and "
-            "the output layer, which makes logits [M, V] of rows [M, E]"
-        )
-    if hidden.dim() != 3 or hidden.shape[:2] != (1, len(tree)):
-        raise ValueError(f"hidden is {tuple(hidden.shape)}; the tree's packed row needs [1, {len(tree)}, E]")
-    if hidden.device != tree.end.device:
-        raise ValueError(
-            f"hidden is on {hidden.device} and the tree on {tree.end.device}; move the tree with .to(device)"
-        )
-    if not is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; give a positive number (for greedy samples, 1)")
-    if not is_whole(chunk_tokens):
-        raise ValueError(f"chunk_tokens is {chunk_tokens!r}; give a whole number, 1 or more")
-    prompt_lens = _checked_prompt_lens(tree, prompt_lens)
-    trained = _trained(tree.lengths - prompt_lens, mask)  # [N, C]
-    sequence, step = trained.nonzero(as_tuple=True)  # [M] each
-    position = prompt_lens[sequence] + step
-    target = tokens[tree.node[sequence, position]]  # [M]
-    parent = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the target
-
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; greedy samples are scored at 1")
     entropies: list[Tensor] = []
 
-    def chunk_logprobs(number: int, rows: Tensor, targets: Tensor) -> Tensor:
+    def score(number: int, rows: Tensor, targets: Tensor) -> Tensor:
         logits = output(rows)  # [m, V]
-        if logits.dim() != 2 or len(logits) != len(rows) or logits.shape[1] <= tree.max_token:
-            raise ValueError(
-                f"output made {tuple(logits.shape)} of rows {tuple(rows.shape)}; token ids up to {tree.max_token} need "
-                f"logits [{len(rows)}, {tree.max_token + 1} or more]"
-            )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        if number == len(entropies):  # not in the backward, which computes the scores again
-            entropies.append(_entropies(scores.detach()) if with_entropy else scores.new_zeros(len(scores)))
-        return scores.gather(-1, targets[:, None])[:, 0]
+        logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        if return_entropy and number == len(entropies):  # not in the backward, which recomputes the logits
+            entropies.append(torch.special.entr(logprobs.detach().exp()).sum(-1))
+        return logprobs.gather(-1, targets[:, None])[:, 0]
 
-    rows = hidden[0].index_select(0, parent)  # [M, E], once: its backward fills an [S, E] gradient
-    chunks = [
-        checkpoint(chunk_logprobs, number, row_chunk, target_chunk, use_reentrant=False)
-        for number, (row_chunk, target_chunk) in enumerate(
-            zip(rows.split(chunk_tokens), target.split(chunk_tokens), strict=True)
-        )
-    ]
-    scattered = []
-    for flat in (chunks, entropies):
-        values = torch.cat(flat)
-        scattered.append(values.new_zeros(trained.shape).index_put((sequence, step), values))  # [N, C]
-    return scattered[0], scattered[1]
+    chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    logprobs = torch.cat([checkpoint(score, n, *chunk, use_reentrant=False) for n, chunk in enumerate(chunks)])
+    return (logprobs, torch.cat(entropies)) if return_entropy else (logprobs,)
 
 
-def _entropies(scores: Tensor) -> Tensor:
-    """[m] nats of distributions that are given as log-probabilities [m, V]."""
-    return torch.special.entr(scores.exp()).sum(-1)
-
-
-def _checked_prompt_lens(tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
-    if not isinstance(prompt_lens, Tensor):
-        raise TypeError(f"prompt_lens is of type {type(prompt_lens).__name__}; give an int64 tensor [N]")
-    if prompt_lens.shape != tree.lengths.shape:
-        raise ValueError(f"prompt_lens is {tuple(prompt_lens.shape)}; the tree has {len(tree.lengths)} sequences")
-    if prompt_lens.is_floating_point() or prompt_lens.dtype == torch.bool:
-        raise TypeError(f"prompt_lens is {prompt_lens.dtype}; lengths are integers")
-    prompt_lens = prompt_lens.to(tree.lengths)
-    wrong = ((prompt_lens < 1) | (prompt_lens >= tree.lengths)).nonzero().flatten()
-    if len(wrong):
-        n = int(wrong[0])
-        raise ValueError(
-            f"sequence {n} has {int(tree.lengths[n])} tokens and a prompt of {int(prompt_lens[n])}; "
-            "prompt and completion need at least one token each"
-        )
-    return prompt_lens
-
-
-def _trained(completion_lens: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, C] bool, True where a completion token is trained."""
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}; give a bool tensor [N, C]")
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != len(completion_lens)):
-        wanted = f"bool [{len(completion_lens)}, longest completion]"
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; give {wanted}")
-    width = int(completion_lens.max()) if mask is None else mask.shape[1]
+def _completion_loss_mask(completion_lens: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Return [N, C] bool, True where a completion token counts."""
+    width = int(completion_lens.max()) if loss_mask is None else loss_mask.shape[1]
     present = torch.arange(width, device=completion_lens.device) < completion_lens[:, None]
-    if mask is None:
+    if loss_mask is None:
         return present
-    mask = mask.to(present.device)
-    if (mask & ~present).any():
-        n = int((mask & ~present).any(1).nonzero()[0])
-        raise ValueError(f"mask trains sequence {n} beyond its {int(completion_lens[n])} completion tokens")
-    return mask
+    if loss_mask.dtype != torch.bool or len(loss_mask) != len(present):
+        raise ValueError(f"loss_mask must be bool [{len(present)}, C], got {loss_mask.dtype} {list(loss_mask.shape)}")
+    loss_mask = loss_mask.to(present.device)
+    if bool((loss_mask & ~present).any()):
+        raise ValueError("loss_mask must be False past the end of each completion")
+    return loss_mask

@@ -1,14 +1,14 @@
-"""The GRPO family of losses on [N, C] log-probabilities, whatever forward they came from.
+"""GRPO losses on [N, C] log-probabilities.
 
-Names, formulas and defaults are TRL's (1.16). What departs from it:
+Option names, formulas and defaults are those of TRL 1.16. Departures:
 
-- A loss is a sum over rollouts divided by one normalizer. Micro-batches that are given the whole step's normalizer have
+- A loss is a sum over rollouts divided by a total. Micro-batches that are given the totals of the whole step have
   losses that sum to the step's loss, so gradient accumulation is exact however the step is cut.
-- "bnpo" and "dapo" are therefore one formula, trained tokens being the normalizer of both. TRL counts them per
-  micro-batch for "bnpo" and takes the mean over micro-batches, and per step and process for "dapo". Without a
-  `normalizer` this call's own tokens are counted: TRL's "bnpo" before that mean.
-- "grpo" and "dr_grpo" are in TRL a mean over micro-batches, which is ours where all have equally many rollouts.
-- Metrics are means over trained tokens; with sequence-level ratios TRL takes means over rollouts.
+- "bnpo" and "dapo" are therefore the same formula, a mean over all loss tokens. TRL counts them per micro-batch for
+  "bnpo" and averages over micro-batches, and per step and rank for "dapo". Without `total_tokens` the tokens of this
+  call are counted, which is TRL's "bnpo" before that average.
+- "grpo" and "dr_grpo" are averages over micro-batches in TRL, which is the same where all have equally many rollouts.
+- Metrics are means over loss tokens; with sequence-level ratios TRL takes means over rollouts.
 """
 
 from __future__ import annotations
@@ -18,198 +18,156 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flexpg.scalars import is_number, is_whole
-
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
 
 
-def loss_normalizer(mask: Tensor, loss_type: LossType = "dapo", max_completion_length: int | None = None) -> Tensor:
-    """What the losses of a step are divided by; the normalizers of its micro-batches sum to it.
-
-    With data parallelism, sum it over the ranks, and divide by the number of ranks where gradients are averaged.
-
-    >>> mask = torch.tensor([[True, True, True], [True, False, False]])
-    >>> [loss_normalizer(mask, loss_type, max_completion_length=8).item() for loss_type in ("grpo", "dapo", "dr_grpo")]
-    [2.0, 4.0, 16.0]
-
-    Args:
-        mask: [N, C] bool, True where a token is trained.
-        loss_type: "grpo" counts rollouts (those without a trained token too, as TRL), "bnpo" and "dapo" trained tokens,
-            "dr_grpo" rollouts times `max_completion_length`.
-        max_completion_length: the sampler's limit in tokens, a constant of the run; needed by "dr_grpo" alone.
-
-    Returns:
-        0-d float32.
-
-    Raises:
-        ValueError: `loss_type` is unknown, `mask` is not [N, C] bool, or "dr_grpo" has no `max_completion_length`, or
-            one below 1.
-        TypeError: `mask` is no tensor.
-    """
-    _check_allowed("loss_type", loss_type, get_args(LossType))
-    _check_mask(mask)
-    if loss_type in ("bnpo", "dapo"):
-        return mask.sum().float()
-    if loss_type == "grpo":
-        return torch.tensor(float(len(mask)), device=mask.device)
-    if max_completion_length is None:
-        raise ValueError("loss_type 'dr_grpo' divides by max_completion_length; give the sampler's limit in tokens")
-    if not is_whole(max_completion_length):
-        raise ValueError(f"max_completion_length is {max_completion_length!r}; give a number of tokens, 1 or more")
-    return torch.tensor(float(len(mask) * max_completion_length), device=mask.device)
-
-
 def grpo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    loss_mask: Tensor,
     *,
+    total_tokens: Tensor | int | None = None,
+    total_rollouts: int | None = None,
+    old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     loss_type: LossType = "dapo",
     importance_sampling_level: ImportanceSamplingLevel = "token",
-    normalizer: Tensor | float | None = None,
     max_completion_length: int | None = None,
-    entropies: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy-gradient loss of GRPO and its kin, and what to watch about it.
+    metrics: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Compute the clipped policy-gradient loss of GRPO and its variants.
 
     Per token, with r = exp(logprobs - old_logprobs) and the rollout's advantage A:
 
         -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta (exp(d) - d - 1),    d = ref_logprobs - logprobs
 
-    summed over trained tokens ("grpo": averaged over each rollout's, then summed) and divided by the normalizer. With
-    importance_sampling_level "sequence", r is the exponential of the rollout's mean log-ratio.
+    "dapo" and "bnpo" sum over loss tokens and divide by their number; "grpo" averages over the loss tokens of each
+    rollout and then over rollouts; "dr_grpo" sums and divides by rollouts times `max_completion_length`. With
+    importance_sampling_level="sequence", r is the exponential of the rollout's mean log-ratio.
 
     Sources: clipping, KL term and "grpo": GRPO, arXiv 2402.03300, eq. 3 and 4; "dr_grpo": arXiv 2503.20783; "dapo" and
     `epsilon_high`: DAPO, arXiv 2503.14476; "sequence": GSPO, arXiv 2507.18071, eq. 7; the KL estimate is k3 of
     Schulman, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
 
     >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    >>> loss, metrics = grpo_loss(logprobs, None, torch.tensor([3.0]), torch.tensor([[True, True]]))
+    >>> loss = grpo_loss(logprobs, torch.tensor([3.0]), torch.tensor([[True, True]]))
     >>> loss.backward()
     >>> loss.item(), logprobs.grad.tolist()
     (-3.0, [[-1.5, -1.5]])
 
     Args:
-        logprobs: [N, C] float, under the policy in training; the only input that a gradient flows to. As with every
-            other [N, C] input, what stands where `mask` is False is not read and may be NaN.
-        old_logprobs: [N, C] float, under the policy that sampled. None: it is the policy in training (r = 1).
+        logprobs: [N, C] float, under the policy that is trained; the only input with a gradient. Like every other
+            [N, C] input, it is not read where `loss_mask` is False and may be NaN there.
         advantages: [N] float.
-        mask: [N, C] bool, True where a token is trained.
-        ref_logprobs: [N, C] float, under the reference policy; needed where `beta` > 0.
-        beta: the weight of the KL term.
-        epsilon: how far r may fall below 1.
-        epsilon_high: how far r may rise above 1; None means `epsilon`.
-        loss_type: what is averaged over, see `loss_normalizer`.
-        importance_sampling_level: one r per "token" or per "sequence".
-        normalizer: the whole step's `loss_normalizer` where this call is one of its micro-batches. None: this call's.
-        max_completion_length: in tokens; needed by "dr_grpo" without a `normalizer`.
-        entropies: [N, C] float, only to be watched.
+        loss_mask: [N, C] bool, True where a token counts in the loss.
+        total_tokens: Loss tokens of the whole step, where this call is one of its micro-batches ("dapo", "bnpo"); None
+            for those of this call.
+        total_rollouts: Rollouts of the whole step, likewise ("grpo", "dr_grpo"). With data parallelism that averages
+            gradients, pass the totals over all ranks and multiply the loss by the world size.
+        old_logprobs: [N, C] float, under the policy at the start of the update; None if it is the current one (r = 1).
+        ref_logprobs: [N, C] float, under the reference policy; needed if `beta` > 0.
+        beta: Weight of the KL term.
+        epsilon: How far r may fall below 1, between 0 and 1.
+        epsilon_high: How far r may rise above 1; None for `epsilon`.
+        loss_type: What is averaged over.
+        importance_sampling_level: One r per "token" or per "sequence".
+        max_completion_length: The sampler's limit in tokens, a constant of the run; needed by "dr_grpo".
+        metrics: A dict that is filled with means over the loss tokens of this call, 0-d and detached: "ratio" (r),
+            "clip_low" (r < 1 - epsilon and A < 0), "clip_high" (r > 1 + epsilon_high and A > 0) and, with
+            `ref_logprobs`, "kl".
 
     Returns:
-        The loss, 0-d float32 (float64 for float64 `logprobs`), and metrics, 0-d and detached in the same dtype: means
-        over trained tokens of "ratio" (r), "clip_low" (r < 1 - epsilon and A < 0), "clip_high" (r > 1 + epsilon_high
-        and A > 0), "kl" where `ref_logprobs` is given and "entropy" where `entropies` is; "tokens", the number of
-        trained tokens, weights them over micro-batches.
+        The loss, 0-d float32 (float64 for float64 `logprobs`).
 
     Raises:
-        ValueError: an unknown option; shapes that differ; a mask that is not bool; `beta` > 0 without `ref_logprobs`;
-            "dr_grpo" without a length; no trained token at all and no `normalizer` (with one, the loss is 0).
-        TypeError: an input that is no tensor.
+        ValueError: If an option is unknown or out of range, shapes differ, `loss_mask` is not bool, the total that
+            `loss_type` needs is missing, or there is no loss token and no total.
     """
-    _check_allowed("loss_type", loss_type, get_args(LossType))
-    _check_allowed("importance_sampling_level", importance_sampling_level, get_args(ImportanceSamplingLevel))
-    tables = {"old_logprobs": old_logprobs, "mask": mask, "ref_logprobs": ref_logprobs, "entropies": entropies}
-    _check_shapes(logprobs, advantages, tables)
-    _check_mask(mask)
-    for name, value in (("beta", beta), ("epsilon", epsilon), ("epsilon_high", epsilon_high)):
-        is_left_out = name == "epsilon_high" and value is None
-        if not is_left_out and (not is_number(value) or not value >= 0):
-            raise ValueError(f"{name} is {value!r}; give a number, 0 or more")
-    if beta != 0.0 and ref_logprobs is None:
-        raise ValueError(f"beta is {beta}, but the KL term needs ref_logprobs; give them or set beta to 0")
-    if normalizer is None:
-        if not mask.any():
-            raise ValueError(
-                f"none of the {len(mask)} rollouts has a trained token; skip the step or give a normalizer"
-            )
-        normalizer = loss_normalizer(mask, loss_type, max_completion_length)
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(f"normalizer is {list(normalizer.shape)}; give the step's one number, as loss_normalizer does")
-    if not normalizer > 0:
-        raise ValueError(f"normalizer is {float(normalizer)}; a step without a trained token must be skipped")
+    for name, value, choices in (
+        ("loss_type", loss_type, get_args(LossType)),
+        ("importance_sampling_level", importance_sampling_level, get_args(ImportanceSamplingLevel)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    _check_shapes(logprobs, advantages, loss_mask, old_logprobs, ref_logprobs)
+    if not 0 <= epsilon <= 1 or not 0 <= (high_margin := epsilon if epsilon_high is None else epsilon_high):
+        raise ValueError(
+            f"epsilon must be between 0 and 1 and epsilon_high at least 0, got {epsilon} and {epsilon_high}"
+        )
+    if beta < 0 or (beta > 0 and ref_logprobs is None):
+        raise ValueError(f"beta must be 0 or, with ref_logprobs, positive, got {beta}")
+    total = _total(loss_mask, loss_type, total_tokens, total_rollouts, max_completion_length)
 
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+    lengths = loss_mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     advantages = advantages.detach().to(dtype)[:, None]  # [N, 1]
 
-    def trained(values: Tensor) -> Tensor:
-        """Zeros where nothing is trained, before any arithmetic, so that no NaN gets into the gradient."""
-        return torch.where(mask, values, 0.0).to(dtype)  # [N, C]
+    def masked(values: Tensor) -> Tensor:
+        """Zero what does not count, before any arithmetic, so that no NaN reaches the gradient."""
+        return torch.where(loss_mask, values, 0.0).to(dtype)  # [N, C]
 
-    policy = trained(logprobs)
-    log_ratio = policy - (policy if old_logprobs is None else trained(old_logprobs)).detach()
+    policy = masked(logprobs)
+    log_ratio = policy - (policy if old_logprobs is None else masked(old_logprobs)).detach()
     if importance_sampling_level == "sequence":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(loss_mask)
     ratio = log_ratio.exp()
-    low, high = 1 - float(epsilon), 1 + float(epsilon if epsilon_high is None else epsilon_high)
-    losses = -torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)  # [N, C]
-    watched = {
-        "ratio": ratio,
-        "clip_low": (ratio < low) & (advantages < 0),
-        "clip_high": (ratio > high) & (advantages > 0),
-    }
+    low, high = 1 - epsilon, 1 + high_margin
+    clip_low = (ratio < low) & (advantages < 0)
+    clip_high = (ratio > high) & (advantages > 0)
+    # min(r A, clip(r) A) without ties: where r equals a bound, torch versions differ in the gradient of clamp.
+    clipped = torch.where(clip_low | clip_high, ratio.detach().clamp(low, high), ratio)
+    losses = -clipped * advantages  # [N, C]
+    per_token = {"ratio": ratio, "clip_low": clip_low, "clip_high": clip_high}
     if ref_logprobs is not None:
-        distance = trained(ref_logprobs).detach() - policy
-        watched["kl"] = distance.expm1() - distance
-        if beta != 0.0:
-            losses = losses + float(beta) * watched["kl"]
-    if entropies is not None:
-        watched["entropy"] = entropies
-
-    losses = trained(losses)
+        distance = masked(ref_logprobs).detach() - policy
+        per_token["kl"] = distance.expm1() - distance
+        if beta > 0:
+            losses = losses + beta * per_token["kl"]
+    losses = masked(losses)
     if loss_type == "grpo":
         losses = losses / lengths
-    tokens = mask.sum().to(dtype)
-    metrics = {name: trained(values.detach()).sum() / tokens.clamp(min=1) for name, values in watched.items()}
-    return (losses.sum() / normalizer).to(dtype), metrics | {"tokens": tokens}
+    if metrics is not None:
+        tokens = loss_mask.sum().clamp(min=1)
+        metrics |= {name: masked(values.detach()).sum() / tokens for name, values in per_token.items()}
+    return (losses.sum() / total).to(dtype)
 
 
-def _check_allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+def _check_shapes(logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *tables: Tensor | None) -> None:
+    if loss_mask.dtype != torch.bool:
+        raise ValueError(f"loss_mask must be bool, True where a token counts, got {loss_mask.dtype}")
+    shapes = [list(table.shape) for table in (logprobs, loss_mask, *tables) if table is not None]
+    if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) != 2:
+        raise ValueError(f"log-probabilities and loss_mask must all be [N, C], got {shapes}")
+    if list(advantages.shape) != shapes[0][:1]:
+        raise ValueError(f"advantages must be [{shapes[0][0]}], one per rollout, got {list(advantages.shape)}")
 
 
-def _check_mask(mask: Tensor) -> None:
-    _check_tensor("mask", mask)
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; it must be torch.bool [N, C], True where trained")
-
-
-def _check_tensor(name: str, table: object) -> None:
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name} is a {type(table).__name__}; give a tensor")
-
-
-def _check_shapes(logprobs: Tensor, advantages: Tensor, tables: dict[str, Tensor | None]) -> None:
-    for name, needed in (("logprobs", logprobs), ("advantages", advantages), ("mask", tables["mask"])):
-        _check_tensor(name, needed)
-    if logprobs.dim() != 2 or not logprobs.is_floating_point():
-        raise ValueError(f"logprobs is {logprobs.dtype} {list(logprobs.shape)}; give floats [N, C]")
-    given = {name: table for name, table in tables.items() if table is not None}
-    for name, table in given.items():
-        _check_tensor(name, table)
-        if table.shape != logprobs.shape:
-            raise ValueError(f"{name} is {list(table.shape)}, logprobs {list(logprobs.shape)}; both must be [N, C]")
-    for name, table in (given | {"advantages": advantages}).items():
-        if table.device != logprobs.device:
-            raise ValueError(f"{name} is on {table.device}, logprobs on {logprobs.device}; move all to one device")
-    if advantages.shape != logprobs.shape[:1]:
-        raise ValueError(
-            f"advantages is {list(advantages.shape)}, logprobs {list(logprobs.shape)}; give one advantage per rollout"
-        )
+def _total(
+    loss_mask: Tensor,
+    loss_type: LossType,
+    total_tokens: Tensor | int | None,
+    total_rollouts: int | None,
+    max_completion_length: int | None,
+) -> Tensor | int:
+    """Return what the summed losses are divided by."""
+    if loss_type in ("dapo", "bnpo"):
+        if total_tokens is None and total_rollouts is not None:
+            raise ValueError(f"loss_type {loss_type!r} is normalized by loss tokens: pass total_tokens")
+        total: Tensor | int = loss_mask.sum() if total_tokens is None else total_tokens
+    else:
+        if total_rollouts is None and total_tokens is not None:
+            raise ValueError(f"loss_type {loss_type!r} is normalized by rollouts: pass total_rollouts")
+        total = len(loss_mask) if total_rollouts is None else total_rollouts
+        if loss_type == "dr_grpo":
+            if max_completion_length is None or max_completion_length < 1:
+                raise ValueError(
+                    f"loss_type 'dr_grpo' needs max_completion_length, the sampler's limit, got {max_completion_length}"
+                )
+            total = total * max_completion_length
+    if not total > 0:
+        raise ValueError("there must be a loss token in the step; skip steps without any")
+    return total

@@ -1,11 +1,11 @@
-"""Rollouts -> micro-batches: whole prefix trees under a token budget, shared out so that processes finish together.
+"""Rollouts -> micro-batches: whole prefix trees under a token budget, balanced over the ranks.
 
-A group stays together where it fits. What goes into one row is chosen bottom-up along the prefix tree of all rollouts:
-whatever has most in common is put together first, and where it does not fit one row, the fullest row that has room
-takes the next largest (best fit, decreasing). So system prompts, few-shot blocks and the turns of a conversation are
-encoded as seldom as the budget allows.
+A group stays together where it fits. What goes into one packed sequence is chosen bottom-up along the prefix tree of
+all rollouts: the items with the longest common prefix are put together first, and where they exceed the budget, by
+best-fit decreasing. So system prompts, few-shot examples and the turns of a conversation are encoded as seldom as the
+budget allows.
 
-A group over the budget becomes a run: several micro-batches of one prompt, which `flexpg.prefix_cache` encodes once.
+A group over the budget becomes several micro-batches of one prompt, which a prefix cache encodes once.
 """
 
 from __future__ import annotations
@@ -17,363 +17,377 @@ from itertools import groupby, pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from flexpg.analysis.flops import Cost, causal_cost, shared_cost
-from flexpg.rollouts import Rollouts, checked_indices, checked_rollouts
-from flexpg.scalars import is_whole
-from flexpg.tree import PrefixTree, common_prefix, sorted_order
+from flexpg.rollouts import Rollouts
+from flexpg.tree import PrefixTree, common_prefix_length, lexicographic_order
 
-# A visible pair costs 4 E operations per layer, a token 24 E^2 and more: at a width E of 2,048 this many pairs a token.
+# A visible pair costs 4 E operations per layer, a token at least 24 E^2: at width E = 2048, this many pairs per token.
 PAIRS_PER_TOKEN = 6 * 2048
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Rollouts that go through the model in one packed row.
+    """Rollouts that go through the model in one packed sequence.
 
     Attributes:
-        indices: which rollouts of the step they are; row n of a micro-batch's [n, C] tensors is rollout `indices[n]`.
-        rollouts: those rollouts alone.
-        tree: their packed row; sequence n is the micro-batch's rollout n.
-        rank: the process that it is meant for.
-        run: number of its run; the runs of all processes are alike in their number and their numbers of micro-batches.
-        prefix_tokens: of the prompt that the micro-batches of its run have in common, and that needs to be encoded but
-            once (`flexpg.prefix_cache`); 0 where the group is whole. A micro-batch can do without the others all the same.
-        is_idle: it keeps a process in step with the others: two tokens of rollout `indices[0]`, and none is trained.
+        indices: [n] int64, which rollouts of the step they are; row i of a micro-batch's [n, C] tensors is rollout
+            `indices[i]`.
+        rollouts: Those rollouts.
+        tree: Their packed sequence; sequence i is the micro-batch's rollout i.
+        rank: The rank that trains on it.
+        cache_id: Consecutive micro-batches of a rank with the same id belong to one prefix cache. Every rank has as many
+            ids as the others, with as many micro-batches each.
+        cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
+            0 for a micro-batch that is complete by itself.
+        is_idle: Whether it only keeps a rank in step with the others: two tokens, an empty loss mask.
     """
 
-    indices: list[int]
+    indices: Tensor
     rollouts: Rollouts
     tree: PrefixTree
     rank: int = 0
-    run: int = 0
-    prefix_tokens: int = 0
+    cache_id: int = 0
+    cached_tokens: int = 0
     is_idle: bool = False
+
+    def __repr__(self) -> str:
+        return f"MicroBatch(rollouts {self.indices.tolist()}, {self.tree})"
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[n, C] bool, True where a completion token counts in the loss."""
+        return self.rollouts.loss_mask
+
+    @property
+    def old_logprobs(self) -> Tensor | None:
+        """[n, C] float, those of the rollouts."""
+        return self.rollouts.old_logprobs
+
+    @property
+    def ref_logprobs(self) -> Tensor | None:
+        """[n, C] float, those of the rollouts."""
+        return self.rollouts.ref_logprobs
 
 
 @dataclass(eq=False)
-class _Load:
-    """Groups, or one part of a group, that stand in one row: their rollouts, and what they cost as one tree."""
+class _Item:
+    """What is packed as a whole: a group, or a part of an oversized group; later several of them in one sequence."""
 
     indices: list[int]
     tokens: int
     pairs: int
-    prefix: np.ndarray  # what all its sequences begin with
-    group: int = -1  # of which it is a part, where the whole is over the budget
-    prompt: int = 0  # tokens of that group's prompt
+    prefix: np.ndarray  # the common beginning of all its sequences
+    group: int = -1  # the oversized group that it is a part of
+    prompt_tokens: int = 0  # of that group
 
 
 def pack(
     rollouts: Rollouts,
     max_tokens: int,
+    *,
     world_size: int = 1,
     sharing: bool = True,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | Tensor | None = None,
 ) -> list[MicroBatch]:
-    """Cuts a step into micro-batches of at most `max_tokens` tokens, groups whole where they fit.
+    """Cut a step into micro-batches of at most `max_tokens` tokens, with whole groups where they fit.
 
-    A group that does not fit is split into few and evenly loaded parts. Work is given out largest first, to the process
-    with the least so far. Processes get equally many runs and micro-batches, as FSDP needs: where one would have fewer,
-    it gets idle ones, in which nothing is trained and which add zeros to the gradient.
+    A group that does not fit is split into few parts of even size. Work is assigned largest first, to the rank with the
+    least so far. Ranks get equally many micro-batches, as FSDP needs: idle ones fill up, whose gradient is zero.
 
     Args:
-        rollouts: the step's rollouts.
-        max_tokens: tokens of a packed row, without the padding to a multiple of 128.
-        world_size: processes that take part.
-        sharing: count what sequences have in common once; False counts every sequence whole, for a forward that shares
-            nothing.
-        indices: the rollouts to pack, as of one mini-batch; None for all.
+        rollouts: The step's rollouts.
+        max_tokens: Tokens of a packed sequence, without the padding to a multiple of 128.
+        world_size: Ranks that take part.
+        sharing: Count shared prefixes once; False counts whole sequences, for a forward without sharing.
+        indices: The rollouts to pack, such as those of one mini-batch, each at most once; None for all.
 
     Returns:
-        Micro-batches in the order of ranks and runs. The `indices` of those that are not idle hold every rollout once,
-        and so restore their order.
+        Micro-batches by rank and cache id. The `indices` of those that are not idle name every rollout once.
 
     Raises:
-        ValueError: a rollout that is longer than the budget, named; indices that are none, or twice the same; a budget
-            or a number of processes that is no whole number, or below 1.
-        TypeError: something other than rollouts.
+        ValueError: If a rollout exceeds `max_tokens`, or `indices` has duplicates.
     """
-    chosen = _chosen(indices, len(checked_rollouts(rollouts)))
-    for name, value, what in (("max_tokens", max_tokens, "tokens"), ("world_size", world_size, "processes")):
-        if not is_whole(value):
-            raise ValueError(f"{name} is {value!r}; give the number of {what}, 1 or more")
-    rows = rollouts.sequences
+    chosen = list(range(len(rollouts))) if indices is None else torch.as_tensor(indices).tolist()
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("indices must name every rollout at most once; duplicates would count twice in the loss")
+    sequences = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":
-        rows = list(torch.cat(rows).cpu().split(list(map(len, rows))))  # one transfer
-    sequences = [row.numpy() for row in rows]
-    loads = _loads(rollouts, sequences, chosen, max_tokens, sharing)
-    ranks: list[list[_Load]] = [[] for _ in range(world_size)]
+        sequences = list(torch.cat(sequences).cpu().split(list(map(len, sequences))))  # one transfer
+    arrays = [sequence.numpy() for sequence in sequences]
+    items = _items(rollouts, arrays, chosen, max_tokens, sharing)
+    assigned: list[list[_Item]] = [[] for _ in range(world_size)]
     work = [0.0] * world_size
-    for unit, cost in sorted(_units(loads, max_tokens, world_size), key=lambda item: -item[1]):
+    for unit, cost in sorted(_work_units(items, max_tokens, world_size), key=lambda unit: -unit[1]):
         rank = work.index(min(work))
-        ranks[rank] += unit
+        assigned[rank] += unit
         work[rank] += cost
-    plans = _aligned([_runs(share, max_tokens) for share in ranks], max_tokens)
-    return [
-        batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, sequences, chosen, plan, rank)
-    ]
+    plans = _align([_plan(own, max_tokens) for own in assigned], max_tokens)
+    return [batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, arrays, chosen, plan, rank)]
 
 
-def runs(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
-    """Micro-batches by process and run: those of a run stand together, and can share one encoded prompt."""
-    return [list(run) for _, run in groupby(batches, key=lambda batch: (batch.rank, batch.run))]
+def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
+    """Group micro-batches by rank and cache id: those that may share one prefix cache."""
+    return [list(own) for _, own in groupby(batches, key=lambda batch: (batch.rank, batch.cache_id))]
 
 
-def run_cost(run: Sequence[MicroBatch]) -> Cost:
-    """What goes through the model for a run, pads left out: its prompt once."""
-    whole = sum((shared_cost(batch.tree) for batch in run), Cost(0, 0))
-    prefixes = [causal_cost(batch.prefix_tokens) for batch in run if batch.prefix_tokens]
-    return whole - sum(prefixes[1:], Cost(0, 0))
-
-
-def encoded_tokens(batches: Iterable[MicroBatch]) -> int:
-    """Tokens that go through the model, pads left out and a run's prompt counted once."""
-    return sum(run_cost(run).tokens for run in runs(batches))
+def encoded_work(batches: Iterable[MicroBatch]) -> tuple[int, int]:
+    """Return the tokens and visible pairs that go through the model, without padding, with cached prompts once."""
+    tokens = pairs = 0
+    for series in by_cache(batches):
+        repeated = [batch.cached_tokens for batch in series if batch.cached_tokens][1:]
+        tokens += sum(batch.tree.num_tokens for batch in series) - sum(repeated)
+        pairs += sum(batch.tree.num_pairs for batch in series) - sum(map(_causal_pairs, repeated))
+    return tokens, pairs
 
 
 def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
-    """Tokens that are encoded again, as rows or processes have prefixes in common; 0 where one row holds everything.
+    """Return how many prefix tokens are encoded more than once, by several micro-batches or ranks.
 
     Args:
-        batches: what `pack` gave, of all processes.
+        batches: What `pack` returned, for all ranks.
     """
     busy = [batch for batch in batches if not batch.is_idle]
-    everything = PrefixTree.from_sequences([row for batch in busy for row in batch.rollouts.sequences])
-    return encoded_tokens(busy) - everything.num_tokens
+    everything = PrefixTree.from_sequences([sequence for batch in busy for sequence in batch.rollouts.sequences])
+    return encoded_work(busy)[0] - everything.num_tokens
 
 
-def _chosen(indices: Sequence[int] | None, count: int) -> list[int]:
-    """Indices as ints, if each names a rollout of its own."""
-    if indices is None:
-        return list(range(count))
-    chosen = checked_indices(indices, count)
-    if len(set(chosen)) < len(chosen):
-        twice = next(n for n in chosen if chosen.count(n) > 1)
-        raise ValueError(f"indices name rollout {twice} more than once, and it would be trained as often; give it once")
-    return chosen
+# Items: groups that fit the budget, and parts of those that do not.
 
 
-def _loads(
-    rollouts: Rollouts, sequences: list[np.ndarray], chosen: list[int], max_tokens: int, sharing: bool
-) -> list[_Load]:
-    """Every group that fits the budget, and the parts of every other."""
-    lengths = list(map(len, sequences))
+def _items(
+    rollouts: Rollouts, arrays: list[np.ndarray], chosen: list[int], max_tokens: int, sharing: bool
+) -> list[_Item]:
     members: list[list[int]] = [[] for _ in rollouts.prompts]
     groups = rollouts.group_ids.tolist()
     for n in chosen:
         members[groups[n]].append(n)
-    loads = []
+    items = []
     for group, indices in enumerate(members):
         if not indices:
             continue
-        prompt = len(rollouts.prompts[group])
+        prompt_tokens = len(rollouts.prompts[group])
         for n in indices:
-            if lengths[n] > max_tokens:
+            if len(arrays[n]) > max_tokens:
                 raise ValueError(
-                    f"rollout {n} of {len(rollouts)} has {prompt} + {lengths[n] - prompt} tokens, over "
-                    f"max_tokens={max_tokens}; raise max_tokens, or shorten its prompt or completion"
+                    f"max_tokens must hold every rollout, got {max_tokens} for rollout {n} of "
+                    f"{prompt_tokens} + {len(arrays[n]) - prompt_tokens} tokens; raise it or shorten the rollout"
                 )
-        whole = _load(indices, sequences, sharing)
+        whole = _item(indices, arrays, sharing)
         if whole.tokens <= max_tokens:
-            loads.append(whole)
+            items.append(whole)
             continue
-        again = prompt if sharing else 0  # in every part
-        pieces = _pieces([lengths[n] - again for n in indices], max_tokens - again)
-        for piece in pieces:
-            part = _load([indices[i] for i in piece], sequences, sharing)
-            loads.append(replace(part, group=group, prompt=prompt) if sharing else part)
-    return loads
+        repeated = prompt_tokens if sharing else 0  # in every part
+        for part in _split_evenly([len(arrays[n]) - repeated for n in indices], max_tokens - repeated):
+            item = _item([indices[i] for i in part], arrays, sharing)
+            items.append(replace(item, group=group, prompt_tokens=prompt_tokens) if sharing else item)
+    return items
 
 
-def _load(indices: list[int], sequences: list[np.ndarray], sharing: bool) -> _Load:
-    """Rollouts as one tree, or each on its own."""
-    own = [sequences[n] for n in indices]
+def _item(indices: list[int], arrays: list[np.ndarray], sharing: bool) -> _Item:
+    """Return the cost of rollouts as one tree, or as separate sequences."""
+    own = [arrays[n] for n in indices]
     if not sharing:
-        return _Load(indices, sum(map(len, own)), sum(_triangle(len(row)) for row in own), own[0][:0])
-    rows = [own[i] for i in sorted_order(own)] if len(own) > 1 else own
-    shared = [common_prefix(a, b) for a, b in pairwise(rows)]
-    tokens = sum(map(len, rows)) - sum(shared)
-    pairs = sum(_triangle(len(row)) for row in rows) - sum(map(_triangle, shared))
-    return _Load(indices, tokens, pairs, rows[0][: min(shared, default=len(rows[0]))])
+        return _Item(indices, sum(map(len, own)), sum(_causal_pairs(len(a)) for a in own), own[0][:0])
+    ordered = [own[i] for i in lexicographic_order(own)] if len(own) > 1 else own
+    shared = [common_prefix_length(a, b) for a, b in pairwise(ordered)]
+    tokens = sum(map(len, ordered)) - sum(shared)
+    pairs = sum(_causal_pairs(len(a)) for a in ordered) - sum(map(_causal_pairs, shared))
+    return _Item(indices, tokens, pairs, ordered[0][: min(shared, default=len(ordered[0]))])
 
 
-def _pieces(sizes: list[int], room: int) -> list[list[int]]:
-    """Numbers of the sizes, in as few pieces as the largest first into the first that has room, but evenly loaded."""
+def _split_evenly(sizes: list[int], room: int) -> list[list[int]]:
+    """Split numbered sizes into as few parts as first-fit decreasing needs, of even sums where that fits."""
     if sum(sizes) <= room:
         return [list(range(len(sizes)))]
     largest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     fitted: list[list[int]] = []
-    loads: list[int] = []
+    sums: list[int] = []
     for i in largest_first:
-        piece = next((p for p, load in enumerate(loads) if load + sizes[i] <= room), len(loads))
-        if piece == len(loads):
+        part = next((p for p, total in enumerate(sums) if total + sizes[i] <= room), len(sums))
+        if part == len(sums):
             fitted.append([])
-            loads.append(0)
-        fitted[piece].append(i)
-        loads[piece] += sizes[i]
+            sums.append(0)
+        fitted[part].append(i)
+        sums[part] += sizes[i]
     even: list[list[int]] = [[] for _ in fitted]
-    loads = [0] * len(fitted)
+    sums = [0] * len(fitted)
     for i in largest_first:
-        piece = loads.index(min(loads))
-        even[piece].append(i)
-        loads[piece] += sizes[i]
-    return sorted(map(sorted, even if max(loads) <= room else fitted))
+        part = sums.index(min(sums))
+        even[part].append(i)
+        sums[part] += sizes[i]
+    return sorted(map(sorted, even if max(sums) <= room else fitted))
 
 
-def _units(loads: list[_Load], max_tokens: int, world_size: int) -> list[tuple[list[_Load], float]]:
-    """What is given to one process in one go, and its cost: loads that share more than they add, parts of a group."""
+# Ranks: what is assigned as a whole, and what one rank's items become.
+
+
+def _work_units(items: list[_Item], max_tokens: int, world_size: int) -> list[tuple[list[_Item], float]]:
+    """Return what one rank is assigned as a whole, with its cost: items that share most of their tokens."""
     if world_size == 1:
-        return [(loads, 0.0)]
-    whole, parts = [load for load in loads if load.group < 0], [load for load in loads if load.group >= 0]
-    groups = [list(own) for _, own in groupby(parts, key=lambda load: load.group)]
-    close = _joined(whole, max_tokens, only_close=True)
-    fair = (sum(_cost(row.tokens, row.pairs) for row in close) + sum(map(_run_cost, groups))) / world_size
-    close = _joined(whole, min(max_tokens, int(fair / 4)), only_close=True)
-    units = [([row], _cost(row.tokens, row.pairs)) for row in close]
-    for group in groups:
-        count = min(len(group), max(1, round(_run_cost(group) / fair)))
-        chunks = [group[len(group) * i // count : len(group) * (i + 1) // count] for i in range(count)]
-        units += [(chunk, _run_cost(chunk)) for chunk in chunks]
+        return [(items, 0.0)]
+    whole, oversized = _whole_and_oversized(items)
+    close = _merge(whole, max_tokens, only_close=True)
+    costs = [_cost(item.tokens, item.pairs) for item in close] + [_oversized_cost(parts) for parts in oversized]
+    fair = sum(costs) / world_size
+    close = _merge(whole, min(max_tokens, int(fair / 4)), only_close=True)
+    units = [([item], _cost(item.tokens, item.pairs)) for item in close]
+    for parts in oversized:
+        count = min(len(parts), max(1, round(_oversized_cost(parts) / fair)))
+        chunks = [parts[len(parts) * i // count : len(parts) * (i + 1) // count] for i in range(count)]
+        units += [(chunk, _oversized_cost(chunk)) for chunk in chunks]
     return units
 
 
-def _run_cost(parts: list[_Load]) -> float:
-    """Parts of a group whose prompt is encoded once."""
-    prompt = parts[0].prompt
-    return sum(_cost(part.tokens, part.pairs) for part in parts) - (len(parts) - 1) * _cost(prompt, _triangle(prompt))
+def _plan(items: list[_Item], max_tokens: int) -> list[list[_Item]]:
+    """Return one rank's packed sequences, those that share a cached prompt together, the longest such list first."""
+    whole, oversized = _whole_and_oversized(items)
+    merged = [[item] for item in _merge(whole, max_tokens)]
+    return sorted([*oversized, *merged], key=lambda series: (-len(series), min(series[0].indices)))
 
 
-def _runs(loads: list[_Load], max_tokens: int) -> list[list[_Load]]:
-    """One process's loads as runs, the longest first: the parts of a group, and each row of whole groups."""
-    rows = _joined([load for load in loads if load.group < 0], max_tokens)
-    parts = sorted((load for load in loads if load.group >= 0), key=lambda load: (load.group, load.indices[0]))
-    groups = [list(own) for _, own in groupby(parts, key=lambda load: load.group)]
-    return sorted([*groups, *([row] for row in rows)], key=lambda run: (-len(run), min(run[0].indices)))
+def _align(plans: list[list[list[_Item]]], max_tokens: int) -> list[list[list[_Item | None]]]:
+    """Give every rank's plan the same number of lists of the same lengths; None becomes an idle micro-batch.
 
-
-def _joined(loads: list[_Load], max_tokens: int, only_close: bool = False) -> list[_Load]:
-    """Rows of loads, under the budget: what stands deepest in the tree of their prefixes is joined first.
-
-    Only close ones: those that have more than half of their tokens in common.
+    Where another rank has several micro-batches on one cached prompt, a rank without them puts complete micro-batches
+    in their place, if they fit the budget next to its cached prompt, whose activations are kept meanwhile.
     """
-    if not loads:
-        return []
-    ordered = [loads[i] for i in sorted_order([load.prefix for load in loads])]
-    open_nodes: list[tuple[int, list[_Load]]] = []  # depth of a branching point, and the rows under it so far
-    for n, load in enumerate(ordered):
-        carried = [load]
-        depth = common_prefix(load.prefix, ordered[n + 1].prefix) if n + 1 < len(ordered) else -1
-        while open_nodes and open_nodes[-1][0] > depth:
-            node, rows = open_nodes.pop()
-            rows += carried
-            far = [row for row in rows if only_close and row.tokens >= 2 * node]
-            close = [row for row in rows if not only_close or row.tokens < 2 * node]
-            carried = far + _filled(close, node, max_tokens)
-        if depth < 0:
-            return carried
-        if open_nodes and open_nodes[-1][0] == depth:
-            open_nodes[-1][1].extend(carried)
-        else:
-            open_nodes.append((depth, carried))
-    raise AssertionError("the last load closes every node")
-
-
-def _filled(loads: list[_Load], shared: int, max_tokens: int) -> list[_Load]:
-    """Loads that begin with the same `shared` tokens, the largest first into the fullest row that has room."""
-    if len(loads) < 2:
-        return loads
-    if sum(load.tokens - shared for load in loads) + shared <= max_tokens:
-        return [_row(loads, shared)]
-    rows: list[list[_Load]] = []
-    rooms: list[tuple[int, int]] = []  # of each row, ascending
-    for load in sorted(loads, key=lambda load: -load.tokens):
-        i = bisect_left(rooms, (load.tokens - shared, -1))
-        if i < len(rooms):
-            room, number = rooms.pop(i)
-            rows[number].append(load)
-            insort(rooms, (room - load.tokens + shared, number))
-        else:
-            insort(rooms, (max_tokens - load.tokens, len(rows)))
-            rows.append([load])
-    return [_row(row, shared) for row in rows]
-
-
-def _row(loads: list[_Load], shared: int) -> _Load:
-    """Loads that have their first `shared` tokens in common, as one."""
-    if len(loads) == 1:
-        return loads[0]
-    again = len(loads) - 1
-    return _Load(
-        indices=[n for load in loads for n in load.indices],
-        tokens=sum(load.tokens for load in loads) - again * shared,
-        pairs=sum(load.pairs for load in loads) - again * _triangle(shared),
-        prefix=loads[0].prefix[:shared],
-    )
-
-
-def _aligned(ranks: list[list[list[_Load]]], max_tokens: int) -> list[list[list[_Load | None]]]:
-    """The runs of every rank, alike in number and length: filled up with runs of one row, then with None.
-
-    Runs stand in the order of their length; a rank without a long one puts rows of its own into its place. Into one
-    with a prompt go rows that fit the budget beside that, whose activations wait for the end of the run.
-    """
-    long = [[run for run in plan if len(run) > 1] for plan in ranks]
-    singles = [[run[0] for run in plan if len(run) == 1] for plan in ranks]
-    plans: list[list[list[_Load | None]]] = [[] for _ in ranks]
+    long = [[series for series in plan if len(series) > 1] for plan in plans]
+    singles = [[series[0] for series in plan if len(series) == 1] for plan in plans]
+    aligned: list[list[list[_Item | None]]] = [[] for _ in plans]
     for i in range(max(map(len, long))):
         size = max(len(own[i]) for own in long if i < len(own))
         for rank, own in enumerate(long):
-            run: list[_Load | None] = list(own[i]) if i < len(own) else []
-            room = max_tokens - (own[i][0].prompt if i < len(own) else 0)
-            fitting = [row for row in singles[rank] if row.tokens <= room][: size - len(run)]
-            singles[rank] = [row for row in singles[rank] if row not in fitting]
-            run += fitting
-            plans[rank].append(run + [None] * (size - len(run)))
+            series: list[_Item | None] = list(own[i]) if i < len(own) else []
+            room = max_tokens - (own[i][0].prompt_tokens if i < len(own) else 0)
+            fitting = [item for item in singles[rank] if item.tokens <= room][: size - len(series)]
+            singles[rank] = [item for item in singles[rank] if item not in fitting]
+            series += fitting
+            aligned[rank].append(series + [None] * (size - len(series)))
     most = max(map(len, singles))
-    for rank, rows in enumerate(singles):
-        plans[rank] += [[row] for row in [*rows, *[None] * (most - len(rows))]]
-    return plans
+    for rank, own_singles in enumerate(singles):
+        aligned[rank] += [[item] for item in [*own_singles, *[None] * (most - len(own_singles))]]
+    return aligned
 
 
 def _micro_batches(
-    rollouts: Rollouts, sequences: list[np.ndarray], chosen: list[int], plan: list[list[_Load | None]], rank: int
+    rollouts: Rollouts, arrays: list[np.ndarray], chosen: list[int], plan: list[list[_Item | None]], rank: int
 ) -> list[MicroBatch]:
-    """A rank's micro-batches, idle where it has nothing left to do."""
     batches = []
-    for number, run in enumerate(plan):
-        groups = [load.group for load in run if load is not None]
-        for load in run:
-            if load is None:
-                batches.append(_idle(rollouts, chosen[0], rank, number))
+    for cache_id, series in enumerate(plan):
+        groups = [item.group for item in series if item is not None]
+        for item in series:
+            if item is None:
+                batches.append(_idle(rollouts, chosen[0], rank, cache_id))
                 continue
-            indices = sorted(load.indices)
-            tree = PrefixTree.from_sequences([torch.from_numpy(sequences[n]) for n in indices])
-            tree = tree.to(rollouts.group_ids.device)
-            prefix = load.prompt if groups.count(load.group) > 1 else 0
-            batches.append(MicroBatch(indices, rollouts.select(indices), tree, rank, number, prefix))
+            indices = torch.tensor(sorted(item.indices), device=rollouts.group_ids.device)
+            tree = PrefixTree.from_sequences([torch.from_numpy(arrays[n]) for n in sorted(item.indices)])
+            cached_tokens = item.prompt_tokens if groups.count(item.group) > 1 else 0
+            batches.append(
+                MicroBatch(indices, rollouts.select(indices), tree.to(indices.device), rank, cache_id, cached_tokens)
+            )
     return batches
 
 
-def _idle(rollouts: Rollouts, index: int, rank: int, run: int) -> MicroBatch:
-    """The last token of a rollout's prompt and the first of its completion, and nothing trained."""
+def _idle(rollouts: Rollouts, index: int, rank: int, cache_id: int) -> MicroBatch:
+    """Return the last prompt token and first completion token of a rollout, with an empty loss mask."""
     whole = rollouts.select([index])
-    part = Rollouts(
+    part = replace(
+        whole,
         prompts=[whole.prompts[0][-1:]],
         completions=[whole.completions[0][:1]],
-        group_ids=whole.group_ids,
-        rewards=whole.rewards,
-        loss_mask=torch.zeros_like(whole.trained[:, :1]),
+        loss_mask=torch.zeros_like(whole.loss_mask[:, :1]),
         old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[:, :1],
         ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[:, :1],
     )
-    return MicroBatch([index], part, PrefixTree.from_sequences(part.sequences), rank, run, is_idle=True)
+    indices = torch.tensor([index], device=rollouts.group_ids.device)
+    return MicroBatch(indices, part, PrefixTree.from_sequences(part.sequences), rank, cache_id, is_idle=True)
+
+
+# Merging: which items share a packed sequence.
+
+
+def _merge(items: list[_Item], max_tokens: int, only_close: bool = False) -> list[_Item]:
+    """Merge items into packed sequences under the budget, those with the longest common prefix first.
+
+    Args:
+        items: Groups, or parts of one.
+        max_tokens: The budget.
+        only_close: Merge only items that have more than half of their tokens in common.
+    """
+    if not items:
+        return []
+    ordered = [items[i] for i in lexicographic_order([item.prefix for item in items])]
+    branches: list[tuple[int, list[_Item]]] = []  # depth of an open branching point, and the items below it so far
+    for n, item in enumerate(ordered):
+        carried = [item]
+        following = ordered[n + 1].prefix if n + 1 < len(ordered) else None
+        depth = -1 if following is None else common_prefix_length(item.prefix, following)
+        while branches and branches[-1][0] > depth:
+            branch, below = branches.pop()
+            below += carried
+            far = [item for item in below if only_close and item.tokens >= 2 * branch]
+            close = [item for item in below if not only_close or item.tokens < 2 * branch]
+            carried = far + _best_fit(close, branch, max_tokens)
+        if depth < 0:
+            return carried
+        if branches and branches[-1][0] == depth:
+            branches[-1][1].extend(carried)
+        else:
+            branches.append((depth, carried))
+    raise AssertionError("the last item closes every branch")
+
+
+def _best_fit(items: list[_Item], shared: int, max_tokens: int) -> list[_Item]:
+    """Merge items that have their first `shared` tokens in common by best-fit decreasing."""
+    if len(items) < 2:
+        return items
+    if sum(item.tokens - shared for item in items) + shared <= max_tokens:
+        return [_merged(items, shared)]
+    bins: list[list[_Item]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for item in sorted(items, key=lambda item: -item.tokens):
+        i = bisect_left(rooms, (item.tokens - shared, -1))
+        if i < len(rooms):
+            room, number = rooms.pop(i)
+            bins[number].append(item)
+            insort(rooms, (room - item.tokens + shared, number))
+        else:
+            insort(rooms, (max_tokens - item.tokens, len(bins)))
+            bins.append([item])
+    return [_merged(own, shared) for own in bins]
+
+
+def _merged(items: list[_Item], shared: int) -> _Item:
+    """Return one item for several that have their first `shared` tokens in common."""
+    if len(items) == 1:
+        return items[0]
+    again = len(items) - 1
+    return _Item(
+        indices=[n for item in items for n in item.indices],
+        tokens=sum(item.tokens for item in items) - again * shared,
+        pairs=sum(item.pairs for item in items) - again * _causal_pairs(shared),
+        prefix=items[0].prefix[:shared],
+    )
+
+
+def _whole_and_oversized(items: list[_Item]) -> tuple[list[_Item], list[list[_Item]]]:
+    """Return the items that are whole groups, and the parts of each oversized group."""
+    parts = sorted((item for item in items if item.group >= 0), key=lambda item: (item.group, item.indices[0]))
+    oversized = [list(own) for _, own in groupby(parts, key=lambda item: item.group)]
+    return [item for item in items if item.group < 0], oversized
+
+
+def _oversized_cost(parts: list[_Item]) -> float:
+    """Return the cost of parts of a group whose prompt is encoded once, in tokens."""
+    prompt = parts[0].prompt_tokens
+    repeated = (len(parts) - 1) * _cost(prompt, _causal_pairs(prompt))
+    return sum(_cost(part.tokens, part.pairs) for part in parts) - repeated
 
 
 def _cost(tokens: int, pairs: int) -> float:
-    """In tokens."""
     return tokens + pairs / PAIRS_PER_TOKEN
 
 
-def _triangle(length: int) -> int:
-    """Pairs of a causal mask."""
+def _causal_pairs(length: int) -> int:
     return length * (length + 1) // 2

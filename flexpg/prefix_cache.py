@@ -1,19 +1,18 @@
-"""A prefix that is encoded once, however many micro-batches hang on it: for a group that is larger than the budget.
+"""A prompt that is encoded once for several micro-batches, for groups that exceed the token budget.
 
-The prefix goes through the model alone. Each layer's keys and values are kept, and every micro-batch of completions
-attends to them and to itself, forward and backward, on its own. The gradients that arrive at the kept keys and values,
-and at the prefix's last hidden state, add up; the prefix's one backward starts from their sums. So the gradients are
-those of one packed row, and at its peak the memory holds the activations of the prefix and of one micro-batch.
+The prompt goes through the model on its own and each layer's keys and values are kept. Every micro-batch of completions
+attends to them and to itself, forward and backward. The gradients that arrive at the kept keys and values and at the
+prompt's last hidden state are summed, and the prompt's single backward starts from these sums. By the chain rule the
+gradients are those of one packed sequence, while memory holds the activations of the prompt and of one micro-batch.
 
-The prefix is encoded once, not twice: its activations wait for its backward (with activation checkpointing, its layers'
-inputs), as recomputing them would cost another forward of what is longest.
+The prompt is encoded once, not twice: its activations are kept until its backward (with activation checkpointing, the
+inputs of its layers), because recomputing them would cost another forward of the longest part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 
@@ -21,236 +20,237 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flexpg.masks import TreeBlockMask, block_mask, mask_of
-from flexpg.packing import MicroBatch
-from flexpg.tree import PrefixTree, Tokens, checked_tree, padded_size
+from flexpg.masks import TreeBlockMask
+from flexpg.tree import PrefixTree, Tokens, padded_length
 
 
-class EncodedPrefix:
-    """Keys and values of a prefix, for the micro-batches that hang on it; made by an integration's `encode_prefix`.
+class PrefixCache:
+    """Keys and values of a prompt, per layer, for micro-batches whose sequences all begin with it.
 
-    As a context manager it runs the prefix's backward when its block ends: the backward of every micro-batch belongs
-    inside. Without gradients it just lets go of the memory.
+    As a context manager it runs the prompt's backward on exit, so the backward of every micro-batch belongs inside.
+    Created by `encode_prefix` of `flexpg.integrations`; `flexpg.packed_logprobs` uses it for oversized groups.
 
-        with encode_prefix(model, prompt) as prefix:  # leaving the block runs the prompt's backward
+        with encode_prefix(model, prompt) as prefix:
             for tree in trees:
                 hidden = forward(model, tree, prefix=prefix)
                 ...
                 loss.backward()
 
     Args:
-        tokens: [P] int64, what all sequences of all micro-batches begin with.
+        tokens: [P] int64, the prompt.
+        forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and its
+            mask, which makes the layers store their keys and values here.
 
     Attributes:
-        tree: the prefix as a packed row.
-        mask: of that row; a forward with it keeps each layer's keys and values.
+        tree: The prompt as a packed sequence.
+        has_gradient: Whether a gradient has arrived from a micro-batch.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, forward: Callable[[PrefixTree, PrefixBlockMask], Tensor]) -> None:
         self.tree = PrefixTree.from_sequences([tokens])
-        self.mask = block_mask(self.tree)
-        self.mask.prefix = self
         self._with_grad = torch.is_grad_enabled()
+        self._is_closed = False
         self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._outputs: list[Tensor] = []  # of the prompt's forward: those that need gradients
+        self._grads: list[Tensor | None] = []  # the sum of the gradients of each
         self._hidden: Tensor | None = None
-        self._made: list[Tensor] = []  # by the prefix's forward; gradients are wanted
-        self._sums: list[Tensor | None] = []  # of the gradients of each
-        self._is_used = self._is_done = False
+        self._hidden = self._detached(forward(self.tree, PrefixBlockMask(self, self.tree)))
 
-    def keep_hidden(self, hidden: Tensor) -> None:
-        """Ends the prefix's forward.
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient has arrived from a micro-batch."""
+        return any(grad is not None for grad in self._grads)
+
+    def extend(self, mask: TreeBlockMask, layer: Hashable, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values with those of the prompt in front; the prompt's own are stored.
 
         Args:
-            hidden: [1, S, E], its hidden states.
+            mask: The mask of this forward.
+            layer: What tells the model's layers apart.
+            k: [1, Hkv, S', D] of the tokens that are encoded now.
+            v: Likewise.
         """
-        self._hidden = self._leaf(hidden)
-
-    def joined(self, mask: TreeBlockMask, layer: Hashable, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values: the prefix's own, which are kept, or a micro-batch's behind the prefix's."""
         if torch.is_grad_enabled() != self._with_grad:
             raise ValueError(
-                "the layers of a prefix run with gradients where its forward had none, or the other way round; use one "
+                "a cached prompt and its micro-batches must all run with gradients or all without; use one "
                 "torch.no_grad() around both, and activation checkpointing with use_reentrant=False"
             )
         if mask.first_query:
-            kept_k, kept_v = self._layers[layer]
-            return torch.cat([kept_k, k], 2), torch.cat([kept_v, v], 2)
-        if layer not in self._layers:  # else checkpointing calls the layer again
-            self._layers[layer] = self._leaf(k), self._leaf(v)
+            cached_k, cached_v = self._layers[layer]
+            return torch.cat([cached_k, k], 2), torch.cat([cached_v, v], 2)
+        if layer not in self._layers:  # activation checkpointing calls the layer a second time
+            self._layers[layer] = self._detached(k), self._detached(v)
         return k, v
 
-    def mask_of(self, tree: PrefixTree) -> TreeBlockMask:
-        """The mask of a micro-batch's row without the prefix, whose tokens are keys alone.
+    def mask_for(self, tree: PrefixTree) -> PrefixBlockMask:
+        """Return the mask of a micro-batch without its prompt, whose tokens are keys only.
 
         Args:
-            tree: the micro-batch's, of whole sequences.
+            tree: The micro-batch's tree, of whole sequences.
 
         Raises:
-            ValueError: a tree of which a sequence does not begin with the prefix or ends with it, on another device, or
-                a prefix that was left already, or made with gradients where there are none now.
+            ValueError: If a sequence does not begin with the prompt, or the cache is closed.
         """
-        if self._hidden is None or self._is_done:
-            raise ValueError("the prefix is not encoded, or its block was left; encode it anew for these micro-batches")
-        if torch.is_grad_enabled() != self._with_grad:
-            raise ValueError(
-                "prefix and micro-batches need gradients both, or neither; use one torch.no_grad() for all"
-            )
-        length, own = self.tree.num_tokens, self.tree.token_row()[0]
-        row = tree.token_row()[0]
-        if row.device != own.device:
-            raise ValueError(f"the tree is on {row.device} and the prefix on {own.device}; move them to one device")
-        begins = tree.num_tokens > length and torch.equal(row[:length], own[:length])
+        if self._is_closed:
+            raise ValueError("the prefix cache is closed; encode the prompt again for these micro-batches")
+        length = self.tree.num_tokens
+        begins = torch.equal(tree.input_ids[0, :length], self.tree.input_ids[0, :length])
         if not begins or int(tree.lengths.min()) <= length or bool((tree.end[:length] != tree.num_tokens).any()):
-            raise ValueError(f"not all sequences of {tree} go on after the {length} tokens of the prefix")
-        self._is_used = True
-        mask = block_mask(_apart(tree, length, len(self.tree)), first_query=len(self.tree))
-        mask.prefix = self
-        return mask
+            raise ValueError(f"every sequence must continue the prompt of {length} tokens, got {tree}")
+        size = self.tree.padded_length
+        return PrefixBlockMask(self, _with_padded_prefix(tree, length, size), first_query=size)
 
-    def before(self, hidden: Tensor) -> Tensor:
-        """The prefix's hidden states in front of those of a row without it: [1, S', E] -> [1, P + S', E]."""
+    def prepend_hidden(self, hidden: Tensor) -> Tensor:
+        """Return the prompt's hidden states followed by those of a micro-batch: [1, S', E] -> [1, P + S', E]."""
         assert self._hidden is not None
         return torch.cat([self._hidden[:, : self.tree.num_tokens], hidden], 1)
 
     def backward(self) -> None:
-        """The prefix's backward, from the summed gradients; zeros where none arrived, as FSDP waits for every process.
+        """Run the prompt's backward from the summed gradients and close the cache.
 
-        Raises:
-            ValueError: micro-batches were run with gradients, and none arrived.
+        Without any gradient it runs from zeros, because the collectives of FSDP wait for every rank.
         """
+        grads = [
+            torch.zeros_like(output) if grad is None else grad.to(output.dtype)
+            for output, grad in zip(self._outputs, self._grads, strict=True)
+        ]
         try:
-            if not self._made:
-                return
-            if self._is_used and not any(total is not None for total in self._sums):
-                raise ValueError("no gradient arrived at the prefix; call loss.backward() inside its block")
-            totals = zip(self._made, self._sums, strict=True)
-            grads = [torch.zeros_like(x) if total is None else total.to(x.dtype) for x, total in totals]
-            torch.autograd.backward(self._made, grads)
+            if self._outputs:
+                torch.autograd.backward(self._outputs, grads)
         finally:
-            self._close()
+            self.close()
 
-    def __enter__(self) -> EncodedPrefix:
-        """The prefix itself."""
+    def close(self) -> None:
+        """Free the cached tensors without a backward; a gradient that arrives later raises."""
+        self._is_closed = True
+        self._layers, self._hidden, self._outputs, self._grads = {}, None, [], []
+
+    def __enter__(self) -> PrefixCache:
+        """Return the cache itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Runs the backward, unless the block failed."""
+        """Run the backward, unless the block failed."""
         if kind is None:
             self.backward()
         else:
-            self._close()
+            self.close()
 
-    def _leaf(self, made: Tensor) -> Tensor:
-        if not made.requires_grad:
-            return made
-        leaf = made.detach().requires_grad_()
-        leaf.register_post_accumulate_grad_hook(partial(self._add, len(self._made)))
-        self._made.append(made)
-        self._sums.append(None)
+    def _detached(self, output: Tensor) -> Tensor:
+        """Return a leaf with the values of `output`; its gradient is summed for the prompt's backward."""
+        if not output.requires_grad:
+            return output
+        leaf = output.detach().requires_grad_()
+        leaf.register_post_accumulate_grad_hook(partial(self._accumulate, len(self._outputs)))
+        self._outputs.append(output)
+        self._grads.append(None)
         return leaf
 
-    def _add(self, number: int, leaf: Tensor) -> None:
-        """Sums a leaf's gradient in float32 or better: in bfloat16 many small ones would be lost."""
+    def _accumulate(self, number: int, leaf: Tensor) -> None:
+        """Sum a leaf's gradient in float32 or better: bfloat16 would lose many small ones."""
         grad, leaf.grad = leaf.grad, None
-        if self._is_done:
-            raise ValueError("a gradient arrived after the prefix's backward; call loss.backward() inside its block")
+        if self._is_closed:
+            raise ValueError("a gradient arrived after the prompt's backward; call loss.backward() before leaving it")
         assert grad is not None
-        total = self._sums[number]
+        total = self._grads[number]
         if total is None:
-            self._sums[number] = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            self._grads[number] = grad.to(torch.promote_types(grad.dtype, torch.float32))
         else:
             total += grad
 
-    def _close(self) -> None:
-        self._is_done = True
-        self._layers, self._hidden, self._made, self._sums = {}, None, [], []
+
+class PrefixBlockMask(TreeBlockMask):
+    """A TreeBlockMask with the cache that holds the keys and values before its first query.
+
+    The mask carries the cache because it is the one argument that frameworks hand to every attention layer, and that
+    activation checkpointing hands to it again.
+
+    Attributes:
+        cache: The prefix cache.
+    """
+
+    def __init__(self, cache: PrefixCache, tree: PrefixTree, window: int | None = None, first_query: int = 0) -> None:
+        super().__init__(tree, window, first_query)
+        self.cache = cache
+
+    def _replace(self, tree: PrefixTree, window: int | None) -> TreeBlockMask:
+        return PrefixBlockMask(self.cache, tree, window, self.first_query)
 
 
-def encoded(tokens: Tokens, forward: Callable[[PrefixTree, TreeBlockMask], Tensor]) -> EncodedPrefix:
-    """A prefix that has gone through `forward`, which gives the hidden states [1, S, E] of a packed row."""
-    prefix = EncodedPrefix(tokens)
-    prefix.keep_hidden(forward(prefix.tree, prefix.mask))
-    return prefix
+@dataclass(frozen=True)
+class PackedInput:
+    """What goes through a model for one packed sequence.
+
+    Attributes:
+        input_ids: [1, S'] int64.
+        position_ids: [1, S'] int64.
+        mask: The block mask; its queries are the S' tokens, and padding where the kernels need whole blocks.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    mask: TreeBlockMask
 
 
-def encoded_run(
-    run: Sequence[MicroBatch], encode: Callable[[Tokens], EncodedPrefix]
-) -> AbstractContextManager[EncodedPrefix | None]:
-    """The prompt that several micro-batches have in common, encoded; None for a micro-batch on its own.
+def packed_input(
+    model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None = None, mask: TreeBlockMask | None = None
+) -> PackedInput:
+    """Return the part of a packed sequence that goes through the model, and its mask.
 
-    Where other processes encode a prompt and this one has none, one token goes through the model, as FSDP needs.
+    The tokens of a cached prompt are left out, and so is padding on a CPU: flex kernels need whole blocks, those of a
+    CPU do not. A cached prompt itself keeps its padding, because what follows it begins a block, and so do compiled
+    layers, because fewer lengths need fewer graphs.
 
     Args:
-        run: micro-batches of one run, as `flexpg.packing.runs` gives them.
-        encode: an integration's `encode_prefix` of a model.
+        model: The model, whose compiled layers are looked at.
+        tree: The packed sequence, of S tokens.
+        prefix: A cached prompt with which all sequences begin.
+        mask: The mask of the cached prompt's own forward.
     """
-    if len(run) == 1:
-        return nullcontext()
-    batch = max(run, key=lambda batch: batch.prefix_tokens)
-    return encode(batch.rollouts.prompts[0][: max(batch.prefix_tokens, 1)])
-
-
-def row_mask(tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix | None) -> TreeBlockMask:
-    """The mask of what goes through the model: the tree's whole row, or what stands behind the prefix.
-
-    Raises:
-        ValueError: a mask beside a prefix, another tree's mask, or another tree's prefix.
-        TypeError: a tree that is none.
-    """
-    if prefix is None:
-        return mask_of(tree, mask)
-    if mask is not None:
-        raise ValueError("mask and prefix came together; with a prefix leave the mask out, as it is another row's")
-    return prefix.mask_of(checked_tree(tree))
-
-
-def encoded_row(mask: TreeBlockMask, model: nn.Module) -> slice:
-    """The packed tokens that go through a model: from the first query on, on a CPU without the pads at the end.
-
-    Flex kernels want whole blocks, those of a CPU do not. A prefix keeps its pads, as what hangs on it begins a block,
-    and so do compiled layers: fewer lengths make fewer graphs.
-    """
-    is_prefix = mask.prefix is not None and not mask.first_query
-    is_padded = (
+    if mask is None:
+        mask = TreeBlockMask(tree) if prefix is None else prefix.mask_for(tree)
+    is_prefix = isinstance(mask, PrefixBlockMask) and not mask.first_query
+    keep_padding = (
         mask.tree.end.device.type != "cpu"
         or is_prefix
         or torch.compiler.is_compiling()
         or any(module._compiled_call_impl is not None for module in model.modules())
     )
-    return slice(mask.first_query, len(mask.tree) if is_padded else mask.tree.num_tokens)
+    own = slice(mask.first_query, mask.tree.padded_length if keep_padding else mask.tree.num_tokens)
+    return PackedInput(mask.tree.input_ids[:, own], mask.tree.position_ids[None, own], mask)
 
 
-def whole_row(hidden: Tensor, tree: PrefixTree, prefix: EncodedPrefix | None) -> Tensor:
-    """The hidden states of a tree's packed row, whatever of it went through the model.
+def whole_sequence(hidden: Tensor, tree: PrefixTree, prefix: PrefixCache | None = None) -> Tensor:
+    """Return the hidden states of a whole packed sequence from those of `packed_input`.
 
     Args:
-        hidden: [1, S', E], of `encoded_row`.
-        tree: the packed row, of S tokens.
-        prefix: that the row stands behind, or None.
+        hidden: [1, S', E].
+        tree: The packed sequence, of S tokens.
+        prefix: The cached prompt, if any.
 
     Returns:
-        [1, S, E]; what stands at pads has no meaning.
+        [1, S, E]; the values at padding have no meaning.
     """
     if prefix is not None:
-        hidden = prefix.before(hidden)
-    if hidden.shape[1] == len(tree):
+        hidden = prefix.prepend_hidden(hidden)
+    if hidden.shape[1] == tree.padded_length:
         return hidden
-    return functional.pad(hidden[:, : tree.num_tokens], (0, 0, 0, len(tree) - tree.num_tokens))
+    return functional.pad(hidden[:, : tree.num_tokens], (0, 0, 0, tree.padded_length - tree.num_tokens))
 
 
-def _apart(tree: PrefixTree, length: int, size: int) -> PrefixTree:
-    """The same tree with pads between the first `length` tokens and the rest, which begins at token `size`.
+def _with_padded_prefix(tree: PrefixTree, length: int, size: int) -> PrefixTree:
+    """Return the tree with padding between its first `length` tokens and the rest, which begins at index `size`.
 
-    The pads hang under the prefix as a sequence of one more token each would, and nobody sees them.
+    The padding tokens become children of the prefix, each a sequence that is one token longer; nothing sees them.
     """
     rest, shift = tree.num_tokens - length, size - length
-    end = torch.arange(1, size + padded_size(rest) + 1, dtype=torch.int32, device=tree.end.device)
+    end = torch.arange(1, size + padded_length(rest) + 1, dtype=torch.int32, device=tree.end.device)
     end[:length] = size + rest
     end[size : size + rest] = tree.end[length : tree.num_tokens] + shift
+    packed = tree.input_ids[0]
     tokens = torch.zeros(len(end), dtype=torch.int64, device=end.device)
-    row = tree.token_row()[0]
-    tokens[:length], tokens[size : size + rest] = row[:length], row[length : tree.num_tokens]
+    tokens[:length], tokens[size : size + rest] = packed[:length], packed[length : tree.num_tokens]
     node = torch.where(tree.node < length, tree.node, tree.node + shift)
     return replace(tree, tokens=tokens, end=end, node=node, num_tokens=size + rest)

@@ -1,10 +1,10 @@
-"""Rollouts: the door between sampling and training, and the group advantages.
+"""Rollouts, the container that is passed from the sampler to training, and the group advantages.
 
-What a sampler hands to training is checked here, once, and trusted behind. Token ids are never asked what is padding: a
-pad or eos id inside a prompt is a token like any other, and what counts follows from lengths and masks alone.
+Inputs are validated once, at construction. Padding is never inferred from token ids: a padding or end-of-sequence id
+inside a prompt is an ordinary token, and what counts follows from lengths and masks.
 
-Departs from TRL: rollouts of a group need not stand together, groups may differ in size, and rewards that are all equal
-give advantages of exactly 0, where TRL's mean leaves a rounding error that the division by 1e-4 blows up.
+Departures from TRL: the rollouts of a group need not be adjacent, groups may differ in size, and rewards that are all
+equal give advantages of exactly 0, where TRL's mean leaves a rounding error that a division by 1e-4 amplifies.
 """
 
 from __future__ import annotations
@@ -12,71 +12,198 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from itertools import chain
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from flexpg.tree import PrefixTree, Tokens, token_ids
 
 ScaleRewards = Literal["group", "batch", "none"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rollouts:
-    """Prompts and their sampled, rewarded completions, without padding.
+    """Prompts with their sampled completions and rewards, without padding. `from_groups` is the usual constructor.
 
-    Errors number prompts and rollouts from 0, as Python does. All tensors stand on one device. C is the longest
-    completion; [N, C] tensors are read where there is a trained token and may hold anything elsewhere.
-
-    >>> prompts = [torch.tensor([1, 2]), torch.tensor([3])]
-    >>> completions = [torch.tensor([4]), torch.tensor([5, 6]), torch.tensor([7])]
-    >>> rollouts = Rollouts(prompts, completions, torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0, 1.0]))
-    >>> [sequence.tolist() for sequence in rollouts.sequences]
-    [[1, 2, 4], [1, 2, 5, 6], [3, 7]]
+    [N, C] tensors are read where the loss mask is True and may hold anything elsewhere.
 
     Args:
-        prompts: one [P] int64 per group.
-        completions: one [T] int64 per rollout, at least one token each.
-        group_ids: [N] int64, each rollout's index into `prompts`; every prompt has at least one rollout.
-        rewards: [N] float32, finite.
-        loss_mask: [N, C] bool, True where a token is trained. None trains every completion token. Tokens that a tool
-            wrote are False: they are context all the same.
-        old_logprobs: [N, C] float, under the policy that the update starts from.
-        ref_logprobs: [N, C] float, under the reference policy.
+        prompts: One [P] int64 per group.
+        completions: One [T] int64 per rollout, at least one token each.
+        group_ids: [N] int64, the index into `prompts` of each rollout; every prompt has at least one rollout.
+        rewards: [N] float, finite.
+        loss_mask: [N, C] bool, True where a completion token counts in the loss; None for every completion token.
+            Tokens that a tool wrote are False: they remain context.
+        old_logprobs: [N, C] float, log-probabilities under the policy at the start of the update.
+        ref_logprobs: [N, C] float, log-probabilities under the reference policy.
 
     Raises:
-        TypeError: `prompts` or `completions` is not a list of tensors, or another field is not a tensor.
-        ValueError: anything else that is wrong, with the number of the item.
+        ValueError: If shapes, group ids or masks are inconsistent, or a reward or log-probability is not finite.
+
+    >>> rollouts = Rollouts.from_groups([[1, 2], [3]], [[[4], [5, 6]], [[7]]], rewards=[[1.0, 0.0], [1.0]])
+    >>> rollouts
+    Rollouts(3 rollouts of 2 prompts, 3 prompt tokens, 4 completion tokens, 4 in the loss, device=cpu)
+    >>> [sequence.tolist() for sequence in rollouts.sequences]
+    [[1, 2, 4], [1, 2, 5, 6], [3, 7]]
     """
 
     prompts: list[Tensor]
     completions: list[Tensor]
     group_ids: Tensor
     rewards: Tensor
-    loss_mask: Tensor | None = None
+    loss_mask: Tensor = None  # type: ignore[assignment]  # a tensor after __post_init__
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check what came: types and devices, then shapes, then values."""
-        _check_tokens("prompts", "prompt", self.prompts)
-        _check_tokens("completions", "rollout", self.completions)
-        _check_tables(self)
-        _check_groups(self.group_ids, self.num_rollouts, self.num_groups)
-        _check_values(self)
+        """Validate the fields and fill the loss mask in."""
+        _check_tokens("prompts", self.prompts)
+        _check_tokens("completions", self.completions)
+        if self.loss_mask is None:
+            object.__setattr__(self, "loss_mask", self.completion_mask)
+        _check_shapes(self)
+        used = torch.bincount(self.group_ids, minlength=self.num_groups)
+        if len(used) > self.num_groups or not bool(used.all()):
+            raise ValueError(
+                f"group_ids must name each of {self.num_groups} prompts, and no other, got {self.group_ids.tolist()}"
+            )
+        beyond = self.loss_mask & ~self.completion_mask
+        if beyond.any():
+            n, c = beyond.nonzero()[0].tolist()
+            raise ValueError(
+                f"loss_mask must be False past a completion's end, got True at token {c} of rollout {n}, whose "
+                f"completion has {len(self.completions[n])} tokens"
+            )
+        _check_finite("rewards", self.rewards, torch.ones_like(self.rewards, dtype=torch.bool))
+        for name in ("old_logprobs", "ref_logprobs"):
+            if (logprobs := getattr(self, name)) is not None:
+                _check_finite(name, logprobs, self.loss_mask)
+
+    @classmethod
+    def from_groups(
+        cls,
+        prompts: Sequence[Tokens],
+        completions: Sequence[Sequence[Tokens]],
+        rewards: Sequence[Sequence[float]] | Tensor,
+        *,
+        loss_mask: Sequence[Sequence[Sequence[bool]]] | None = None,
+    ) -> Rollouts:
+        """Build rollouts from nested lists, one entry per prompt.
+
+        Args:
+            prompts: Token ids of each prompt: lists, tuples, arrays or 1-D tensors.
+            completions: For each prompt, the token ids of its completions.
+            rewards: For each prompt, the rewards of its completions; or a tensor [prompts, G].
+            loss_mask: For each prompt and completion, True for tokens that count in the loss; None for all of them.
+
+        Returns:
+            Rollouts on the device of the prompts, prompt by prompt.
+
+        Raises:
+            ValueError: If the lists do not match, a prompt or completion has no token, or a reward is not finite.
+            TypeError: If token ids are not integers.
+        """
+        if any(np.ndim(group) == 0 for group in rewards):
+            raise ValueError("rewards must have one list per prompt, got numbers")
+        sizes = [len(group) for group in completions]
+        if not len(prompts) == len(sizes) == len(rewards) or sizes != [len(group) for group in rewards]:
+            raise ValueError(
+                f"completions and rewards must have one list per prompt, of equal lengths, got {len(prompts)} prompts, "
+                f"{sizes} completions and {[len(group) for group in rewards]} rewards"
+            )
+        prompt_ids = [token_ids(f"prompts[{g}]", prompt) for g, prompt in enumerate(prompts)]
+        completion_ids = [
+            token_ids(f"completions[{g}][{i}]", own)
+            for g, group in enumerate(completions)
+            for i, own in enumerate(group)
+        ]
+        device = prompt_ids[0].device if prompt_ids else torch.device("cpu")
+        masks = None
+        if loss_mask is not None:
+            masks = [torch.as_tensor(mask, dtype=torch.bool) for group in loss_mask for mask in group]
+            if [len(mask) for mask in masks] != [len(own) for own in completion_ids]:
+                raise ValueError("loss_mask must have one value per completion token")
+        return cls(
+            prompts=prompt_ids,
+            completions=completion_ids,
+            group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
+            rewards=torch.as_tensor(list(chain(*rewards)), dtype=torch.float32).to(device),
+            **({} if masks is None else {"loss_mask": pad_sequence(masks, batch_first=True).to(device)}),
+        )
+
+    @classmethod
+    def from_generate(
+        cls,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        rewards: Sequence[float] | Tensor,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> Rollouts:
+        """Build rollouts from the padded output of transformers' `model.generate`.
+
+        A completion ends with its first end-of-sequence token, which belongs to it, or at the end of its row. Prompts
+        are cut by their attention mask, so padding and end-of-sequence ids inside them are kept.
+
+        Args:
+            sequences: [B * G, P + T] int64, what `generate(..., num_return_sequences=G)` returned.
+            attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given.
+            rewards: [B * G] float.
+            eos_token_id: Ids that end a completion, as in the generation config; None if none does.
+
+        Raises:
+            ValueError: If there are not G sequences and rewards per prompt.
+
+        >>> sequences = torch.tensor([[0, 5, 6, 7, 2, 0], [0, 5, 6, 8, 9, 9]])
+        >>> rollouts = Rollouts.from_generate(sequences, torch.tensor([[0, 1, 1]]), [1.0, 0.0], eos_token_id=2)
+        >>> [completion.tolist() for completion in rollouts.completions]
+        [[7, 2], [8, 9, 9]]
+        """
+        batch, prompt_len = attention_mask.shape
+        if len(sequences) % batch or len(rewards) != len(sequences):
+            raise ValueError(
+                f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
+                f"{len(rewards)}"
+            )
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        generated = sequences[:, prompt_len:]  # [B * G, T]
+        is_stop = torch.isin(generated, torch.tensor(stops, dtype=torch.int64, device=sequences.device))
+        before = is_stop.cumsum(1) - is_stop.long()  # stop tokens before each token
+        lengths = (before == 0).sum(1).tolist()
+        group_size = len(sequences) // batch
+        present = attention_mask.bool()
+        return cls(
+            prompts=[sequences[b * group_size, :prompt_len][present[b]] for b in range(batch)],
+            completions=[row[:length] for row, length in zip(generated, lengths, strict=True)],
+            group_ids=torch.arange(batch, device=sequences.device).repeat_interleave(group_size),
+            rewards=torch.as_tensor(rewards, dtype=torch.float32).to(sequences.device),
+        )
 
     def __len__(self) -> int:
         """N, the number of rollouts."""
-        return self.num_rollouts
-
-    @property
-    def num_rollouts(self) -> int:
-        """N."""
         return len(self.completions)
+
+    def __repr__(self) -> str:
+        prompt_tokens, completion_tokens = (sum(map(len, own)) for own in (self.prompts, self.completions))
+        return (
+            f"Rollouts({len(self)} rollouts of {self.num_groups} prompts, {prompt_tokens:,} prompt tokens, "
+            f"{completion_tokens:,} completion tokens, {self.num_loss_tokens:,} in the loss, "
+            f"device={self.group_ids.device})"
+        )
 
     @property
     def num_groups(self) -> int:
         """The number of prompts."""
         return len(self.prompts)
+
+    @cached_property
+    def num_loss_tokens(self) -> int:
+        """Completion tokens that count in the loss."""
+        return int(self.loss_mask.sum())
 
     @cached_property
     def prompt_lens(self) -> Tensor:
@@ -91,46 +218,46 @@ class Rollouts:
     @cached_property
     def completion_mask(self) -> Tensor:
         """[N, C] bool, True where there is a completion token."""
-        positions = torch.arange(max(map(len, self.completions)), device=self.group_ids.device)  # [C]
-        return positions < self.completion_lens[:, None]  # [N, C]
-
-    @property
-    def trained(self) -> Tensor:
-        """[N, C] bool, True where a completion token is trained."""
-        return self.completion_mask if self.loss_mask is None else self.loss_mask
+        index = torch.arange(max(map(len, self.completions)), device=self.group_ids.device)  # [C]
+        return index < self.completion_lens[:, None]  # [N, C]
 
     @cached_property
     def sequences(self) -> list[Tensor]:
         """N tensors [P + T] int64, each rollout's prompt and completion."""
         groups = self.group_ids.tolist()
-        return [torch.cat([self.prompts[g], tokens]) for g, tokens in zip(groups, self.completions, strict=True)]
+        return [torch.cat([self.prompts[g], own]) for g, own in zip(groups, self.completions, strict=True)]
+
+    @cached_property
+    def tree(self) -> PrefixTree:
+        """The prefix tree of all sequences; sequence n is rollout n."""
+        return PrefixTree.from_sequences(self.sequences)
 
     def select(self, indices: Sequence[int] | Tensor) -> Rollouts:
-        """The rollouts at `indices`, in that order; groups are renumbered by first appearance and the others dropped.
+        """Return the rollouts at `indices`, in that order; groups are renumbered and unused prompts dropped.
 
         [N, C] tensors keep their rows and are cut to the longest completion that remains.
 
         Args:
-            indices: at least one index, as ints or as an int64 tensor [M].
+            indices: At least one index, as ints or as an int64 tensor [M]; a bool mask is not accepted.
 
         Raises:
-            ValueError: `indices` is empty, not integers (a bool mask is not taken for them), or names no rollout.
+            ValueError: If `indices` is empty or not int64.
         """
-        chosen = checked_indices(indices, len(self))
-        rows = torch.tensor(chosen, device=self.group_ids.device)  # [M]
-        completions = [self.completions[i] for i in chosen]
+        rows = torch.as_tensor(indices, device=self.group_ids.device)  # [M]
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise ValueError(f"indices must be 1-D int64 and not empty, got {rows.dtype} {list(rows.shape)}")
+        completions = [self.completions[n] for n in rows.tolist()]
         old_groups = self.group_ids[rows].tolist()
-        kept = list(dict.fromkeys(old_groups))
-        new_group = {old: new for new, old in enumerate(kept)}
+        new_group = {old: new for new, old in enumerate(dict.fromkeys(old_groups))}
         longest = max(map(len, completions))
 
-        def cut(table: Tensor | None) -> Tensor | None:
+        def cut(table: Tensor | None) -> Any:
             return None if table is None else table[rows, :longest]
 
         return Rollouts(
-            prompts=[self.prompts[g] for g in kept],
+            prompts=[self.prompts[group] for group in new_group],
             completions=completions,
-            group_ids=torch.tensor([new_group[g] for g in old_groups], device=rows.device),
+            group_ids=torch.tensor([new_group[group] for group in old_groups], device=rows.device),
             rewards=self.rewards[rows],
             loss_mask=cut(self.loss_mask),
             old_logprobs=cut(self.old_logprobs),
@@ -138,181 +265,86 @@ class Rollouts:
         )
 
 
-def checked_rollouts(rollouts: object) -> Rollouts:
-    """The same, if they are rollouts.
+def group_advantages(
+    rollouts: Rollouts, scale_rewards: ScaleRewards = "group", *, group_ids: Tensor | None = None
+) -> Tensor:
+    """Compute each reward's distance from the mean of its group, divided by a standard deviation.
 
-    Raises:
-        TypeError: anything else.
-    """
-    if not isinstance(rollouts, Rollouts):
-        raise TypeError(f"rollouts is a {type(rollouts).__name__}; make them with flexpg.Rollouts(prompts, ...)")
-    return rollouts
-
-
-def checked_indices(indices: Sequence[int] | Tensor, count: int) -> list[int]:
-    """Indices as ints, if there are any and each names one of `count` rollouts.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if not len(indices):
-        raise ValueError("indices are empty; give the index of at least one rollout")
-    rows = torch.as_tensor(indices)  # [M]
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise ValueError(
-            f"indices are {rows.dtype} {list(rows.shape)}; give 1-D int64 (mask.nonzero().flatten() of a bool mask)"
-        )
-    chosen: list[int] = rows.tolist()
-    for n in chosen:
-        if not 0 <= n < count:
-            raise ValueError(f"indices name rollout {n}; there are 0 to {count - 1}")
-    return chosen
-
-
-def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: ScaleRewards = "group") -> Tensor:
-    """Each reward's distance from the mean of its group, over a standard deviation.
-
-    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. Groups may differ in size
-    and need not stand together. Give the whole step's rewards: a group that is split over calls has other means.
+    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. Pass the rollouts of the
+    whole step: a group that is split over calls has other means.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv 2503.20783; "batch" is arXiv 2508.08221.
 
-    >>> group_advantages(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0, 0, 1]), scale_rewards="none")
+    >>> rollouts = Rollouts.from_groups([[1], [2]], [[[3], [4]], [[5]]], rewards=[[1.0, 0.0], [5.0]])
+    >>> group_advantages(rollouts, scale_rewards="none")
     tensor([ 0.5000, -0.5000,  0.0000])
 
     Args:
-        rewards: [N] float, finite.
-        group_ids: [N] int64, equal where rollouts share a group.
-        scale_rewards: divide by the standard deviation of the "group", of the "batch" (all N), or not ("none").
+        rollouts: The step's rollouts.
+        scale_rewards: Divide by the standard deviation of the "group", of the "batch" (all N), or not ("none").
+        group_ids: [N] int64, equal where rollouts are compared with each other; None for the rollouts' own groups. The
+            trials of one task, for instance, whose prompts differ.
 
     Returns:
-        [N] advantages in the dtype of `rewards`.
+        [N] advantages in the dtype of the rewards.
 
     Raises:
-        TypeError: `rewards` or `group_ids` is no tensor.
-        ValueError: `scale_rewards` is unknown, a reward is not finite, or the two are not [N] on one device.
+        ValueError: If `scale_rewards` is unknown.
     """
     if scale_rewards not in get_args(ScaleRewards):
-        raise ValueError(f"scale_rewards is {scale_rewards!r}; allowed are {', '.join(get_args(ScaleRewards))}")
-    for name, table in (("rewards", rewards), ("group_ids", group_ids)):
-        if not isinstance(table, Tensor):
-            raise TypeError(f"{name} is a {type(table).__name__}; give a tensor")
-    if not rewards.is_floating_point():
-        raise ValueError(f"rewards are {rewards.dtype}; give floats")
-    if rewards.dim() != 1 or rewards.shape != group_ids.shape:
-        raise ValueError(f"rewards are {list(rewards.shape)}, group_ids {list(group_ids.shape)}; both must be [N]")
-    if rewards.device != group_ids.device:
-        raise ValueError(f"rewards are on {rewards.device}, group_ids on {group_ids.device}; move both to one device")
-    _check_finite(rewards)
-    group = group_ids.unique(return_inverse=True)[1]  # [N], 0 to the number of groups
-    exact = rewards.double()  # the square of a reward may be beyond its own dtype
-    centred, std = _centred_and_std(exact, group)
+        raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
+    rewards = rollouts.rewards.double()  # the square of a reward may overflow its own dtype
+    group = (rollouts.group_ids if group_ids is None else group_ids).unique(return_inverse=True)[1]  # [N]
+    centered, std = _centered_and_std(rewards, group)
     if scale_rewards == "none":
-        return centred.to(rewards.dtype)
+        return centered.to(rollouts.rewards.dtype)
     if scale_rewards == "batch":
-        std = _centred_and_std(exact, torch.zeros_like(group))[1]
-    return (centred / (std + 1e-4)).to(rewards.dtype)
+        std = _centered_and_std(rewards, torch.zeros_like(group))[1]
+    return (centered / (std + 1e-4)).to(rollouts.rewards.dtype)
 
 
-def _centred_and_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Reward minus the mean of its group, and the group's unbiased standard deviation, both [N]."""
+def _centered_and_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return reward minus the mean of its group, and the group's unbiased standard deviation, both [N]."""
     size = torch.bincount(group)  # [groups]
     zeros = rewards.new_zeros(len(size))
     lowest = zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)
-    above = rewards - lowest[group]  # equal rewards become exact zeros, and stay zeros
+    above = rewards - lowest[group]  # equal rewards become exact zeros
     mean = zeros.index_add(0, group, above) / size
-    centred = above - mean[group]
-    variance = zeros.index_add(0, group, centred.square()) / (size - 1).clamp(min=1)
-    return centred, variance.sqrt()[group]
+    centered = above - mean[group]
+    variance = zeros.index_add(0, group, centered.square()) / (size - 1).clamp(min=1)
+    return centered, variance.sqrt()[group]
 
 
-def _check_tokens(name: str, what: str, items: list[Tensor]) -> None:
-    if not isinstance(items, list):
-        raise TypeError(f"{name} is a {type(items).__name__}; give a list of 1-D int64 tensors, without padding")
-    if not items:
-        raise ValueError(f"{name} is empty; give at least one {what}")
-    for i, item in enumerate(items):
-        where = f"{what} {i} of {len(items)}"
-        if not isinstance(item, Tensor):
-            raise TypeError(f"{where} is a {type(item).__name__}; give a 1-D int64 tensor")
-        if item.dtype != torch.int64 or item.dim() != 1:
-            raise ValueError(f"{where} is {_kind(item)}; token ids are 1-D torch.int64")
-        if item.device != items[0].device:
-            raise ValueError(f"{where} is on {item.device}, {what} 0 on {items[0].device}; move all to one device")
-        if len(item) == 0 and what == "prompt":
-            raise ValueError(f"{where} has no token; its last token predicts the completions' first, so give it one")
-        if len(item) == 0:
-            raise ValueError(f"{where} has no completion token; drop it before packing")
-
-
-def _check_tables(rollouts: Rollouts) -> None:
-    n, c = len(rollouts), max(map(len, rollouts.completions))
-    device = rollouts.prompts[0].device
-    if rollouts.completions[0].device != device:
-        raise ValueError(f"completions are on {rollouts.completions[0].device}, prompts on {device}; move all to one")
-    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    for name, dtypes, shape in (
-        ("group_ids", (torch.int64,), [n]),
-        ("rewards", floats, [n]),
-        ("loss_mask", (torch.bool,), [n, c]),
-        ("old_logprobs", floats, [n, c]),
-        ("ref_logprobs", floats, [n, c]),
-    ):
-        table = getattr(rollouts, name)
-        if table is None and len(shape) == 2:
-            continue
-        if not isinstance(table, Tensor):
-            raise TypeError(f"{name} is a {type(table).__name__}; give a tensor")
-        if table.device != device:
-            raise ValueError(f"{name} is on {table.device}, prompts on {device}; move all to one device")
-        if table.dtype not in dtypes or list(table.shape) != shape:
+def _check_tokens(name: str, sequences: list[Tensor]) -> None:
+    if not sequences:
+        raise ValueError(f"{name} must not be empty")
+    for n, tokens in enumerate(sequences):
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1 or not len(tokens):
+            shown = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
-                f"{name} is {_kind(table)}; {n} rollouts, the longest of {c} tokens, need {dtypes[0]} {shape}"
+                f"{name}[{n}] must be a 1-D int64 tensor with at least one token, got {shown}; "
+                "Rollouts.from_groups takes lists"
             )
+    if (smallest := int(torch.cat(sequences).min())) < 0:
+        raise ValueError(f"{name} must hold token ids >= 0, got {smallest}; leave padding out")
 
 
-def _check_groups(group_ids: Tensor, num_rollouts: int, num_groups: int) -> None:
-    ids = group_ids.tolist()
-    for i, group in enumerate(ids):
-        if not 0 <= group < num_groups:
-            raise ValueError(
-                f"rollout {i} of {num_rollouts} names group {group}; with {num_groups} prompts, "
-                f"groups are 0 to {num_groups - 1}"
-            )
-    unused = sorted(set(range(num_groups)) - set(ids))
-    if unused:
-        raise ValueError(f"prompt {unused[0]} of {num_groups} has no rollout; drop it and renumber group_ids")
+def _check_shapes(rollouts: Rollouts) -> None:
+    n, c = rollouts.completion_mask.shape
+    shapes = {"group_ids": [n], "rewards": [n], "loss_mask": [n, c], "old_logprobs": [n, c], "ref_logprobs": [n, c]}
+    for name, shape in shapes.items():
+        value = getattr(rollouts, name)
+        if value is not None and list(value.shape) != shape:
+            raise ValueError(f"{name} must be {shape} for {n} completions of up to {c} tokens, got {list(value.shape)}")
+    if rollouts.loss_mask.dtype != torch.bool or rollouts.group_ids.dtype != torch.int64:
+        raise ValueError(
+            f"loss_mask must be bool and group_ids int64, got {rollouts.loss_mask.dtype} and {rollouts.group_ids.dtype}"
+        )
 
 
-def _check_values(rollouts: Rollouts) -> None:
-    n = len(rollouts)
-    for what, items in (("prompt", rollouts.prompts), ("rollout", rollouts.completions)):
-        negative = torch.stack([tokens.min() for tokens in items]) < 0
-        if negative.any():
-            i = _first(negative)[0]
-            raise ValueError(f"{what} {i} of {len(items)} has token id {int(items[i].min())}; ids start at 0")
-    _check_finite(rollouts.rewards)
-    beyond = rollouts.trained & ~rollouts.completion_mask
-    if beyond.any():
-        i, t = _first(beyond)
-        length = len(rollouts.completions[i])
-        raise ValueError(f"loss_mask of rollout {i} of {n} is True at {t}; its completion ends after {length} tokens")
-    for name, table in (("old_logprobs", rollouts.old_logprobs), ("ref_logprobs", rollouts.ref_logprobs)):
-        if table is not None and (unusable := ~table.isfinite() & rollouts.trained).any():
-            i, t = _first(unusable)
-            raise ValueError(f"{name} of rollout {i} of {n} is {table[i, t].item()} at trained token {t}")
-
-
-def _check_finite(rewards: Tensor) -> None:
-    infinite = ~rewards.isfinite()
-    if infinite.any():
-        i = _first(infinite)[0]
-        raise ValueError(f"rollout {i} of {len(rewards)} has reward {rewards[i].item()}; drop it or give a finite one")
-
-
-def _first(flags: Tensor) -> list[int]:
-    return flags.nonzero()[0].tolist()
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+def _check_finite(name: str, values: Tensor, counts: Tensor) -> None:
+    wrong = ~values.isfinite() & counts
+    if wrong.any():
+        index = wrong.nonzero()[0].tolist()
+        where = f"rollout {index[0]}" + (f", token {index[1]}" if len(index) > 1 else "")
+        raise ValueError(f"{name} must be finite, got {values[tuple(index)].item()} at {where}")

@@ -1,43 +1,44 @@
-"""The prefix tree: any set of token sequences, laid out so that every shared prefix stands once.
+"""The prefix tree of a set of token sequences, in which every shared prefix is stored once.
 
-The tokens stand in depth-first order, so the subtree under a token is one contiguous range, and one vector tells all:
+The tokens are laid out in depth-first order, so the subtree of a token is one contiguous range and one vector
+describes the whole tree:
 
-    end[k]  = one past the last packed token of the subtree under token k
+    end[k]  = one past the last packed index of the subtree of token k
     q sees k  iff  k <= q  and  q < end[k]
 
-A pad is a root of its own (`end[i] = i + 1`): it sees itself, nobody else sees it, and no row of the mask is empty.
+A padding token is a root of its own (`end[i] = i + 1`): it sees itself and no other token sees it, so no query is
+fully masked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Real
-from typing import SupportsIndex
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 128  # FlexAttention's block of tokens
-MIN_BLOCKS = 2  # torch.compile specialises on a dimension of 1, and would compile once more for it
+BLOCK = 128  # tokens per block of FlexAttention
+MIN_BLOCKS = 2  # torch.compile specializes on a dimension of size 1 and would recompile for it
 
-Tokens = Tensor | Sequence[int]
+Tokens = Tensor | np.ndarray | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PrefixTree:
-    """A packed row of tokens that stands for N sequences. Made by `from_sequences`, `from_groups` or `from_lengths`.
+    """The packed sequence of N sequences. Created by `from_sequences`, `from_groups` or `from_lengths`.
 
     Attributes:
-        tokens: [S] int64, the packed tokens, pads are 0; None for a tree made from lengths alone.
-        end: [S] int32, one past the last packed token of each token's subtree.
-        node: [N, T] int64, the packed index of token t of sequence n; -1 beyond the sequence's length.
+        tokens: [S] int64 packed token ids, 0 at padding; None for a tree that was created from lengths.
+        end: [S] int32, one past the last packed index of each token's subtree.
+        node: [N, T] int64, the packed index of token t of sequence n; -1 past the end of the sequence.
         lengths: [N] int64, tokens of each sequence.
-        num_tokens: packed tokens before the padding.
-        max_length: T, tokens of the longest sequence: what a model's context has to hold.
-        max_token: the largest token id, or -1 without tokens.
+        num_tokens: packed tokens without padding.
+        max_length: T, tokens of the longest sequence.
+        max_token: the largest token id; -1 for a tree without tokens.
     """
 
     tokens: Tensor | None
@@ -50,29 +51,32 @@ class PrefixTree:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Tokens]) -> PrefixTree:
-        """Finds every prefix that sequences share, by itself; sequences may be equal or prefixes of one another.
+        """Build the tree of any sequences; shared prefixes are found by comparing token ids.
+
+        Sequences may be equal, or prefixes of one another.
 
         Args:
-            sequences: N token sequences, each a 1-D integer tensor [T_n] or a list of ints, T_n >= 1.
+            sequences: N token sequences, each a 1-D integer tensor, array or list with at least one token.
 
         Raises:
-            ValueError: no sequence, an empty sequence, negative token ids, or tensors on several devices.
-            TypeError: no list of sequences, or tokens that are not integers.
+            ValueError: If there is no sequence, or one is empty, not 1-D or has a negative token id.
+            TypeError: If token ids are not integers.
 
         >>> PrefixTree.from_sequences([[5, 6, 7], [5, 6, 8, 9]]).node.tolist()
         [[0, 1, 2, -1], [0, 1, 3, 4]]
         """
-        arrays, device = _token_arrays("sequence", sequences)
-        order = sorted_order(arrays)
+        arrays = [token_ids(f"sequences[{n}]", tokens).cpu().numpy() for n, tokens in enumerate(sequences)]
+        if not arrays:
+            raise ValueError("sequences must not be empty")
         lengths = np.array([len(a) for a in arrays])
         node = np.full((len(arrays), lengths.max()), -1)
         end = np.empty(lengths.sum(), dtype=np.int32)
-        path: list[tuple[int, int, int]] = []  # runs on the way to the latest token: (depth, packed start, packed stop)
+        path: list[tuple[int, int, int]] = []  # runs from the root to the latest token: (depth, packed start, stop)
         parts, packed, previous = [], 0, None
-        for n in order:
+        for n in lexicographic_order(arrays):
             tokens = arrays[n]
-            shared = 0 if previous is None else common_prefix(arrays[previous], tokens)
-            _close(path, shared, packed, end)
+            shared = 0 if previous is None else common_prefix_length(arrays[previous], tokens)
+            _close_subtrees(path, shared, packed, end)
             if previous is not None:
                 node[n, :shared] = node[previous, :shared]
             added = len(tokens) - shared
@@ -82,49 +86,49 @@ class PrefixTree:
                 parts.append(tokens[shared:])
                 packed += added
             previous = n
-        _close(path, 0, packed, end)
-        return cls._padded(np.concatenate(parts), end[:packed], node, lengths, device)
+        _close_subtrees(path, 0, packed, end)
+        return cls._padded(np.concatenate(parts), end[:packed], node, lengths, _device(sequences[0]))
 
     @classmethod
     def from_groups(cls, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]]) -> PrefixTree:
-        """Lays out each prompt once, with its completions behind it, in the order given; sequence n is rollout n.
+        """Build the tree of groups: each prompt once, followed by its completions in the given order.
+
+        Prefixes that several completions or several prompts share are not merged. Sequence n is rollout n.
 
         Args:
-            prompts: token sequences, each a 1-D integer tensor or a list of ints.
-            completions: for each prompt, the list of its completions' token sequences.
+            prompts: Token sequences, each a 1-D integer tensor, array or list.
+            completions: For each prompt, the list of its completions' token sequences.
 
         Raises:
-            ValueError: an empty prompt, completion or group, negative token ids, or tensors on several devices.
-            TypeError: lists that are none, or tokens that are not integers.
+            ValueError: If a prompt, completion or group is empty, or a token id is negative.
+            TypeError: If token ids are not integers.
 
         >>> PrefixTree.from_groups([[5, 6]], [[[7], [8, 9]]]).node.tolist()
         [[0, 1, 2, -1], [0, 1, 3, 4]]
         """
-        if _counted("prompts", prompts) != _counted("completions", completions):
-            raise ValueError(
-                f"{len(prompts)} prompts came with {len(completions)} lists of completions; give each prompt one list"
-            )
-        _require_completions(completions)
-        flat = [completion for group in completions for completion in group]
-        prefixes, prompt_device = _token_arrays("prompt", prompts)
-        suffixes, device = _token_arrays("completion", flat)
-        if prompt_device != device:
-            raise ValueError(f"prompts are on {prompt_device} and completions on {device}; move them to one device")
-        suffix_lens = _regroup([len(s) for s in suffixes], completions)
-        row = [part for p, group in zip(prefixes, _regroup(suffixes, completions), strict=True) for part in (p, *group)]
-        return cls._padded(np.concatenate(row), *_group_layout([len(p) for p in prefixes], suffix_lens), device)
+        groups = [
+            [
+                token_ids(f"prompts[{g}]", prompt),
+                *(token_ids(f"completions[{g}][{i}]", own) for i, own in enumerate(group)),
+            ]
+            for g, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        layout = _group_layout(
+            [len(group[0]) for group in groups], [[len(own) for own in group[1:]] for group in groups]
+        )
+        packed = np.concatenate([tokens.cpu().numpy() for tokens in chain(*groups)])
+        return cls._padded(packed, *layout, _device(prompts[0]))
 
     @classmethod
     def from_lengths(cls, prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]) -> PrefixTree:
-        """The tree of groups of which only the lengths are known: enough for masks.
+        """Build the tree of groups of which only the lengths are known, which is enough for masks and positions.
 
         Args:
-            prefix_lens: tokens of each prompt, each >= 1.
-            suffix_lens: for each prompt, the list of its completions' lengths, each >= 1.
+            prefix_lens: Tokens of each prompt, at least 1.
+            suffix_lens: For each prompt, the list of its completions' lengths, each at least 1.
 
         Raises:
-            ValueError: lengths below 1, a group without completion, or lists that do not match.
-            TypeError: lists that are none.
+            ValueError: If there is no group, a group has no completion, or a length is below 1.
 
         >>> PrefixTree.from_lengths([2], [[1, 2]]).end[:5].tolist()
         [5, 5, 3, 5, 5]
@@ -132,17 +136,16 @@ class PrefixTree:
         return cls._padded(None, *_group_layout(prefix_lens, suffix_lens), torch.device("cpu"))
 
     @classmethod
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
+    @torch.inference_mode(False)  # inference tensors could not be used in a training forward
     def _padded(
         cls, tokens: np.ndarray | None, end: np.ndarray, node: np.ndarray, lengths: np.ndarray, device: torch.device
     ) -> PrefixTree:
         num_tokens = len(end)
-        size = padded_size(num_tokens)
+        size = padded_length(num_tokens)
         padded_end = np.arange(1, size + 1, dtype=np.int32)
         padded_end[:num_tokens] = end
-        row = None if tokens is None else torch.from_numpy(np.pad(tokens, (0, size - num_tokens)))
         tree = cls(
-            tokens=row,
+            tokens=None if tokens is None else torch.from_numpy(np.pad(tokens, (0, size - num_tokens))),
             end=torch.from_numpy(padded_end),
             node=torch.from_numpy(node),
             lengths=torch.from_numpy(lengths),
@@ -154,7 +157,7 @@ class PrefixTree:
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> PrefixTree:
-        """The same tree with its tensors on `device`."""
+        """Return the same tree with its tensors on `device`."""
         return replace(
             self,
             tokens=None if self.tokens is None else self.tokens.to(device),
@@ -164,37 +167,41 @@ class PrefixTree:
         )
 
     def __repr__(self) -> str:
-        whole = int(self.lengths.sum())
-        return f"PrefixTree({len(self.lengths)} sequences of {whole} tokens in {self.num_tokens}, on {self.end.device})"
+        return (
+            f"PrefixTree({len(self.lengths)} sequences, {self.baseline_tokens} tokens packed into {self.num_tokens}, "
+            f"device={self.end.device})"
+        )
 
-    def __len__(self) -> int:
-        """S, packed tokens with the padding."""
+    @property
+    def padded_length(self) -> int:
+        """S, the length of the packed sequence with its padding."""
         return len(self.end)
 
-    def token_row(self) -> Tensor:
-        """[1, S] int64, the packed tokens as a model takes them.
+    @property
+    def input_ids(self) -> Tensor:
+        """[1, S] int64, the packed sequence as a batch of one.
 
         Raises:
-            ValueError: a tree that was made from lengths.
+            ValueError: If the tree was created from lengths.
         """
         if self.tokens is None:
-            raise ValueError("this tree was made from lengths and has no tokens; use from_groups or from_sequences")
+            raise ValueError("a tree created by from_lengths has no tokens; use from_groups or from_sequences")
         return self.tokens[None]
 
     @cached_property
     @torch.inference_mode(False)
     def position_ids(self) -> Tensor:
-        """[S] int64, depth in the tree: the position that each token has in its own sequence, for RoPE and windows."""
-        index = torch.arange(len(self), device=self.end.device)
-        # A token's ancestors are those before it whose subtree is still open: all k < q but the ones with end[k] <= q.
-        ends_at = index.new_zeros(len(self) + 1).scatter_add_(0, self.end.long(), torch.ones_like(index))
-        return index - ends_at.cumsum(0)[:-1]
+        """[S] int64, each token's position in its own sequence (its depth in the tree), for RoPE and windows."""
+        index = torch.arange(self.padded_length, device=self.end.device)
+        # The ancestors of q are all k < q but those with end[k] <= q.
+        closed_at = index.new_zeros(self.padded_length + 1).scatter_add_(0, self.end.long(), torch.ones_like(index))
+        return index - closed_at.cumsum(0)[:-1]
 
     @cached_property
     @torch.inference_mode(False)
     def parent(self) -> Tensor:
-        """[S] int64, the packed index of the token before each token in its sequence; -1 at roots (and pads)."""
-        depth, size = self.position_ids, len(self)
+        """[S] int64, the packed index of the token before each token in its sequence; -1 at roots and padding."""
+        depth, size = self.position_ids, self.padded_length
         index = torch.arange(size, device=depth.device)
         # In depth-first order the parent is the latest earlier token that is one level higher.
         by_level = (depth * size + index).sort().values
@@ -204,74 +211,74 @@ class PrefixTree:
     @cached_property
     @torch.inference_mode(False)
     def segments(self) -> Tensor:
-        """[K, 3] int64 (start, own end, subtree end) of each unbranched run of tokens, in packed order; no pads."""
+        """[K, 3] int64, (start, stop, subtree end) of each segment in packed order, without padding."""
         end = self.end[: self.num_tokens].long()
         starts = torch.cat([end.new_zeros(1), (end[1:] != end[:-1]).nonzero().flatten() + 1])
         stops = torch.cat([starts[1:], end.new_full((1,), self.num_tokens)])
         return torch.stack([starts, stops, end[starts]], dim=1)
 
+    @cached_property
+    def num_pairs(self) -> int:
+        """Visible query-key pairs of the packed sequence: every token with itself and its ancestors.
 
-def padded_size(num_tokens: int) -> int:
-    """S, the length of a packed row of so many tokens."""
+        >>> PrefixTree.from_lengths([3], [[1, 1]]).num_pairs
+        14
+        """
+        return int((self.position_ids[: self.num_tokens] + 1).sum())
+
+    @cached_property
+    def baseline_tokens(self) -> int:
+        """Tokens of all sequences, which the baseline encodes."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def baseline_pairs(self) -> int:
+        """Visible query-key pairs of the baseline: every sequence under a causal mask of its own.
+
+        >>> PrefixTree.from_lengths([3], [[1, 1]]).baseline_pairs
+        20
+        """
+        return int((self.lengths * (self.lengths + 1) // 2).sum())
+
+
+def padded_length(num_tokens: int) -> int:
+    """Return S, the length of a packed sequence of `num_tokens` tokens with its padding."""
     return max(MIN_BLOCKS, -(-num_tokens // BLOCK)) * BLOCK
 
 
-def checked_tree(tree: object) -> PrefixTree:
-    """The same, if it is a tree.
+def token_ids(name: str, tokens: Tokens) -> Tensor:
+    """Return token ids as a 1-D int64 tensor.
+
+    Args:
+        name: What the error calls them.
+        tokens: A 1-D integer tensor, array or sequence with at least one element.
 
     Raises:
-        TypeError: anything else.
+        ValueError: If `tokens` is empty, not 1-D or has a negative id.
+        TypeError: If `tokens` is a string or its elements are not integers.
     """
-    if not isinstance(tree, PrefixTree):
-        raise TypeError(
-            f"tree is of type {type(tree).__name__}; make one with PrefixTree.from_groups(prompts, completions) or "
-            "PrefixTree.from_sequences(sequences)"
-        )
-    return tree
+    if isinstance(tokens, str):
+        raise TypeError(f"{name} must be token ids, got the string {tokens[:40]!r}; tokenize it first")
+    tensor = torch.as_tensor(tokens)
+    if tensor.dim() != 1 or not len(tensor):
+        raise ValueError(f"{name} must be 1-D with at least one token id, got shape {list(tensor.shape)}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer token ids, got {tensor.dtype}")
+    if (smallest := int(tensor.min())) < 0:
+        raise ValueError(f"{name} must hold token ids >= 0, got {smallest}; leave padding out")
+    return tensor.long()
 
 
-def _group_layout(
-    prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`end`, `node` and `lengths` of `[prefix, suffix, suffix, ...]` groups one behind the other."""
-    if _counted("prefix_lens", prefix_lens) != _counted("suffix_lens", suffix_lens):
-        raise ValueError(
-            f"{len(prefix_lens)} prefix lengths came with {len(suffix_lens)} lists of suffixes; give each prefix one"
-        )
-    if not len(prefix_lens):
-        raise ValueError("no prefix length came; a tree needs at least one")
-    _require_completions(suffix_lens)
-    sizes = np.array([len(group) for group in suffix_lens])
-    prefix = np.array([_length(f"prefix {g}", n) for g, n in enumerate(prefix_lens)])
-    suffix = np.array(
-        [_length(f"suffix {i} of group {g}", n) for g, group in enumerate(suffix_lens) for i, n in enumerate(group)]
-    )
-    group = np.repeat(np.arange(len(sizes)), sizes)  # [N] group of each sequence
-    is_prefix_run = np.zeros(len(prefix) + len(suffix), dtype=bool)
-    is_prefix_run[np.cumsum(sizes + 1) - sizes - 1] = True
-    runs = np.empty(len(is_prefix_run), dtype=np.int64)  # lengths of prompt, completion, ..., prompt, completion, ...
-    runs[is_prefix_run], runs[~is_prefix_run] = prefix, suffix
-    stop = np.cumsum(runs)
-    prefix_start, suffix_start = (stop - runs)[is_prefix_run][group], (stop - runs)[~is_prefix_run]
-    subtree_end = stop.copy()
-    subtree_end[is_prefix_run] = stop[np.cumsum(sizes + 1) - 1]  # a prompt's subtree ends with its last completion
-    lengths = prefix[group] + suffix
-    t = np.arange(lengths.max())  # [T]
-    start = np.where(t < prefix[group, None], prefix_start[:, None], (suffix_start - prefix[group])[:, None])
-    node = np.where(t < lengths[:, None], start + t, -1)  # [N, T]
-    return np.repeat(subtree_end, runs), node, lengths
-
-
-def sorted_order(arrays: list[np.ndarray]) -> list[int]:
-    """Lexicographic order of [T_n] int64: a prefix stands before what extends it, and what is alike side by side."""
+def lexicographic_order(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Return the indices that sort [T_n] int64 sequences lexicographically, a prefix before its extensions."""
     # Big-endian bytes compare as the tokens do.
     width = ">u4" if max((int(a.max(initial=0)) for a in arrays), default=0) < 2**32 else ">u8"
     keys = [a.astype(width).tobytes() for a in arrays]
     return sorted(range(len(arrays)), key=keys.__getitem__)
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences have in common from their first on."""
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many tokens two sequences have in common from the first one on."""
     shortest = min(len(a), len(b))
     if not shortest:
         return 0
@@ -280,8 +287,38 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return first if differs[first] else shortest
 
 
-def _close(path: list[tuple[int, int, int]], depth: int, packed: int, end: np.ndarray) -> None:
-    """Ends, at index `packed`, the subtree of every token on the path that stands at `depth` or deeper."""
+def _group_layout(
+    prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `end`, `node` and `lengths` of groups `[prefix, suffix, suffix, ...]`, one after another."""
+    if len(prefix_lens) == 0 or len(prefix_lens) != len(suffix_lens) or not all(map(len, suffix_lens)):
+        raise ValueError(
+            f"every group must have one prompt and at least one completion, got {len(prefix_lens)} prompts and "
+            f"groups of {[len(group) for group in suffix_lens]} completions"
+        )
+    sizes = np.array([len(group) for group in suffix_lens])
+    prefix, suffix = np.array(prefix_lens), np.array(list(chain(*suffix_lens)))
+    for name, lens in (("prefix_lens", prefix), ("suffix_lens", suffix)):
+        if lens.dtype.kind not in "iu" or lens.min() < 1:
+            raise ValueError(f"{name} must be integers >= 1, got {lens.tolist()}")
+    group = np.repeat(np.arange(len(sizes)), sizes)  # [N] group of each sequence
+    is_prefix = np.zeros(len(prefix) + len(suffix), dtype=bool)
+    is_prefix[np.cumsum(sizes + 1) - sizes - 1] = True
+    runs = np.empty(len(is_prefix), dtype=np.int64)  # lengths of prompt, completion, ..., prompt, completion, ...
+    runs[is_prefix], runs[~is_prefix] = prefix, suffix
+    stop = np.cumsum(runs)
+    prefix_start, suffix_start = (stop - runs)[is_prefix][group], (stop - runs)[~is_prefix]
+    subtree_end = stop.copy()
+    subtree_end[is_prefix] = stop[np.cumsum(sizes + 1) - 1]  # a prompt's subtree ends with its last completion
+    lengths = prefix[group] + suffix
+    t = np.arange(lengths.max())  # [T]
+    start = np.where(t < prefix[group, None], prefix_start[:, None], (suffix_start - prefix[group])[:, None])
+    node = np.where(t < lengths[:, None], start + t, -1)  # [N, T]
+    return np.repeat(subtree_end, runs), node, lengths
+
+
+def _close_subtrees(path: list[tuple[int, int, int]], depth: int, packed: int, end: np.ndarray) -> None:
+    """End the subtree of every token on the path that is at `depth` or deeper, at packed index `packed`."""
     while path:
         run_depth, start, stop = path.pop()
         keep = min(start + max(depth - run_depth, 0), stop)
@@ -291,55 +328,5 @@ def _close(path: list[tuple[int, int, int]], depth: int, packed: int, end: np.nd
             return
 
 
-def _token_arrays(what: str, sequences: Sequence[Tokens]) -> tuple[list[np.ndarray], torch.device]:
-    """Every sequence as a 1-D int64 array, and the device they came from (the CPU for lists of ints)."""
-    if not _counted(f"{what}s", sequences):
-        raise ValueError(f"no {what} came; a tree needs at least one")
-    arrays, device = [], None
-    for n, tokens in enumerate(sequences):
-        name = f"{what} {n} of {len(sequences)}"
-        if isinstance(tokens, str):
-            raise TypeError(f"{name} is text; give its token ids, as a tokenizer makes them")
-        try:
-            tensor = torch.as_tensor(tokens)
-        except (RuntimeError, TypeError, ValueError) as error:  # whichever of them torch has for what it cannot read
-            raise TypeError(f"{name} is no row of token ids, a 1-D integer tensor or list: {error}") from error
-        if not tensor.numel():
-            raise ValueError(f"{name} is empty; drop it, or give it at least one token")
-        if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; token ids are integers")
-        if tensor.dim() != 1:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give each one as a 1-D row of token ids")
-        if device not in (None, tensor.device):
-            raise ValueError(f"{name} is on {tensor.device}, those before it on {device}; move them to one device")
-        device = tensor.device
-        array = tensor.long().cpu().numpy()
-        if array.min() < 0:
-            raise ValueError(f"{name} holds token id {array.min()}; ids start at 0, and padding is given by lengths")
-        arrays.append(array)
-    return arrays, device or torch.device("cpu")
-
-
-def _counted(name: str, items: object) -> int:
-    """How many items a list has."""
-    if not isinstance(items, Sized):
-        raise TypeError(f"{name} is a {type(items).__name__}; give a list")
-    return len(items)
-
-
-def _require_completions(groups: Sequence[Sequence]) -> None:
-    for g, group in enumerate(groups):
-        if not _counted(f"group {g} of {len(groups)}", group):
-            raise ValueError(f"group {g} of {len(groups)} has no completion; drop its prompt")
-
-
-def _regroup(flat: list, like: Sequence[Sequence]) -> list[list]:
-    """The items of `flat`, in lists as long as those of `like`."""
-    items = iter(flat)
-    return [[next(items) for _ in group] for group in like]
-
-
-def _length(name: str, n: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, Tensor | SupportsIndex | Real) or n < 1 or n % 1:
-        raise ValueError(f"{name} has length {n!r}; every prefix and suffix needs a whole number of tokens, 1 or more")
-    return int(n)
+def _device(tokens: Tokens) -> torch.device:
+    return tokens.device if isinstance(tokens, Tensor) else torch.device("cpu")

@@ -1,1 +1,1 @@
-"""Implementations of attention over a prefix tree: flex, split, dense."""
+"""Implementations of attention over a prefix tree."""

@@ -1,4 +1,4 @@
-"""The oracle: attention as it is written in books, over the whole [S, S] mask. Slow, large, and easy to believe."""
+"""The reference backend: attention over the whole [S, S] mask, slow and easy to verify."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from flexpg.masks import TreeBlockMask, dense_mask
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, softcap: float | None
 ) -> Tensor:
-    """Attention with every score written out, in float32 or better; honours the mask's window.
+    """Compute attention with every score written out, in float32 or better, within the mask's window.
 
     Args:
-        q: [1, Hq, S, D], from the mask's first query on, with the row's pads or without.
+        q: [1, Hq, S, D], from the mask's first query on, with or without padding.
         k: [1, Hkv, S, D]; query head h reads key/value head h // (Hq / Hkv).
         v: [1, Hkv, S, D].
-        mask: the packed row's mask.
-        scale: factor of the scores.
-        softcap: scores become `softcap * tanh(scores / softcap)`; None for none.
+        mask: The mask of the packed sequence.
+        scale: Factor of the scores.
+        softcap: Scores become `softcap * tanh(scores / softcap)`; None for no softcap.
 
     Returns:
-        [1, Hq, S, D] in q's dtype.
+        [1, Hq, S, D] in the dtype of q.
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]

@@ -1,8 +1,8 @@
-"""FlexAttention over a tree's block mask, compiled once for all lengths.
+"""FlexAttention over the block mask of a prefix tree, compiled once for all lengths.
 
-A length that the compiler can prove divisible by 128 (q, k and v given as [1, H, S / 128, 128, D] and flattened in the
-compiled function) would spare the kernels their boundary checks. It is not done: the CPU kernel refuses such a view
-(torch 2.13), and no GPU has shown yet what it would gain.
+If q, k and v were given as [1, H, S / 128, 128, D] and flattened in the compiled function, the compiler could prove
+that the length is divisible by 128 and leave boundary checks out. It is not done: the CPU kernel refuses such a view
+(torch 2.13), and what it would gain on a GPU has not been measured.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from flexpg.masks import TreeBlockMask
 
-# A model's layers differ in window and softcap, its calls in length, dtype and gradient: torch's limit of 8 is near.
+# The layers of a model differ in window and softcap, its calls in length, dtype and gradients; torch's limit is 8.
 RECOMPILE_LIMIT = 64
 
 
 def packed_flex_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, softcap: float | None
 ) -> Tensor:
-    """Compiled FlexAttention with unexpanded key/value heads.
+    """Compute compiled FlexAttention; key/value heads are not expanded.
 
     Args:
         q: [1, Hq, S, D].
         k: [1, Hkv, S, D].
         v: [1, Hkv, S, D].
-        mask: the packed row's mask.
-        scale: factor of the scores.
-        softcap: scores become `softcap * tanh(scores / softcap)`; None for none.
+        mask: The mask of the packed sequence.
+        scale: Factor of the scores.
+        softcap: Scores become `softcap * tanh(scores / softcap)`; None for no softcap.
 
     Returns:
-        [1, Hq, S, D] in q's dtype.
+        [1, Hq, S, D] in the dtype of q.
 
     Raises:
-        torch._dynamo.exc.FailOnRecompileLimitHit: more than 64 variants were compiled.
+        torch._dynamo.exc.FailOnRecompileLimitHit: If more than 64 variants were compiled.
     """
     cap = None if softcap is None else torch.full((), softcap, dtype=torch.float32, device=q.device)
     if torch.compiler.is_compiling():
         return _flex(q, k, v, mask, scale, cap)
-    # Dynamic in the length alone: the kernels want heads and head size static, and a head count that happened to equal
-    # the number of blocks would be taken for it. (By default torch compiles a second time, on CPU in vain.)
+    # Only the length is dynamic: the kernels need static heads and head size, and a head count that happens to equal
+    # the number of blocks would be unified with it. With dynamic=None torch would compile a second time.
     for x in (q, k, v):
         for dim in (0, 1, 3):
             torch._dynamo.mark_static(x, dim)
@@ -53,7 +53,7 @@ def packed_flex_attention(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # fullgraph: one variant too many is an error then, and not dense eager attention in silence.
+    # fullgraph=True makes one variant too many an error instead of dense eager attention.
     return torch.compile(_flex, dynamic=True, fullgraph=True)
 
 
@@ -65,6 +65,6 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, ca
 
 def _softcap_mod(cap: Tensor) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)  # a tensor, as a captured float would be made symbolic, and refused
+        return cap * torch.tanh(score / cap)  # a tensor, because a captured float would become symbolic and be refused
 
     return score_mod

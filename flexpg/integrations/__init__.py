@@ -1,1 +1,283 @@
-"""One module per framework; each is the only one that imports its framework."""
+"""What works on the models of every framework: `enable`, `packed_logprobs` and `sample`.
+
+Each framework has one module or package here, which is the only one that imports it and provides an `Integration`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from flexpg.integrations.fsdp import run_as_forward, sharded_modules, unsharded
+from flexpg.layer_hooks import uncompiled
+from flexpg.logprobs import OutputLayer, token_logprobs
+from flexpg.packing import MicroBatch, by_cache, pack
+from flexpg.prefix_cache import PrefixBlockMask, PrefixCache
+from flexpg.rollouts import Rollouts
+from flexpg.sampling import Decoder, Samples, SamplingParams, sample_completions
+from flexpg.tree import PrefixTree, Tokens
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Integration(Protocol):
+    """What flexpg needs of a framework's models. A module of functions is an implementation."""
+
+    def enable(self, model: Any) -> None:
+        """Prepare a model for packed sequences, or raise if prefixes could not be shared exactly in it."""
+
+    def forward(
+        self,
+        model: Any,
+        tree: PrefixTree,
+        *,
+        prefix: PrefixCache | None = None,
+        mask: PrefixBlockMask | None = None,
+    ) -> Tensor:
+        """Compute the hidden states [1, S, E] of a packed sequence, after the final norm.
+
+        `prefix` is a cached prompt with which all sequences begin. `mask` is that of a cached prompt's own forward.
+        """
+
+    def output(self, model: Any) -> OutputLayer:
+        """Return the model's output layer: [M, E] -> logits [M, V]."""
+
+    def baseline_forward(self, model: Any, input_ids: Tensor) -> Tensor:
+        """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by the model's own attention."""
+
+    def layers(self, model: Any) -> dict[str, nn.Module]:
+        """Return the decoder layers by name, in order."""
+
+    def decoder(self, model: Any) -> Decoder:
+        """Return what `sample_completions` calls for hidden states."""
+
+
+def integration_for(model: nn.Module) -> Integration:
+    """Return the integration of a model's framework, which is imported here.
+
+    Raises:
+        TypeError: If the model belongs to no framework that flexpg knows, or is wrapped.
+    """
+    packages = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if "torchtune" in packages:
+        from flexpg.integrations import torchtune
+
+        return torchtune
+    if packages & {"transformers", "peft"}:
+        from flexpg.integrations import transformers
+
+        return transformers
+    raise TypeError(
+        f"model must be a torchtune decoder, a transformers model or a PEFT model, got {type(model).__name__}; "
+        "pass the model without DistributedDataParallel or torch.compile around it"
+    )
+
+
+def enable(model: M) -> M:
+    """Prepare a torchtune or transformers model for shared prefixes, in place, and return it.
+
+    Ordinary calls of the model (generation, evaluation, training without flexpg) do not change.
+
+    Raises:
+        TypeError: If prefixes cannot be shared exactly in this model, with the reason.
+        ValueError: If an option of the model makes sharing inexact, such as dropout.
+    """
+    integration_for(model).enable(model)
+    return model
+
+
+def encode_prefix(model: nn.Module, tokens: Tokens) -> PrefixCache:
+    """Encode a prompt once for several micro-batches; see `PrefixCache`.
+
+    Args:
+        model: An enabled model; activation checkpointing must not be reentrant.
+        tokens: [P] int64, the prompt, on the model's device.
+    """
+    integration = integration_for(model)
+    return PrefixCache(tokens, lambda tree, mask: integration.forward(model, tree, mask=mask))
+
+
+@overload
+def packed_logprobs(
+    model: nn.Module,
+    rollouts: Rollouts | Sequence[MicroBatch],
+    *,
+    max_tokens: int | None = ...,
+    temperature: float = ...,
+    return_entropy: Literal[False] = ...,
+    autocast_dtype: torch.dtype | None = ...,
+) -> Iterator[tuple[MicroBatch, Tensor]]: ...
+
+
+@overload
+def packed_logprobs(
+    model: nn.Module,
+    rollouts: Rollouts | Sequence[MicroBatch],
+    *,
+    max_tokens: int | None = ...,
+    temperature: float = ...,
+    return_entropy: Literal[True],
+    autocast_dtype: torch.dtype | None = ...,
+) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]: ...
+
+
+def packed_logprobs(
+    model: nn.Module,
+    rollouts: Rollouts | Sequence[MicroBatch],
+    *,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    autocast_dtype: torch.dtype | None = None,
+) -> Iterator[tuple[Any, ...]]:
+    """Iterate over micro-batches and the log-probabilities of their completion tokens, each prefix encoded once.
+
+    Call `backward()` inside the loop body:
+
+        for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=16_384):
+            loss = grpo_loss(
+                logprobs, advantages[batch.indices], batch.loss_mask, total_tokens=rollouts.num_loss_tokens
+            )
+            loss.backward()
+        optimizer.step()
+
+    A group that exceeds the budget becomes several micro-batches whose prompt is encoded once; its backward runs after
+    theirs, when the loop continues. Under `torch.no_grad()` the loop only scores.
+
+    Args:
+        model: An enabled torchtune or transformers model, plain, with PEFT adapters, or sharded by FSDP2.
+        rollouts: The step's rollouts, on the model's device; or micro-batches of this rank, as `pack` returned them.
+        max_tokens: Tokens of a packed sequence, if `rollouts` are not packed yet.
+        temperature: Divides the logits.
+        return_entropy: Also yield entropies [n, C], in nats and without gradient.
+        autocast_dtype: Run the forwards under torch.autocast with this dtype; None for no autocast of this function's.
+
+    Yields:
+        (batch, logprobs): a `MicroBatch` of n rollouts and [n, C] float32, 0 where its loss mask is False.
+
+    Raises:
+        ValueError: If a rollout exceeds `max_tokens`, or does not fit the model.
+        TypeError: If the model is not supported.
+        RuntimeError: In `backward()`, if it is called after the loop has moved on.
+    """
+    if isinstance(rollouts, Rollouts):
+        if max_tokens is None:
+            raise ValueError("max_tokens must be given: how many tokens a packed sequence may have")
+        rollouts = pack(rollouts, max_tokens)
+    return _packed_logprobs(model, rollouts, temperature, return_entropy, partial(autocast, model, autocast_dtype))
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Tokens],
+    group_size: int,
+    params: SamplingParams,
+    *,
+    seed: int | Sequence[int] | None = None,
+    max_cache_tokens: int | None = None,
+    compiled: bool = False,
+    autocast_dtype: torch.dtype | None = None,
+) -> Samples:
+    """Sample G completions of every prompt, whose keys and values are stored once for all of them.
+
+    Args:
+        model: A torchtune decoder. For transformers models use `model.generate` and `Rollouts.from_generate`.
+        prompts: P token sequences of any lengths, on the model's device.
+        group_size: G, completions per prompt.
+        params: How tokens are sampled.
+        seed: An int seeds all random numbers. A sequence of P ints seeds those of each prompt, whose completions then
+            do not depend on what else is sampled. None takes them from torch's default generator.
+        max_cache_tokens: Tokens whose keys and values are stored at a time; None for no limit.
+        compiled: Compile the decoding step, once per shape of the cache; on CUDA it becomes a CUDA graph.
+        autocast_dtype: Run the model under torch.autocast with this dtype.
+
+    Raises:
+        ValueError: If a prompt is empty, does not fit the model, or exceeds `max_cache_tokens` with one sample.
+        TypeError: If the model is not supported.
+        FloatingPointError: If logits are not finite.
+    """
+    integration = integration_for(model)
+    with autocast(model, autocast_dtype), unsharded(model), uncompiled(model):
+        return sample_completions(
+            integration.decoder(model),
+            integration.output(model),
+            prompts,
+            group_size,
+            params,
+            seed=seed,
+            max_cache_tokens=max_cache_tokens,
+            compiled=compiled,
+        )
+
+
+def _packed_logprobs(
+    model: nn.Module, batches: Sequence[MicroBatch], temperature: float, return_entropy: bool, context: Any
+) -> Iterator[tuple[Any, ...]]:
+    integration = integration_for(model)
+
+    def score(batch: MicroBatch, prefix: PrefixCache | None) -> tuple[Tensor, ...]:
+        hidden = integration.forward(model, batch.tree, prefix=prefix if batch.cached_tokens else None)
+        layer, lens, mask = integration.output(model), batch.rollouts.prompt_lens, batch.loss_mask
+        options: Any = {"prompt_lens": lens, "loss_mask": mask, "temperature": temperature}
+        if return_entropy:
+            return token_logprobs(hidden, layer, batch.tree, **options, return_entropy=True)
+        return (token_logprobs(hidden, layer, batch.tree, **options),)
+
+    for series in by_cache(batches):
+        with context():
+            cache = _cached_prompt(model, series)
+        with cache as prefix:
+            for batch in series:
+                turn = _Turn()
+                with context():
+                    logprobs, *entropies = run_as_forward(model, partial(score, batch, prefix))
+                if logprobs.requires_grad:
+                    logprobs.register_hook(turn.check)
+                try:
+                    yield batch, logprobs, *entropies
+                except GeneratorExit:
+                    if prefix is not None and prefix.has_gradient:
+                        warnings.warn(
+                            "the loop over packed_logprobs ended inside an oversized group: its prompt has no gradient",
+                            RuntimeWarning,
+                            stacklevel=2,
+                        )
+                    raise
+                turn.is_over = True
+
+
+class _Turn:
+    """Whether the loop body of a micro-batch is still running, in which its backward has to be called."""
+
+    is_over = False
+
+    def check(self, grad: Tensor) -> None:
+        """Raise if it is not; a hook on the log-probabilities."""
+        if self.is_over:
+            raise RuntimeError(
+                "backward() must be called inside the loop over packed_logprobs, before the next micro-batch: the "
+                "prompt of an oversized group runs its backward when the loop continues"
+            )
+
+
+def _cached_prompt(model: nn.Module, series: Sequence[MicroBatch]) -> AbstractContextManager[PrefixCache | None]:
+    """Return the cache of the prompt that several micro-batches share; None for a micro-batch on its own.
+
+    Where other ranks encode a prompt and this one has none, one token goes through the model, as FSDP needs.
+    """
+    if len(series) == 1:
+        return nullcontext()
+    batch = max(series, key=lambda batch: batch.cached_tokens)
+    return encode_prefix(model, batch.rollouts.prompts[0][: max(batch.cached_tokens, 1)])
+
+
+def autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Return a context of torch.autocast, without its weight cache under FSDP2, which frees what it would hold."""
+    device = next(model.parameters()).device.type
+    return nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=not sharded_modules(model))

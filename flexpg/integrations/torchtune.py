@@ -1,310 +1,173 @@
-"""Shared-prefix forward, log-probabilities and sampling for any torchtune TransformerDecoder, sharded by FSDP2 or not.
+"""Shared prefixes in torchtune decoders, sharded by FSDP2 or not.
 
-A model's attention modules get a `forward` of ours that looks at the mask: a TreeBlockMask or a SampleCache goes to
-this package's attention, with key/value heads unexpanded, and everything else goes to torchtune's own code. So ordinary
-calls (generation, evaluation, training without sharing) are what they were; and as the choice travels with the mask, it
-holds in the recomputation of activation checkpointing too.
+The attention modules of an enabled model get a `forward` that looks at the mask: with a TreeBlockMask or a SampleCache
+it uses flexpg's attention, with key/value heads not expanded; with any other mask it calls torchtune's own code. So
+ordinary calls do not change, and because the choice travels with the mask, it also holds in the recomputation of
+activation checkpointing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.nn.utils.rnn import pad_sequence
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
 from flexpg.backends.dispatch import attention
-from flexpg.logprobs import logprobs_alone as each_alone
-from flexpg.logprobs import token_logprobs_and_entropies
+from flexpg.integrations.fsdp import run_as_forward
+from flexpg.logprobs import OutputLayer
 from flexpg.masks import TreeBlockMask
-from flexpg.packing import MicroBatch
-from flexpg.prefix_cache import EncodedPrefix, encoded, encoded_row, encoded_run, row_mask, whole_row
-from flexpg.rollouts import Rollouts
+from flexpg.prefix_cache import PrefixBlockMask, PrefixCache, packed_input, whole_sequence
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
-from flexpg.tree import PrefixTree, Tokens
+from flexpg.tree import PrefixTree
 
-T = TypeVar("T")
+# With and without gradients, adapters and known lengths, a compiled layer has more graphs than torch's limit of 8.
+RECOMPILE_LIMIT = 64
+
+
+def enable(model: TransformerDecoder) -> None:
+    """Prepare a decoder of causal self-attention layers; calling it again has no effect.
+
+    Raises:
+        ValueError: If the model has dropout and is in training mode.
+        TypeError: If the model is not a TransformerDecoder of plain self-attention layers.
+    """
+    if not isinstance(model, TransformerDecoder):
+        raise TypeError(f"model must be a torchtune TransformerDecoder, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            _check_dropout(module, module.p)
+        if not isinstance(module, MultiHeadAttention | Gemma2Attention):
+            continue
+        _check_dropout(module, module.attn_dropout)
+        if not module.is_causal:
+            raise TypeError("model must have causal attention only: a prefix must not depend on what follows it")
+        own = vars(module).get("forward")
+        if own is None:
+            module.forward = MethodType(_attention_forward, module)
+        elif getattr(own, "__func__", None) is not _attention_forward:
+            raise TypeError(f"the forward of a {type(module).__name__} has been replaced; undo that first")
+    layers_found = sum(isinstance(module, TransformerSelfAttentionLayer) for module in model.modules())
+    if layers_found != len(model.layers):
+        raise TypeError(f"all {len(model.layers)} layers must be TransformerSelfAttentionLayers, got {layers_found}")
 
 
 def forward(
     model: TransformerDecoder,
     tree: PrefixTree,
-    mask: TreeBlockMask | None = None,
     *,
-    prefix: EncodedPrefix | None = None,
+    prefix: PrefixCache | None = None,
+    mask: PrefixBlockMask | None = None,
 ) -> Tensor:
-    """Hidden states of the packed row, each token's equal to those of its own sequence run alone.
+    """Compute the hidden states of a packed sequence, each token's equal to those of its own sequence alone.
 
     Args:
-        model: a torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
-        tree: the packed row, with tokens, on the model's device.
-        mask: `block_mask(tree)`, where one is at hand; None makes it.
-        prefix: what all sequences begin with, from `encode_prefix(model, ...)`: it is not encoded again.
+        model: A torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
+        tree: The packed sequence, with tokens, on the model's device.
+        prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
+        mask: The mask of a cached prompt's own forward; `encode_prefix` passes it.
 
     Returns:
-        [1, S, E] hidden states after the final norm; `output(model)` makes logits of them.
+        [1, S, E] hidden states after the final norm.
 
     Raises:
-        ValueError: tokens beyond the vocabulary, sequences beyond the model's context, dropout in training, a tree
-            without tokens or on another device, another tree's mask or prefix.
-        TypeError: a model that is no TransformerDecoder of self-attention layers.
+        ValueError: If a token or a sequence does not fit the model, or a sequence does not begin with the prefix.
+        TypeError: If prefixes cannot be shared in the model.
     """
-    row = _packed_row(model, tree, mask, prefix)
-    return whole_row(_within(model, lambda model: _hidden(model, *row)), tree, prefix)
+    enable(model)
+    check_fits(model, tree.max_token, tree.max_length)
+    packed = packed_input(model, tree, prefix, mask)
+
+    def hidden_states() -> Tensor:
+        hidden = _hidden_states(model, packed.input_ids, packed.position_ids, packed.mask)
+        return whole_sequence(hidden, tree, prefix)
+
+    return run_as_forward(model, hidden_states)
 
 
-def encode_prefix(model: TransformerDecoder, tokens: Tokens) -> EncodedPrefix:
-    """Encodes what a group has in common, once for all micro-batches of its completions: see `EncodedPrefix`.
+def output(model: TransformerDecoder) -> OutputLayer:
+    """Return the model's output layer: [M, E] -> logits [M, V], tied or not, in the model's dtype.
 
-    Args:
-        model: as in `forward`.
-        tokens: [P] int64, the prompt, on the model's device.
-
-    Raises:
-        ValueError: as `forward`.
-        TypeError: as `forward`.
-    """
-    return encoded(tokens, partial(forward, model))
-
-
-def encode_run(model: TransformerDecoder, run: Sequence[MicroBatch]) -> AbstractContextManager[EncodedPrefix | None]:
-    """The prompt that several micro-batches have in common, encoded: see `flexpg.prefix_cache.encoded_run`.
-
-    Args:
-        model: as in `forward`.
-        run: micro-batches of one run, as `flexpg.packing.runs` gives them.
-
-    Raises:
-        ValueError: as `forward`.
-        TypeError: as `forward`.
-    """
-    return encoded_run(run, partial(encode_prefix, model))
-
-
-def output(model: TransformerDecoder) -> Callable[[Tensor], Tensor]:
-    """The model's output layer: rows [M, E] -> logits [M, V], tied or not, in the model's dtype.
-
-    Of a model that FSDP2 has sharded, `logprobs` or `unsharded` must be around its use.
+    If the model is sharded by FSDP2, it can be called inside `run_as_forward` or `unsharded` only.
     """
     return model.output
 
 
-def logprobs(
-    model: TransformerDecoder, batch: MicroBatch, temperature: float = 1.0, prefix: EncodedPrefix | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of a micro-batch's trained tokens, in one forward of the model.
-
-    Under FSDP2 the output layer's weights are whole in the root's forward alone, so they are computed inside it.
-
-    Args:
-        model: as in `forward`.
-        batch: rollouts and their packed row, on the model's device.
-        temperature: divides the logits.
-        prefix: of the micro-batch's run; not used where the micro-batch does not begin with it.
-
-    Returns:
-        [n, C] and [n, C], as `flexpg.token_logprobs_and_entropies`.
-
-    Raises:
-        ValueError: as `forward`.
-        TypeError: as `forward`.
-    """
-    tree, rollouts = batch.tree, batch.rollouts
-    prefix = prefix if batch.prefix_tokens else None
-    row = _packed_row(model, tree, None, prefix)
-
-    def scored(model: TransformerDecoder) -> tuple[Tensor, Tensor]:
-        return token_logprobs_and_entropies(
-            whole_row(_hidden(model, *row), tree, prefix),
-            output(model),
-            tree,
-            prompt_lens=rollouts.prompt_lens,
-            mask=rollouts.trained,
-            temperature=temperature,
-        )
-
-    return _within(model, scored)
-
-
-def logprobs_alone(model: TransformerDecoder, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of trained tokens, each rollout alone, through torchtune's own attention; for `self_check`.
-
-    Args:
-        model: as in `forward`.
-        rollouts: on the model's device.
-        temperature: divides the logits.
-
-    Returns:
-        [n, C], as `flexpg.logprobs.logprobs_alone`.
-    """
-
-    def scored(model: TransformerDecoder) -> Tensor:
-        return each_alone(lambda tokens: _hidden(model, tokens, None, None), output(model), rollouts, temperature)
-
-    return _within(model, scored)
+def baseline_forward(model: TransformerDecoder, input_ids: Tensor) -> Tensor:
+    """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by torchtune's own attention."""
+    return run_as_forward(model, lambda: _hidden_states(model, input_ids, None, None))
 
 
 def layers(model: TransformerDecoder) -> dict[str, nn.Module]:
-    """The decoder layers by name, the first first."""
+    """Return the decoder layers by name, in order."""
     return {f"layers.{n}": layer for n, layer in enumerate(model.layers)}
 
 
-def unshared_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What sharing is compared with: each prompt once per completion, in padded rows, and logits of every token.
-
-    Args:
-        model: any causal model, tokens [n, T] -> logits [n, T, V].
-        rollouts: on the model's device.
-        temperature: divides the logits.
-
-    Returns:
-        As `logprobs`.
-    """
-    rows = pad_sequence(rollouts.sequences, batch_first=True)  # [n, T], padded on the right: causal rows never see it
-    scores = (model(rows) / temperature).log_softmax(-1)  # [n, T, V]
-    at = rollouts.prompt_lens[:, None] + torch.arange(rollouts.trained.shape[1], device=rows.device)  # [n, C]
-    at = at.clamp(max=rows.shape[1] - 1)
-    scores = scores.gather(1, (at - 1)[..., None].expand(-1, -1, scores.shape[-1]))  # [n, C, V]
-    picked = scores.gather(-1, rows.gather(1, at)[..., None])[..., 0]
-    probabilities = scores.detach().exp()
-    entropies = -torch.special.xlogy(probabilities, probabilities).sum(-1)
-    return picked.where(rollouts.trained, 0), entropies.where(rollouts.trained, 0)
-
-
 def decoder(model: TransformerDecoder) -> Decoder:
-    """What `flexpg.sampling.sample` needs of a model; caches that are set up in it are not touched.
-
-    Args:
-        model: a torchtune decoder. When called, prompts and completions that do not fit it are refused.
-
-    Raises:
-        ValueError: dropout in training.
-        TypeError: a model that is no TransformerDecoder of self-attention layers.
-    """
-    _prepare(model)
+    """Return what `sample_completions` calls for hidden states; caches that torchtune set up are not used."""
+    enable(model)
 
     def decode(tokens: Tensor, position_ids: Tensor, cache: SampleCache) -> Tensor:
         if not cache.is_filled:
-            check_fits(model, cache.tree.max_token, cache.tree.max_length + cache.max_new_tokens, tokens.device)
-        return _within(model, lambda model: _hidden(model, tokens, position_ids, cache))
+            check_fits(model, cache.tree.max_token, cache.tree.max_length + cache.max_new_tokens)
+        return run_as_forward(model, lambda: _hidden_states(model, tokens, position_ids, cache))
 
     return decode
 
 
-@contextmanager
-def unsharded(model: TransformerDecoder) -> Iterator[None]:
-    """Inside, each process holds all of the model's weights, and calls the model as often as it likes, without others.
-
-    For sampling, where processes take different numbers of steps. A model that is not sharded is left as it is.
-    """
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for shard in shards:
-        shard.unshard()
-        shard.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for shard in shards:
-            shard.set_reshard_after_forward(shard is not model, recurse=False)  # as FSDP2 does: the root stays whole
-            shard.reshard()
-
-
-def check_fits(model: TransformerDecoder, max_token: int, max_length: int, device: torch.device | None = None) -> None:
-    """Refuses what the model has no embedding or no position for.
+def check_fits(model: TransformerDecoder, max_token: int, max_length: int) -> None:
+    """Check that the model has an embedding for every token and a position for every length.
 
     Args:
-        model: a torchtune decoder.
-        max_token: the largest token id.
-        max_length: tokens of the longest sequence, prompt and completion.
-        device: where the tokens are; None does not compare it with the model's.
+        model: A torchtune decoder.
+        max_token: The largest token id.
+        max_length: Tokens of the longest sequence, prompt and completion.
 
     Raises:
-        ValueError: a token beyond the vocabulary, a sequence beyond the model's context, or another device.
+        ValueError: If it has not.
     """
-    vocab_size, weight = model.tok_embeddings.num_embeddings, model.tok_embeddings.weight
-    if max_token >= vocab_size:
-        raise ValueError(f"token id {max_token} is beyond the model's vocabulary of {vocab_size}; check the tokenizer")
+    if max_token >= (vocab_size := model.tok_embeddings.num_embeddings):
+        raise ValueError(f"token ids must be below the model's vocabulary size of {vocab_size}, got {max_token}")
     if max_length > model.max_seq_len:
-        raise ValueError(
-            f"a sequence of {max_length} tokens is longer than the model's max_seq_len={model.max_seq_len}"
-        )
-    if device not in (None, weight.device):
-        raise ValueError(f"the tokens are on {device} and the model on {weight.device}; move them to one device")
+        raise ValueError(f"sequences must have at most max_seq_len={model.max_seq_len} tokens, got {max_length}")
 
 
-def _packed_row(
-    model: TransformerDecoder, tree: PrefixTree, mask: TreeBlockMask | None, prefix: EncodedPrefix | None
-) -> tuple[Tensor, Tensor, TreeBlockMask]:
-    """Tokens [1, S'] and position ids [1, S'] of what goes through the model, and its mask, when they fit the model."""
-    mask = row_mask(tree, mask, prefix)
-    tokens, position_ids = mask.tree.token_row(), mask.tree.position_ids[None]
-    _prepare(model)
-    check_fits(model, tree.max_token, tree.max_length, tokens.device)
-    row = encoded_row(mask, model)
-    return tokens[:, row], position_ids[:, row], mask
+def _check_dropout(module: nn.Module, rate: float) -> None:
+    if rate > 0 and module.training:
+        raise ValueError(f"dropout must be 0, got {rate}: it would differ between the copies of a prefix")
 
 
-def _within(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:
-    """`function(model)`, under FSDP2 as a forward of the model, which gathers the root's weights and frees them."""
-    if not isinstance(model, FSDPModule):
-        return function(model)
-    return cast(T, vars(model)["_flexpg_call"](function))
-
-
-def _call(model: TransformerDecoder, function: Callable[[TransformerDecoder], T]) -> T:
-    return function(model)
-
-
-def _hidden(
+def _hidden_states(
     model: TransformerDecoder, tokens: Tensor, position_ids: Tensor | None, mask: TreeBlockMask | SampleCache | None
 ) -> Tensor:
-    # Not model(...): that would cut a row at max_seq_len packed tokens, apply the output layer, and round to float32.
-    hidden = model.tok_embeddings(tokens)
-    for layer in model.layers:
-        hidden = layer(hidden, mask=mask, input_pos=position_ids)
-    return model.norm(hidden)
+    # Not model(...): it would refuse more than max_seq_len packed tokens, apply the output layer and round to float32.
+    with _recompile_limit(model):
+        hidden = model.tok_embeddings(tokens)
+        for layer in model.layers:
+            hidden = layer(hidden, mask=mask, input_pos=position_ids)
+        return model.norm(hidden)
 
 
-def _prepare(model: TransformerDecoder) -> None:
-    """Lets the model's attention modules understand our masks; done once, and invisible to any other call."""
-    if not isinstance(model, TransformerDecoder):
-        raise TypeError(f"model is a {type(model).__name__}; shared prefixes work in a torchtune TransformerDecoder")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
-            raise ValueError(f"the model has dropout {module.p}, which would differ per copy of a prefix; set it to 0")
-        if not isinstance(module, MultiHeadAttention | Gemma2Attention):
-            continue
-        if module.attn_dropout > 0 and module.training:
-            raise ValueError(f"the model has attn_dropout={module.attn_dropout}; sharing is exact without: set it to 0")
-        if not module.is_causal:
-            raise TypeError("the model has attention that is not causal; a prefix can be shared in causal models only")
-        own = vars(module).get("forward")
-        if own is None:
-            module.forward = MethodType(_forward, module)
-        elif getattr(own, "__func__", None) is not _forward:
-            raise TypeError(f"something else has replaced the forward of a {type(module).__name__}; undo that first")
-    layers = sum(isinstance(module, TransformerSelfAttentionLayer) for module in model.modules())
-    if layers != len(model.layers):
-        raise TypeError(f"{len(model.layers) - layers} of the model's layers are not plain self-attention layers")
-    if isinstance(model, FSDPModule) and "_flexpg_call" not in vars(model):
-        vars(model)["_flexpg_call"] = MethodType(_call, model)
-        register_fsdp_forward_method(cast(nn.Module, model), "_flexpg_call")
+@contextmanager
+def _recompile_limit(model: TransformerDecoder) -> Iterator[None]:
+    """Raise torch's limit for compiled layers; past it they would run uncompiled, which is made an error."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
+    with limit if is_compiled else nullcontext():
+        yield
 
 
-_attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers would recompile, each and every step
-_joined = torch.compiler.disable(TreeBlockMask.joined)  # or for every layer and prefix
+_attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers would recompile at every step
+_extend_cache = torch.compiler.disable(PrefixCache.extend)  # or for every layer and prefix
 
 
-def _forward(
+def _attention_forward(
     attn: MultiHeadAttention | Gemma2Attention,
     x: Tensor,
     y: Tensor | None = None,
@@ -312,7 +175,7 @@ def _forward(
     mask: Any = None,
     input_pos: Tensor | None = None,
 ) -> Tensor:
-    """Torchtune's attention forward, for our masks too."""
+    """Torchtune's attention forward, extended to flexpg's masks."""
     if not isinstance(mask, TreeBlockMask | SampleCache):
         return type(attn).forward(attn, x, y, mask=mask, input_pos=input_pos)
     q, k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -328,7 +191,7 @@ def _forward(
         attend = SampleCache.attend if mask.is_filled and mask.compiled else _attend_cached  # a step is one graph
         out = attend(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
     else:
-        if mask.prefix is not None:
-            k, v = _joined(mask, attn, k, v)
+        if isinstance(mask, PrefixBlockMask):
+            k, v = _extend_cache(mask.cache, mask, attn, k, v)
         out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
     return attn.output_proj(out.transpose(1, 2).flatten(2))

@@ -1,8 +1,8 @@
-"""Which transformers models share prefixes exactly: what is not exact is refused, before a forward or after it.
+"""Which transformers models share prefixes exactly; all others are refused, before a forward or after it.
 
-Before: architectures whose layers see past the mask, or whose positions do not start at 0; adapters that read whole
-rows; rotary scaling by the longest sequence. After: layers that the mask never reached, sliding windows that were not
-handed on, and random numbers that the forward drew.
+Before: architectures whose layers see past the mask or whose positions do not start at 0, adapters that depend on whole
+sequences, and rotary scaling by the longest sequence. After: layers that the mask did not reach, sliding windows that
+were not passed on, and random numbers that the forward consumed.
 """
 
 from __future__ import annotations
@@ -10,141 +10,135 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexpg.masks import TreeBlockMask, mask_of
+from flexpg.integrations.transformers.attention import NAME, attended
 from flexpg.tree import PrefixTree
 
-NAME = "flexpg"  # of the attention implementation
 EXACT_LAYERS = {"full_attention", "sliding_attention"}  # of transformers' `layer_types`
 
-# The attention modules that the current packed forward has reached, each with its window; None outside of one.
-reached: ContextVar[dict[nn.Module, int | None] | None] = ContextVar("reached", default=None)
 
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, out of PEFT's wrapper where it is in one.
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model, out of PEFT's wrapper if it has one.
 
     Raises:
-        ValueError: an adapter that adds virtual tokens to the prompt, or looks at whole rows.
-        TypeError: a model of another kind, or in a wrapper of another kind.
+        ValueError: If an adapter adds virtual tokens to the prompt or depends on whole sequences.
+        TypeError: If the model is of another kind, or wrapped by something else.
     """
     peft = sys.modules.get("peft")  # not imported, no adapter
     if peft is not None and isinstance(model, peft.PeftModel):
         for config in model.peft_config.values():
             kind = config.peft_type.value
             if config.is_prompt_learning:
-                raise ValueError(f"the adapter ({kind}) adds virtual tokens, which a packed row has no place for")
+                raise ValueError(f"the adapter ({kind}) adds virtual tokens, which a packed sequence cannot hold")
             if kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
-                raise ValueError(f"the adapter ({kind}) depends on the whole row; take one that does not, as LoRA")
+                raise ValueError(
+                    f"the adapter ({kind}) depends on the whole sequence; use one that does not, like LoRA"
+                )
         return model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is of type {type(model).__name__}; give a transformers model, or PEFT's around one")
+        raise TypeError(f"model must be a transformers or PEFT model, got {type(model).__name__}")
     return model
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Refuses an architecture in which a prefix cannot be shared exactly.
+    """Refuse architectures in which a prefix cannot be shared exactly.
 
     Raises:
-        TypeError: layers that see past the mask, positions that are not counted from 0, or inputs other than text.
+        TypeError: If layers see past the mask, positions do not start at 0, or inputs are not only text.
     """
     config, name = model.config, type(model).__name__
     if not model.is_backend_compatible():
-        raise TypeError(f"{name} does not use transformers' attention interface; it would not see the mask")
+        raise TypeError(f"{name} does not use transformers' attention interface, so it would ignore the mask")
     if config.is_encoder_decoder:
-        raise TypeError(f"{name} is an encoder-decoder; a prefix can be shared in decoders only")
+        raise TypeError(f"{name} is an encoder-decoder; prefixes can be shared in decoders only")
     if config.get_text_config() is not config:
-        raise TypeError(f"{name} reads more than text; a prefix can be shared in its language model only")
+        raise TypeError(f"{name} takes more than text; load its language model alone")
     other = set(getattr(config, "layer_types", None) or ()) - EXACT_LAYERS
     if other:
         raise TypeError(
-            f"{name} has layers of {', '.join(sorted(other))}, which carry what they saw past the mask; "
-            "a prefix can be shared in layers of full or sliding attention only"
+            f"{name} has {', '.join(sorted(other))} layers, whose state passes from one completion to the next "
+            "regardless of the mask; train it without flexpg"
         )
     if any(path.endswith(".sinks") for path, _ in model.named_parameters()):
-        raise TypeError(f"{name} has attention sinks, which flexpg's attention has not; train it without flexpg")
+        raise TypeError(f"{name} has attention sinks, which flexpg does not support; train it without flexpg")
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
-            raise TypeError(f"{name} has convolutions over the row (a state-space layer), which would mix completions")
+            raise TypeError(f"{name} has convolutions over the sequence (state-space layers), which mix completions")
         if isinstance(module, nn.Embedding) and "position" in path and module.padding_idx is not None:
-            raise TypeError(f"{name} counts positions from its padding id on, as RoBERTa does; they must start at 0")
+            raise TypeError(f"{name} counts positions from its padding id on, like RoBERTa; they must start at 0")
 
 
 def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
-    """Refuses dropout in training, of layers or of attention.
+    """Refuse dropout of layers or attention in training.
 
     Args:
-        model: of any kind.
-        will_train: whether layers in evaluation mode count as well.
+        model: A model of any kind.
+        will_train: Whether layers in evaluation mode count too.
 
     Raises:
-        ValueError: a layer with dropout above 0.
+        ValueError: If a layer has dropout above 0.
     """
     for path, module in model.named_modules():
         if not (will_train or module.training):
             continue
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(
-                f"{path} has dropout {module.p}, which would differ per copy of a prefix; set it to 0 "
+                f"{path} has dropout {module.p}, which would differ between the copies of a prefix; set it to 0 "
                 "(lora_dropout=0; in TRL's config disable_dropout=True)"
             )
         if (rate := vars(module).get("attention_dropout") or 0) > 0:
             raise ValueError(
-                f"{path} has attention_dropout={rate}, which would differ per copy of a prefix; load the model with "
-                'attention_dropout=0 (in TRL\'s config model_init_kwargs={"attention_dropout": 0})'
+                f"{path} has attention_dropout={rate}, which would differ between the copies of a prefix; load the "
+                'model with attention_dropout=0 (in TRL\'s config model_init_kwargs={"attention_dropout": 0})'
             )
 
 
 @contextmanager
-def packed_forward(model: nn.Module, tree: PrefixTree, mask: TreeBlockMask | None = None) -> Iterator[TreeBlockMask]:
-    """The mask for one forward of the packed row, inside; before and after, what would not be exact is refused.
+def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None = None) -> Iterator[None]:
+    """Run one forward of a packed sequence inside; raise before or after it if it is not exact.
 
     Args:
-        model: as in `flexpg.integrations.transformers.forward`.
-        tree: likewise.
-        mask: likewise.
+        model: An enabled transformers or PEFT model.
+        tree: The packed sequence.
+        prefix: The tree of the cached prompt, if any.
 
     Raises:
-        ValueError: likewise.
-        TypeError: likewise.
+        ValueError: If the model is not enabled, has dropout, or the tree does not fit it.
+        TypeError: If prefixes cannot be shared in the model.
     """
-    whole = causal_lm(model)
-    check_architecture(whole)
-    if whole.config._attn_implementation != NAME:
+    base = unwrap(model)
+    check_architecture(base)
+    if base.config._attn_implementation != NAME:
         raise ValueError(
-            f'{type(whole).__name__} has attn_implementation="{whole.config._attn_implementation}"; call register() of '
-            f'flexpg.integrations.transformers and model.set_attn_implementation("{NAME}")'
+            f'{type(base).__name__} has attn_implementation="{base.config._attn_implementation}"; call '
+            "flexpg.enable(model) first"
         )
     check_no_dropout(model)
-    mask = mask_of(tree, mask)
-    _check_tree(whole, tree, tree if mask.prefix is None else mask.prefix.tree)
+    _check_tree(base, tree, tree if prefix is None else prefix)
     windows: dict[nn.Module, int | None] = {}
     random_state = _random_state(tree.end.device)
-    outer = reached.set(windows)
+    token = attended.set(windows)
     try:
-        yield mask
+        yield
     finally:
-        reached.reset(outer)
-    _check_layers(whole, tree, windows)
+        attended.reset(token)
+    _check_layers(base, tree, windows)
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
-            f"the forward of {type(whole).__name__} drew random numbers (dropout, noise of a router, NEFTune); they "
-            "would differ per copy of a prefix, so set them to 0"
+            f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
+            "would differ between the copies of a prefix; disable them"
         )
 
 
 def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) -> None:
-    if tree.end.device != (device := next(model.parameters()).device):
-        raise ValueError(f"the tree is on {tree.end.device} and the model on {device}; move the tree with .to()")
     if tree.max_token >= (vocab := model.config.vocab_size):
-        raise ValueError(f"token id {tree.max_token} is beyond the model's vocabulary of {vocab}; check the tokenizer")
-    shortest = min(int(tree.lengths.min()), prefix.max_length)  # a prefix on its own is turned by its own length
+        raise ValueError(f"token ids must be below the model's vocabulary size of {vocab}, got {tree.max_token}")
+    shortest = min(int(tree.lengths.min()), prefix.max_length)  # a cached prompt is rotated by its own length
     rope = getattr(model.config, "rope_parameters", None) or {}
     for scaling in [rope] if "rope_type" in rope else rope.values():  # or one per kind of layer
         kind, original = scaling["rope_type"], scaling.get("original_max_position_embeddings")
@@ -152,8 +146,8 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) ->
         depends_on_longest = "dynamic" in kind or (kind == "longrope" and shortest <= original)
         if depends_on_longest and tree.max_length > original:
             raise ValueError(
-                f"rotary scaling {kind!r} turns all tokens of a row by its longest sequence, {tree.max_length} tokens, "
-                f"once it is beyond {original}; give such sequences a tree of their own"
+                f"RoPE scaling {kind!r} depends on the longest sequence of a batch once it exceeds {original} tokens, "
+                f"here {tree.max_length}; put such sequences into a tree of their own"
             )
 
 
@@ -161,17 +155,17 @@ def _check_layers(model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Mod
     name, config = type(model).__name__, model.config
     if len(windows) != config.num_hidden_layers:
         raise TypeError(
-            f"{len(windows)} of the {config.num_hidden_layers} layers of {name} attend through transformers' attention "
-            "interface; the others would not see the mask, and prefixes cannot be shared"
+            f"{len(windows)} of {config.num_hidden_layers} layers of {name} use transformers' attention interface; the "
+            "others would ignore the mask"
         )
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     needed = 1 if kinds is None else kinds.count("sliding_attention")
     if isinstance(window, int) and window < tree.max_length:
-        handed_on = sum(own is not None for own in windows.values())
-        if handed_on < needed:
+        passed_on = sum(own is not None for own in windows.values())
+        if passed_on < needed:
             raise TypeError(
-                f"{name} has sliding_window={window} and {handed_on} of its layers hand it on to the attention, where "
-                f"{needed} or more should; only trees of sequences up to {window} tokens are exact"
+                f"{name} has sliding_window={window}, but {passed_on} of its layers pass it to attention where "
+                f"{needed} should; only sequences of up to {window} tokens are exact"
             )
 
 

@@ -1,8 +1,8 @@
-"""TRL's trainers with shared prefixes: swap the class name, and rows that start alike are encoded once.
+"""TRL's trainers with shared prefixes: swap the class name, and shared prefixes are encoded once.
 
-Sampling, rewards, losses, adapters, mixed precision, gradient accumulation and saving are TRL's; trl_forward.py has the
-one call that differs. Of groups it asks one thing: TRL shuffles the rows of a generation batch before it cuts them into
-micro-batches, which would tear them apart. Here they are shuffled as groups.
+Sampling, rewards, losses, adapters, mixed precision, gradient accumulation and saving are TRL's; forward.py has the one
+call that differs. TRL shuffles the rows of a generation batch before it cuts them into micro-batches, which would tear
+groups apart, so here whole groups are shuffled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpg.integrations.trl.forward import share_prefixes  # before TRL, whose other versions it refuses in words
+from flexpg.integrations.trl.forward import share_prefixes  # first: it refuses other versions of TRL
 
 # isort: split
 from transformers import Trainer
@@ -29,43 +29,43 @@ __all__ = ["SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer", "SharedPrefixRLO
 
 
 @dataclass
-class Update:
-    """What the policy's forwards and backwards cost this process since the last line of the log.
+class UpdateCost:
+    """What the policy's forwards and backwards cost this rank since the last log line.
 
     Attributes:
-        tokens: tokens that were encoded.
-        tokens_unshared: tokens that TRL's own trainer would have encoded, without its padding.
-        seconds: time of the updates: from the end of generating and scoring a batch to the end of its backward.
+        tokens: Tokens that were encoded.
+        baseline_tokens: Tokens that TRL's own trainer would have encoded, without padding.
+        seconds: Time of the updates, from the end of generation and scoring of a batch to the end of its backward.
     """
 
     tokens: int = 0
-    tokens_unshared: int = 0
+    baseline_tokens: int = 0
     seconds: float = 0.0
 
 
-class _SharesPrefixes(Trainer):
-    """What the trainers below have in common: shared forwards, and what those saved among TRL's metrics."""
+class _SharedPrefixTrainer(Trainer):
+    """Common to all trainers below: shared forwards, and their savings among TRL's metrics."""
 
-    model: Any  # what all of TRL's trainers hold
+    model: Any  # attributes of all TRL trainers
     ref_model: Any
     _metrics: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.torch_compile:
-            raise ValueError("torch_compile=True would compile anew for every batch's prefix tree; leave it off")
-        if getattr(self.args, "use_transformers_continuous_batching", False):  # DPO's config has none
-            raise ValueError("use_transformers_continuous_batching=True generates with sdpa alone; leave it off")
+            raise ValueError("torch_compile must be False: every batch's prefix tree would recompile")
+        if getattr(self.args, "use_transformers_continuous_batching", False):  # not in DPOConfig
+            raise ValueError("use_transformers_continuous_batching must be False: it generates with sdpa only")
         check_no_dropout(self.model, will_train=True)
-        self._update, self._update_began = Update(), 0.0
+        self._cost, self._update_began = UpdateCost(), 0.0
         for model in (self.model, self.ref_model):
             if model is not None:
                 share_prefixes(self.accelerator.unwrap_model(model), self._count)
 
     def _count(self, tree: PrefixTree) -> None:
-        if torch.is_grad_enabled():  # the policy's; the old and the reference policy's are shared, and not counted
-            self._update.tokens += tree.num_tokens
-            self._update.tokens_unshared += int(tree.lengths.sum())
+        if torch.is_grad_enabled():  # the policy's forward; the old and reference policies' are not counted
+            self._cost.tokens += tree.num_tokens
+            self._cost.baseline_tokens += tree.baseline_tokens
 
     def _prepare_inputs(self, batch: Any) -> Any:
         inputs = super()._prepare_inputs(batch)
@@ -74,7 +74,7 @@ class _SharesPrefixes(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._update.seconds += self._now() - self._update_began
+        self._cost.seconds += self._now() - self._update_began
         return loss
 
     def _now(self) -> float:
@@ -84,34 +84,34 @@ class _SharesPrefixes(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
-            done, self._update = self._update, Update()
-            saved = done.tokens_unshared - done.tokens
+            cost, self._cost = self._cost, UpdateCost()
+            saved = cost.baseline_tokens - cost.tokens
             self._metrics["train"] |= {
-                "flexpg/tokens": [done.tokens],
+                "flexpg/tokens": [cost.tokens],
                 "flexpg/tokens_saved": [saved],
-                "flexpg/update_s": [done.seconds],
-                "flexpg/update_s_saved_estimate": [done.seconds * saved / max(done.tokens, 1)],
+                "flexpg/update_s": [cost.seconds],
+                "flexpg/update_s_saved_estimate": [cost.seconds * saved / max(cost.tokens, 1)],
             }
         super().log(logs, start_time)
 
 
-class _KeepsGroups(_SharesPrefixes):
-    """And of trainers that sample groups: micro-batches of whole groups."""
+class _GroupTrainer(_SharedPrefixTrainer):
+    """Common to the trainers that sample groups: micro-batches of whole groups."""
 
-    args: Any  # what GRPOTrainer and RLOOTrainer hold
+    args: Any  # attributes of GRPOTrainer and RLOOTrainer
     num_generations: Any
     _step: Any
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        rows, group = self.args.per_device_train_batch_size, self.num_generations
-        parts = parts_per_group(rows, group, rows * self.args.steps_per_generation)
+        batch_size, group_size = self.args.per_device_train_batch_size, self.num_generations
+        parts = batches_per_group(batch_size, group_size, batch_size * self.args.steps_per_generation)
         if parts > 1:
             warnings.warn(
-                f"per_device_train_batch_size={rows} cuts groups of num_generations={group}: a prompt is encoded "
-                f"{parts:.3g} times per update instead of once; a multiple of {group}, with fewer "
-                "gradient_accumulation_steps, keeps groups whole",
+                f"per_device_train_batch_size={batch_size} splits groups of num_generations={group_size}: a prompt is "
+                f"encoded {parts:.3g} times per update instead of once; use a multiple of {group_size}, with fewer "
+                "gradient_accumulation_steps",
                 stacklevel=2,
             )
 
@@ -120,43 +120,43 @@ class _KeepsGroups(_SharesPrefixes):
         inputs = super()._prepare_inputs(batch)
         if self._buffered_inputs is before:
             return inputs
-        self._buffered_inputs = regrouped(self._buffered_inputs)
+        self._buffered_inputs = regroup(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
 
-def parts_per_group(rows: int, group: int, generated: int) -> float:
-    """Micro-batches that a group's completions are spread over, on average.
+def batches_per_group(batch_size: int, group_size: int, generated: int) -> float:
+    """Return over how many micro-batches the completions of a prompt are spread, on average.
 
     Args:
-        rows: of a micro-batch of one process.
-        group: completions of a prompt.
-        generated: rows that one process generates at a time.
+        batch_size: Rows of a micro-batch of one rank.
+        group_size: Completions per prompt.
+        generated: Rows that one rank generates at a time.
 
-    >>> parts_per_group(rows=8, group=8, generated=32), parts_per_group(rows=4, group=8, generated=32)
+    >>> batches_per_group(8, 8, 32), batches_per_group(4, 8, 32)
     (1.0, 2.0)
     """
-    cuts = {(row // group, row // rows) for row in range(generated)}
-    return len(cuts) / (generated / group)
+    parts = {(row // group_size, row // batch_size) for row in range(generated)}
+    return len(parts) / (generated / group_size)
 
 
-def regrouped(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows in micro-batches of whole groups, as far as the groups fit.
+def regroup(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the same rows in micro-batches of whole groups, as far as groups fit.
 
-    The groups stand in the order in which TRL's shuffle shows their first row, which is a shuffle of groups, and takes
-    no random number beyond TRL's own.
+    Groups come in the order in which TRL's shuffle shows their first row, which is a shuffle of groups and consumes no
+    random number beyond TRL's own.
 
     Args:
         batches: TRL's micro-batches: tensors [B, ...] and lists of B; 0-d tensors and None are common to all.
     """
     first = batches[0]
 
-    def whole(name: str) -> Any:
+    def concatenated(name: str) -> Any:
         parts = [batch[name] for batch in batches]
         if isinstance(parts[0], list):
             return [item for part in parts for item in part]
         return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
 
-    rows = {name: whole(name) for name in first}
+    rows = {name: concatenated(name) for name in first}
     prompts = zip(rows["prompt_ids"].cpu().numpy(), rows["prompt_mask"].bool().cpu().numpy(), strict=True)
     groups: dict[bytes, list[int]] = {}
     for row, (ids, present) in enumerate(prompts):
@@ -171,22 +171,22 @@ def regrouped(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return split_tensor_dict({name: ordered(value) for name, value in rows.items()}, len(batches))
 
 
-class SharedPrefixGRPOTrainer(_KeepsGroups, GRPOTrainer):
-    """TRL's GRPOTrainer, each prompt encoded once per micro-batch.
+class SharedPrefixGRPOTrainer(_GroupTrainer, GRPOTrainer):
+    """TRL's GRPOTrainer with each prompt encoded once per micro-batch.
 
-    Same arguments, and same losses and gradients up to rounding; micro-batches hold whole groups.
+    It takes the same arguments and gives the same losses and gradients up to rounding; micro-batches hold whole groups.
     """
 
 
-class SharedPrefixRLOOTrainer(_KeepsGroups, RLOOTrainer):
-    """TRL's RLOOTrainer, each prompt encoded once per micro-batch.
+class SharedPrefixRLOOTrainer(_GroupTrainer, RLOOTrainer):
+    """TRL's RLOOTrainer with each prompt encoded once per micro-batch.
 
-    Same arguments, and same losses and gradients up to rounding; micro-batches hold whole groups.
+    It takes the same arguments and gives the same losses and gradients up to rounding; micro-batches hold whole groups.
     """
 
 
-class SharedPrefixDPOTrainer(_SharesPrefixes, DPOTrainer):
-    """TRL's DPOTrainer, the prompt of a chosen and a rejected completion encoded once.
+class SharedPrefixDPOTrainer(_SharedPrefixTrainer, DPOTrainer):
+    """TRL's DPOTrainer with the prompt of a chosen and a rejected completion encoded once.
 
-    Same arguments, and same losses and gradients up to rounding.
+    It takes the same arguments and gives the same losses and gradients up to rounding.
     """

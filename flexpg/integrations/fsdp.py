@@ -1,0 +1,71 @@
+"""Forwards of models that FSDP2 has sharded; a model that is not sharded is called as it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+T = TypeVar("T")
+_running: ContextVar[nn.Module | None] = ContextVar("_running", default=None)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Return the modules of a model that FSDP2 has sharded, the root first."""
+    if "torch.distributed.fsdp" not in sys.modules:  # nothing is sharded; the import would take a second
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:
+    """Call a function as a forward of the model: FSDP2 gathers the weights of its root for it and frees them after.
+
+    Args:
+        model: The model, sharded or not.
+        function: Calls modules of the model.
+    """
+    if _running.get() is model or not sharded_modules(model):
+        return function()
+    if "_flexpg_call" not in vars(model):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        vars(model)["_flexpg_call"] = MethodType(_call, model)
+        register_fsdp_forward_method(model, "_flexpg_call")
+    outer = _running.set(model)
+    try:
+        result: Any = vars(model)["_flexpg_call"](function)
+        return result
+    finally:
+        _running.reset(outer)
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Gather all weights on every rank inside, so that ranks may call the model independently of one another.
+
+    For sampling, where ranks take different numbers of steps.
+    """
+    shards: list[Any] = sharded_modules(model)
+    for shard in shards:
+        shard.unshard()
+        shard.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(shard is not model, recurse=False)  # FSDP2's default: the root stays whole
+            shard.reshard()
+
+
+def _call(model: nn.Module, function: Callable[[], T]) -> T:
+    return function()
