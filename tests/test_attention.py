@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from unshared import LargestTensor, random_sequences, relative_error, unshared_attention
+from baseline import LargestTensor, random_sequences, relative_error, baseline_attention
 
 from flexpg.backends import flex
 from flexpg.backends.dispatch import attention
@@ -71,7 +71,7 @@ def test_every_token_attends_as_if_its_sequence_were_alone(name, backend):
     pads = slice(tree.num_tokens, None)
     used = [x[:, :, : tree.num_tokens] for x in inputs]
     weights = torch.randn_like(used[0])
-    alone = unshared_attention(*used, tree.node)
+    alone = baseline_attention(*used, tree.node)
     expected = [alone, *torch.autograd.grad(alone, inputs, weights)]
     out = attention(*inputs, block_mask(tree), backend=backend)
     shared = out[:, :, : tree.num_tokens]
@@ -97,7 +97,7 @@ def test_auto_honours_window_and_softcap(window, softcap, device):
     dtype, tolerance = (torch.float64, 1e-13) if device == "cpu" else (torch.float32, 1e-4)
     tree = TREES["deep forest"].to(device)
     inputs = qkv(tree, dtype=dtype, device=device)
-    alone = unshared_attention(*(x.double() for x in inputs), tree.node, window, softcap)
+    alone = baseline_attention(*(x.double() for x in inputs), tree.node, window, softcap)
     expected = on_packed_tokens(out_and_grads(alone, inputs), tree)
     out = attention(*inputs, block_mask(tree), window=window, softcap=softcap)
     assert largest_difference(on_packed_tokens(out_and_grads(out, inputs), tree), expected) < tolerance
@@ -108,7 +108,7 @@ def test_a_windows_distance_is_counted_in_positions_and_not_in_the_row():
     flat = replace(tree)
     vars(flat)["position_ids"] = torch.arange(len(tree))  # where the tree keeps them once they are derived
     right, wrong = (attention(*inputs, block_mask(t, 30)) for t in (tree, flat))
-    expected = unshared_attention(*inputs, tree.node, window=30)
+    expected = baseline_attention(*inputs, tree.node, window=30)
     used = slice(0, tree.num_tokens)
     assert (right - expected)[:, :, used].abs().max() < 1e-13
     assert (wrong - expected)[:, :, used].abs().max() > 1e-2
@@ -137,9 +137,9 @@ def test_split_sums_the_gradients_of_many_pieces_in_float32():
 def assert_error_budget(inputs: list[Tensor], tree: PrefixTree, backend: str) -> None:
     """Output and gradients stray no further from float64 than those of the unshared path do, times 1.5."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = out_and_grads(unshared_attention(*exact, tree.node), exact)
+    expected = out_and_grads(baseline_attention(*exact, tree.node), exact)
     values = out_and_grads(attention(*inputs, block_mask(tree), backend=backend), inputs)
-    unshared = out_and_grads(unshared_attention(*inputs, tree.node), inputs)
+    unshared = out_and_grads(baseline_attention(*inputs, tree.node), inputs)
     for value, other, truth in zip(*(on_packed_tokens(r, tree) for r in (values, unshared, expected)), strict=True):
         assert relative_error(value, truth) < 1.5 * relative_error(other, truth)
 
@@ -320,7 +320,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_tree_shows(mistake, backend):
     inputs = qkv(GROUP)
-    expected = unshared_attention(*inputs, GROUP.node)[:, :, : GROUP.num_tokens]
+    expected = baseline_attention(*inputs, GROUP.node)[:, :, : GROUP.num_tokens]
     wrong = attention(*inputs, block_mask(MISTAKES[mistake]), backend=backend)[:, :, : GROUP.num_tokens]
     assert (wrong - expected).abs().max() > 1e-2
 

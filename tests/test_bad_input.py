@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from unshared import MAX_SEQ_LEN, VOCAB, tiny_model
+from baseline import MAX_SEQ_LEN, VOCAB, tiny_model
 
 from flexpg import (
     EncodedPrefix,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from PIL import Image
-from unshared import in_float64
+from baseline import in_float64
 
 from benchmarks import attention, kernels, mask, memory, pieces, scaling, shapes, tables, update
 from benchmarks.models import decoder

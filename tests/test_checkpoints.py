@@ -24,7 +24,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._pytree import tree_flatten
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
-from unshared import VOCAB, tiny_model
+from baseline import VOCAB, tiny_model
 
 from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.training.distributed import World

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from unshared import relative_error
+from baseline import relative_error
 
-from benchmarks.conversations import in_float64, shared_logprobs, unshared_logprobs
+from benchmarks.conversations import in_float64, shared_logprobs, baseline_logprobs
 from examples import agent_conversations
 from examples.agent_conversations import small_model, trained_tokenizer
 from flexpg import PrefixTree, dense_cost, group_advantages, pack, shared_cost
@@ -362,7 +362,7 @@ def largest_error(values, expected) -> float:
 def test_an_update_on_real_conversations_is_the_unshared_one(double, per_turn):
     ways, (ordinary, shared) = double
     rollouts, advantages = ways[per_turn]
-    expected_logprobs, expected = gradients(ordinary, unshared_logprobs, rollouts, advantages)
+    expected_logprobs, expected = gradients(ordinary, baseline_logprobs, rollouts, advantages)
     logprobs, values = gradients(shared, shared_logprobs, rollouts, advantages, 16384)
     assert len(pack(rollouts, 16384)) < len(rollouts)
     assert expected_logprobs[rollouts.trained].max() < -1e-3 and logprobs.dtype == torch.float64
@@ -373,7 +373,7 @@ def test_an_update_on_real_conversations_is_the_unshared_one(double, per_turn):
 def test_training_tool_results_or_flat_positions_would_be_another_update(double, monkeypatch):
     ways, (ordinary, shared) = double
     rollouts, advantages = ways[False]
-    expected_logprobs, expected = gradients(ordinary, unshared_logprobs, rollouts, advantages)
+    expected_logprobs, expected = gradients(ordinary, baseline_logprobs, rollouts, advantages)
     everything = replace(rollouts, loss_mask=None)
     logprobs, values = gradients(shared, shared_logprobs, everything, advantages, 16384)
     # A token's value does not depend on what else is trained: the mask alone decides what is learnt.

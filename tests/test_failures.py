@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import run_processes, start_command
 from torch import Tensor
-from unshared import tiny_model
+from baseline import tiny_model
 
 from benchmarks.sharing import recipe
 from flexpg.losses import grpo_loss

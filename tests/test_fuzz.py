@@ -47,7 +47,7 @@ from test_sampling import as_lists, one_by_one, random_uniforms
 from test_tree import assert_is_trie_of
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from unshared import VOCAB, in_float64, tiny_model, unshared_attention, unshared_logprobs
+from baseline import VOCAB, in_float64, tiny_model, baseline_attention, baseline_logprobs
 
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.backends.dispatch import attention
@@ -161,7 +161,7 @@ def test_every_token_attends_as_if_its_sequence_were_alone(sequences, heads, wid
     )
     out = attention(q[:, :, first:], k, v, block_mask(tree, first_query=first), **options)
     plain = {name: value for name, value in options.items() if name != "backend"}
-    expected = unshared_attention(q, k, v, tree.node, **plain)
+    expected = baseline_attention(q, k, v, tree.node, **plain)
     assert_close(out[:, :, : tree.num_tokens - first], expected[:, :, first : tree.num_tokens])
     ours = torch.autograd.grad((out * weights[:, :, first:]).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
@@ -388,7 +388,7 @@ def test_packed_models_have_the_log_probabilities_and_gradients_of_the_unshared_
 ):
     model, weights = model_of(name), normal(seed, *drawn.trained.shape) * drawn.trained
     sequences = [row.tolist() for row in drawn.sequences]
-    expected = unshared_logprobs(model, sequences, drawn.prompt_lens.tolist()) * drawn.trained
+    expected = baseline_logprobs(model, sequences, drawn.prompt_lens.tolist()) * drawn.trained
     theirs = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
     logprobs = torch.full_like(expected, float("nan"))
     model.zero_grad()

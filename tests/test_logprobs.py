@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from unshared import LargestTensor
+from baseline import LargestTensor
 
 from flexpg.logprobs import token_logprobs, token_logprobs_and_entropies
 from flexpg.tree import PrefixTree

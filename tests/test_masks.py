@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from unshared import random_sequences
+from baseline import random_sequences
 
 from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod

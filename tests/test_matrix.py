@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from unshared import in_float64, relative_error, tiny_model, unshared_logprobs
+from baseline import in_float64, relative_error, tiny_model, baseline_logprobs
 
 from flexpg.backends import flex as flex_kernels
 from flexpg.backends.dispatch import attention
@@ -228,8 +228,8 @@ def scored_rows(model: nn.Module, step: Step, shares: bool) -> Iterator[tuple[li
     case, rows, prefix_tokens = step.rollouts
     is_torchtune = isinstance(model, TransformerDecoder)
     if not shares:
-        by_tune = partial(unshared_logprobs, model, case.sequences, case.prompt_lens)
-        yield list(range(len(case.sequences))), by_tune() if is_torchtune else hf.unshared_logprobs(model, case)
+        by_tune = partial(baseline_logprobs, model, case.sequences, case.prompt_lens)
+        yield list(range(len(case.sequences))), by_tune() if is_torchtune else hf.baseline_logprobs(model, case)
         return
     library = torchtune if is_torchtune else transformers
     with library.encode_prefix(model, prefix_tokens) if prefix_tokens else nullcontext() as prefix:

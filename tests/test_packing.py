@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from unshared import VOCAB, tiny_model
+from baseline import VOCAB, tiny_model
 
 from flexpg.analysis.flops import dense_cost, group_cost
-from flexpg.integrations.torchtune import logprobs, unshared_logprobs
+from flexpg.integrations.torchtune import logprobs, baseline_logprobs
 from flexpg.losses import grpo_loss
 from flexpg.packing import PAIRS_PER_TOKEN, MicroBatch, encoded_tokens, pack, recomputed_tokens, runs
 from flexpg.rollouts import Rollouts
@@ -420,7 +420,7 @@ def test_packing_is_a_function_of_its_arguments():
 
 def gradients(model, batch: MicroBatch, sharing: bool) -> tuple[float, list[torch.Tensor]]:
     model.zero_grad()
-    score = logprobs(model, batch) if sharing else unshared_logprobs(model, batch.rollouts)
+    score = logprobs(model, batch) if sharing else baseline_logprobs(model, batch.rollouts)
     old, ref, advantages = score[0].detach() - 0.1, score[0].detach() + 0.3, torch.ones(len(batch.indices))
     mask = batch.rollouts.trained
     loss, _ = grpo_loss(score[0], old, advantages, mask, ref_logprobs=ref, beta=0.1, normalizer=7.0, entropies=score[1])

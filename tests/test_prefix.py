@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from unshared import VOCAB, in_float64, relative_error, tiny_model, unshared_attention, unshared_logprobs
+from baseline import VOCAB, in_float64, relative_error, tiny_model, baseline_attention, baseline_logprobs
 
 from flexpg.backends.dispatch import attention
 from flexpg.integrations import torchtune as tune
@@ -89,7 +89,7 @@ def test_micro_batches_on_one_prefix_equal_the_unshared_torchtune_model(name, pr
     model = in_float64(tiny_model(name))
     prompt, completions = group(prompt_len)
     weights = weights_of(completions)
-    logprobs = unshared_logprobs(model, [prompt + own for own in completions], [len(prompt)] * len(completions))
+    logprobs = baseline_logprobs(model, [prompt + own for own in completions], [len(prompt)] * len(completions))
     expected = expected_of(model, logprobs, weights)
     if checkpointing:
         model = checkpointed(model)
@@ -106,7 +106,7 @@ def test_micro_batches_on_one_prefix_equal_the_unshared_transformers_model(name,
     prompt, completions = group(40)
     weights = weights_of(completions)
     case = found([prompt + own for own in completions], [len(prompt)] * len(completions))
-    expected = expected_of(theirs, hf.unshared_logprobs(theirs, case), weights)
+    expected = expected_of(theirs, hf.baseline_logprobs(theirs, case), weights)
     if checkpointing:
         ours.gradient_checkpointing_enable({"use_reentrant": False})
     assert max(errors(by_parts(ours, prompt, completions, weights, integration), expected)) < 1e-12
@@ -119,14 +119,14 @@ def test_adapters_whose_first_keys_need_no_gradient_are_trained_alike():
     model.layers[0].attn.k_proj.requires_grad_(False)
     prompt, completions = group(50)
     weights = weights_of(completions)
-    logprobs = unshared_logprobs(model, [prompt + own for own in completions], [len(prompt)] * len(completions))
+    logprobs = baseline_logprobs(model, [prompt + own for own in completions], [len(prompt)] * len(completions))
     expected = expected_of(model, logprobs, weights)
     assert max(errors(by_parts(model, prompt, completions, weights), expected)) < 1e-12
 
 
 def test_without_gradients_the_prefix_serves_scores():
     model, (prompt, completions) = in_float64(tiny_model("qwen2")), group(60)
-    expected = unshared_logprobs(model, [prompt + own for own in completions], [len(prompt)] * len(completions))
+    expected = baseline_logprobs(model, [prompt + own for own in completions], [len(prompt)] * len(completions))
     with torch.no_grad(), tune.encode_prefix(model, prompt) as prefix:
         tree = tree_of(prompt, completions)
         hidden = tune.forward(model, tree, prefix=prefix)
@@ -245,7 +245,7 @@ def test_queries_behind_a_prefix_attend_as_in_the_whole_row(backend):
         q, k, v = (x.requires_grad_(needs_grad) for x in (q, k, v))
         out = attention(q[:, :, first:], k, v, block_mask(tree, first_query=first), backend=backend)
         used = slice(first, tree.num_tokens)
-        expected = unshared_attention(q, k, v, tree.node)[:, :, used]
+        expected = baseline_attention(q, k, v, tree.node)[:, :, used]
         out = out[:, :, : tree.num_tokens - first]
         assert relative_error(out, expected) < (1e-14 if needs_grad else 1e-6)
         if needs_grad:

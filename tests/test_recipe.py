@@ -15,7 +15,7 @@ from transformers import Qwen2ForCausalLM
 
 from benchmarks.sharing import parameter_difference, recipe, run_both, token_ratio
 from flexpg import group_advantages, grpo_loss
-from flexpg.integrations.torchtune import unshared_logprobs
+from flexpg.integrations.torchtune import baseline_logprobs
 from flexpg.training.rewards import RewardError
 from recipes.grpo import GRPORecipe
 
@@ -66,11 +66,11 @@ def test_a_step_is_the_update_written_out_by_hand(tmp_path):
         run.step(number)
         rollouts = drawn[-1][0]
         with torch.no_grad():
-            old, ref = (unshared_logprobs(model, rollouts, 1.5)[0] for model in (policy, reference))
+            old, ref = (baseline_logprobs(model, rollouts, 1.5)[0] for model in (policy, reference))
         advantages = group_advantages(rollouts.rewards, rollouts.group_ids, "batch")
         for _ in range(2):
             optimizer.zero_grad()
-            logprobs, _ = unshared_logprobs(policy, rollouts, 1.5)
+            logprobs, _ = baseline_logprobs(policy, rollouts, 1.5)
             kwargs = {"ref_logprobs": ref, "beta": 0.5, "epsilon_high": 0.28}
             grpo_loss(logprobs, old, advantages, rollouts.trained, **kwargs)[0].backward()
             clip_grad_norm_(policy.parameters(), 0.1)
@@ -94,11 +94,11 @@ def test_mini_batches_are_updates_one_after_the_other_each_divided_by_its_own_to
         advantages = group_advantages(rollouts.rewards, rollouts.group_ids)
         halves = [(rollouts.select(rows), advantages[rows]) for rows in torch.arange(8).split(4)]
         with torch.no_grad():
-            olds = [unshared_logprobs(policy, half, 1.5)[0] for half, _ in halves]
+            olds = [baseline_logprobs(policy, half, 1.5)[0] for half, _ in halves]
         for _ in range(2):
             for (half, own), old in zip(halves, olds, strict=True):
                 optimizer.zero_grad()
-                logprobs, _ = unshared_logprobs(policy, half, 1.5)
+                logprobs, _ = baseline_logprobs(policy, half, 1.5)
                 grpo_loss(logprobs, old, own, half.trained, epsilon_high=0.28)[0].backward()
                 clip_grad_norm_(policy.parameters(), 0.1)
                 optimizer.step()

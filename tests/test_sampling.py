@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from unshared import VOCAB, LargestTensor, in_float64, tiny_model, unshared_hidden
+from baseline import VOCAB, LargestTensor, in_float64, tiny_model, baseline_hidden
 
 from flexpg import sampling
 from flexpg.integrations.torchtune import decoder, forward, output
@@ -182,7 +182,7 @@ def one_by_one(model, prompts: list[Tensor], group_size: int, params: SamplingPa
     for n, numbers in enumerate(uniforms.tolist()):
         prompt, completion = prompts[n // group_size].tolist(), []
         for number in numbers:
-            logits = model.output(unshared_hidden(model, prompt + completion))[-1]
+            logits = model.output(baseline_hidden(model, prompt + completion))[-1]
             allowed = kept((logits / params.temperature).softmax(-1), params.top_k, params.top_p)
             completion.append(int((allowed.cumsum(0) <= number).sum()))
             if completion[-1] in params.stop_tokens:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from unshared import tiny_model
+from baseline import tiny_model
 
 from flexpg import (
     ModelShape,

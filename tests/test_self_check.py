@@ -14,7 +14,7 @@ from test_transformers import loaded
 from torch import Tensor, nn
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from unshared import in_float64, tiny_model
+from baseline import in_float64, tiny_model
 
 from flexpg.integrations.transformers import register
 from flexpg.masks import TreeBlockMask, dense_mask

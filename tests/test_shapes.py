@@ -20,7 +20,7 @@ from torchtune import training
 from torchtune.models.llama3 import llama3
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
-from unshared import tiny_model
+from baseline import tiny_model
 
 from benchmarks.paper_figure import SHAPES, flops_of, updates
 from flexpg.analysis.flops import Cost, ModelShape, activation_bytes, dense_cost, shared_cost, update_flops

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchtune.generation import generate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from unshared import MAX_SEQ_LEN, VOCAB, in_float64, relative_error, tiny_model, unshared_logprobs
+from baseline import MAX_SEQ_LEN, VOCAB, in_float64, relative_error, tiny_model, baseline_logprobs
 
 from flexpg import sampling
 from flexpg.integrations import torchtune as flexpg_torchtune
@@ -67,7 +67,7 @@ def largest_error(values: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 
 
 def assert_equal_to_unshared(model, case: Case, logprob_error: float, gradient_error: float) -> None:
-    expected = unshared_logprobs(model, case.sequences, case.prompt_lens)
+    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
     expected_gradients = gradients(model, expected)
     logprobs = shared_logprobs(model, case)
     assert (logprobs - expected).abs().max() < logprob_error
@@ -199,7 +199,7 @@ def mistaken_end(case: Case) -> dict:
 @pytest.mark.parametrize("mistake", [mistaken_mask, mistaken_positions, mistaken_end])
 def test_a_plain_causal_mask_flat_positions_or_an_end_off_by_one_shows(mistake):
     model, case = in_float64(tiny_model("llama3")), CASES["group"]
-    expected = unshared_logprobs(model, case.sequences, case.prompt_lens)
+    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
     wrong = shared_logprobs(model, case, **mistake(case))
     assert (wrong - expected).abs().max() > 1e-2
     assert largest_error(gradients(model, wrong), gradients(model, expected)) > 1e-2
@@ -207,7 +207,7 @@ def test_a_plain_causal_mask_flat_positions_or_an_end_off_by_one_shows(mistake):
 
 def test_a_window_in_packed_indices_shows():
     model, case = tiny_model("gemma2"), CASES["group"]
-    expected = unshared_logprobs(model, case.sequences, case.prompt_lens)
+    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
     mask = block_mask(at_positions(case.tree, torch.arange(len(case.tree))))
     wrong = shared_logprobs(model, case, mask=mask)
     assert (wrong - expected).abs().max() > 1e-2
@@ -225,7 +225,7 @@ def predicted_at(model, case: Case, shift: Tensor | int) -> Tensor:
 
 def test_prediction_at_the_packed_index_before_shows():
     model, case = in_float64(tiny_model("llama3")), groups((20, [6, 6, 6]))
-    expected = unshared_logprobs(model, case.sequences, case.prompt_lens)
+    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
     assert (predicted_at(model, case, "parent") - expected).abs().max() < 1e-12
     wrong = predicted_at(model, case, "index before")
     assert (wrong - expected)[1:, 0].abs().min() > 1e-2  # the first token of every completion but the first
@@ -234,7 +234,7 @@ def test_prediction_at_the_packed_index_before_shows():
 
 def test_a_dropped_first_completion_token_shows():
     model, case = in_float64(tiny_model("llama3")), CASES["group"]
-    expected = unshared_logprobs(model, case.sequences, case.prompt_lens)
+    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
     hidden = forward(model, case.tree)
     mask = (expected != 0).index_fill(1, torch.tensor(0), False)
     wrong = token_logprobs(hidden, output(model), case.tree, prompt_lens=torch.tensor(case.prompt_lens), mask=mask)
@@ -244,7 +244,7 @@ def test_a_dropped_first_completion_token_shows():
 
 def test_a_prefix_that_is_weighted_once_per_sibling_shows():
     model, case = in_float64(tiny_model("llama3")), CASES["group"]
-    expected = gradients(model, unshared_logprobs(model, case.sequences, case.prompt_lens))
+    expected = gradients(model, baseline_logprobs(model, case.sequences, case.prompt_lens))
     hidden = forward(model, case.tree)
     siblings = torch.zeros(len(case.tree)).index_add(0, case.tree.node[case.tree.node >= 0], torch.ones(201))
     assert siblings.max() == len(case.sequences)

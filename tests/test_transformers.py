@@ -21,7 +21,7 @@ import transformers
 from cases import VOCAB, Case, grouped, three_levels, tokens
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from unshared import relative_error
+from baseline import relative_error
 
 from flexpg.integrations import transformers as integration
 from flexpg.integrations.transformers import NAME, forward, output, register
@@ -136,7 +136,7 @@ def in_float64(model: nn.Module) -> nn.Module:
     return model
 
 
-def unshared_logprobs(model: nn.Module, case: Case) -> Tensor:
+def baseline_logprobs(model: nn.Module, case: Case) -> Tensor:
     """[N, C] log-probabilities of the completions, 0 beyond their length: one sequence after the other."""
     rows = []
     for row, prompt_len in zip(case.sequences, case.prompt_lens, strict=True):
@@ -170,7 +170,7 @@ def largest_error(values: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 def assert_equal_to_unshared(
     model: nn.Module, ordinary: nn.Module, case: Case, logprob_error: float, gradient_error: float
 ) -> None:
-    expected, logprobs = unshared_logprobs(ordinary, case), shared_logprobs(model, case)
+    expected, logprobs = baseline_logprobs(ordinary, case), shared_logprobs(model, case)
     assert (logprobs - expected).abs().max() < logprob_error
     assert largest_error(gradients(model, logprobs), gradients(ordinary, expected)) < gradient_error
 
@@ -255,8 +255,8 @@ def test_bfloat16_strays_no_further_from_float64_than_the_unshared_models(name, 
     model, ordinary = (each.bfloat16().to(device) for each in pair(name, **changes))
     exact = in_float64(loaded(name, "sdpa", **changes).bfloat16()).to(device)
     truth, unshared, shared = (
-        unshared_logprobs(exact, case),
-        unshared_logprobs(ordinary, case),
+        baseline_logprobs(exact, case),
+        baseline_logprobs(ordinary, case),
         shared_logprobs(model, case),
     )
     assert shared.dtype == torch.float32
@@ -369,7 +369,7 @@ def test_without_its_window_a_model_is_another(name):
 def test_prediction_at_the_packed_index_before_shows():
     model, ordinary = (in_float64(each) for each in pair("llama"))
     case = grouped([tokens(20, 1)], [[tokens(6, seed) for seed in (2, 3, 4)]])
-    expected, target = unshared_logprobs(ordinary, case), case.tree.node[:, 20:]  # [N, C] each
+    expected, target = baseline_logprobs(ordinary, case), case.tree.node[:, 20:]  # [N, C] each
 
     def predicted_at(index: Tensor) -> Tensor:
         scores = output(model)(forward(model, case.tree)[0, index.flatten()]).log_softmax(-1)
@@ -836,7 +836,7 @@ def test_layers_with_the_keys_of_others_are_exact_or_refused():
     except TypeError as error:
         assert "got a BlockMask that is no TreeBlockMask" in str(error)
     else:
-        assert (logprobs - unshared_logprobs(built(config, "sdpa"), CASES["groups"])).abs().max() < 5e-6
+        assert (logprobs - baseline_logprobs(built(config, "sdpa"), CASES["groups"])).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize(

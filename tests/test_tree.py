@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from unshared import random_sequences
+from baseline import random_sequences
 
 from flexpg.tree import PrefixTree
 

@@ -84,7 +84,7 @@ def in_float64(model: TransformerDecoder) -> TransformerDecoder:
     return model
 
 
-def unshared_hidden(model: TransformerDecoder, tokens: list[int]) -> Tensor:
+def baseline_hidden(model: TransformerDecoder, tokens: list[int]) -> Tensor:
     """[T, E] hidden states of one sequence, by the model's own modules. Not model(...), which rounds to float32."""
     hidden = model.tok_embeddings(torch.tensor([tokens]))
     for layer in model.layers:
@@ -92,17 +92,17 @@ def unshared_hidden(model: TransformerDecoder, tokens: list[int]) -> Tensor:
     return model.norm(hidden)[0]
 
 
-def unshared_logprobs(model: TransformerDecoder, sequences: list[list[int]], prompt_lens: list[int]) -> Tensor:
+def baseline_logprobs(model: TransformerDecoder, sequences: list[list[int]], prompt_lens: list[int]) -> Tensor:
     """[N, C] log-probabilities of the completions, 0 beyond their length: one sequence after the other."""
     rows = []
     for tokens, prompt_len in zip(sequences, prompt_lens, strict=True):
-        scores = model.output(unshared_hidden(model, tokens)).log_softmax(-1)  # [T, V]
+        scores = model.output(baseline_hidden(model, tokens)).log_softmax(-1)  # [T, V]
         targets = torch.tensor(tokens[prompt_len:])
         rows.append(scores[prompt_len - 1 : -1].gather(-1, targets[:, None])[:, 0])
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def unshared_attention(
+def baseline_attention(
     q: Tensor, k: Tensor, v: Tensor, node: Tensor, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
     """[1, Hq, S, D], each packed token's output from the first sequence that holds it; pads, which none holds, are 0.
