@@ -36,8 +36,8 @@ class MicroBatch:
         rollouts: Those rollouts.
         tree: Their packed sequence; sequence i is the micro-batch's rollout i.
         rank: The rank that trains on it.
-        cache_id: Consecutive micro-batches of a rank with the same id belong to one prefix cache. Every rank has as many
-            ids as the others, with as many micro-batches each.
+        cache_id: Consecutive micro-batches of a rank with the same id belong to one prefix cache. All ranks have the
+            same ids, with equally many micro-batches each.
         cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
             0 for a micro-batch that is complete by itself.
         is_idle: Whether it only keeps a rank in step with the others: two tokens, an empty loss mask.

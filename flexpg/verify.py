@@ -72,8 +72,8 @@ class SelfCheckResult:
     def __str__(self) -> str:
         return (
             f"self-check passed: no leakage between completions; {self.rollouts} rollouts ({self.tokens} packed tokens)"
-            f" match the baseline: log-probabilities within {self.logprob_error:.0e} (budget {self.logprob_budget:.0e}),"
-            f" gradients within {self.gradient_error:.0e} (budget {self.gradient_budget:.0e}), in {self.seconds:.1f} s"
+            f" match the baseline: log-probabilities within {self.logprob_error:.0e} (budget {self.logprob_budget:.0e})"
+            f", gradients within {self.gradient_error:.0e} (budget {self.gradient_budget:.0e}), in {self.seconds:.1f} s"
         )
 
 
@@ -87,8 +87,8 @@ def self_check(
 ) -> SelfCheckResult:
     """Check numerically that a model gives the same outputs and gradients with and without prefix sharing.
 
-    Weights, gradients and mode of the model do not change and, if it passes, neither do the random number generators. If
-    the model is sharded, all ranks must call it.
+    The model's weights, gradients and mode do not change and, if it passes, neither do the random number generators.
+    If the model is sharded, all ranks must call it.
 
     Args:
         model: An enabled torchtune or transformers model in training mode (dropout would not show otherwise).
