@@ -1,4 +1,11 @@
-"""Rollouts whose sequences share prefixes, for tests of whole models: each beside the tree that shares them."""
+"""Rollouts whose sequences share prefixes, for tests of whole models.
+
+tokens(length, seed)                           random token ids
+Case.from_groups(prompts, completions)         sequences, prompt lengths and their tree, groups not merged
+Case.from_sequences(sequences, prompt_lens)    the same with every shared prefix merged
+three_levels()                                 a case with a system prompt, questions and completions that start alike
+TREES, rollouts_of(tree, seed)                 for the matrix: one kind of tree each, as Rollouts with a token budget
+"""
 
 from __future__ import annotations
 
@@ -6,40 +13,42 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
 VOCAB = 50
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """Rollouts, and the tree that shares them."""
+    """Sequences, and the tree in which they share prefixes."""
 
     tree: PrefixTree
     sequences: list[list[int]]
     prompt_lens: list[int]
+
+    @classmethod
+    def from_groups(cls, prompts: list[list[int]], completions: list[list[list[int]]]) -> Case:
+        """Build a case from groups; what completions or prompts share is not merged."""
+        pairs = [(prompt, own) for prompt, group in zip(prompts, completions, strict=True) for own in group]
+        tree = PrefixTree.from_groups(prompts, completions)
+        return cls(tree, [prompt + own for prompt, own in pairs], [len(prompt) for prompt, _ in pairs])
+
+    @classmethod
+    def from_sequences(cls, sequences: list[list[int]], prompt_lens: list[int]) -> Case:
+        """Build a case in which every shared prefix is merged."""
+        return cls(PrefixTree.from_sequences(sequences), sequences, prompt_lens)
 
 
 def tokens(length: int, seed: int) -> list[int]:
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def grouped(prompts: list[list[int]], completions: list[list[list[int]]]) -> Case:
-    pairs = [(prompt, own) for prompt, group in zip(prompts, completions, strict=True) for own in group]
-    tree = PrefixTree.from_groups(prompts, completions)
-    return Case(tree, [prompt + own for prompt, own in pairs], [len(prompt) for prompt, _ in pairs])
-
-
-def found(sequences: list[list[int]], prompt_lens: list[int]) -> Case:
-    return Case(PrefixTree.from_sequences(sequences), sequences, prompt_lens)
-
-
 def three_levels() -> Case:
-    """A system prompt, two questions under it, and completions that start alike; rollouts in no order."""
+    """Build a system prompt, two questions under it, and completions that start alike; in no particular order."""
     system, first, second, reasoning = tokens(30, 1), tokens(12, 2), tokens(9, 3), tokens(6, 4)
     sequences = [
         system + second + tokens(8, 5),
@@ -48,86 +57,71 @@ def three_levels() -> Case:
         system + first + reasoning + tokens(7, 8),
         system + first + tokens(3, 9),
     ]
-    return found(sequences, [39, 42, 39, 42, 42])
+    return Case.from_sequences(sequences, [39, 42, 39, 42, 42])
 
 
-# ---- one of every kind, of tokens that are drawn by seed -------------------------------------------------------------
+# Kinds of trees, whose tokens a seed draws.
 
-Row = tuple[list[int], PrefixTree]  # which sequences, and their packed row
 Draw = Callable[[int], list[int]]
+Drawn = tuple[list[list[int]], list[list[list[int]]]]  # prompts, and the completions of each
 
 
-class Packed(NamedTuple):
-    """Rollouts, and the rows that they are packed in; `prefix` is encoded before them, once."""
-
-    case: Case
-    rows: list[Row]
-    prefix: list[int]
+def packed_tokens(count: int, draw: Draw) -> Drawn:
+    """A group of `count` packed tokens, at the edge of a block."""
+    own = (count - 40) // 3 - 1
+    return [draw(40)], [[[1, *draw(own)], [2, *draw(own)], [3, *draw(count - 43 - 2 * own)]]]
 
 
-def in_a_row(case: Case) -> Packed:
-    return Packed(case, [(list(range(len(case.sequences))), case.tree)], [])
+def system_prompt(draw: Draw) -> Drawn:
+    system = draw(15)
+    return [system + draw(6), system + draw(9)], [[draw(7), draw(7)], [draw(7), draw(7)]]
 
 
-def of_packed_tokens(count: int, draw: Draw) -> Packed:
-    own = (count - 40) // 3
-    return in_a_row(grouped([draw(40)], [[draw(own), draw(own), draw(count - 40 - 2 * own)]]))
+def shared_reasoning(draw: Draw) -> Drawn:
+    """Two questions under a system prompt; completions of the first begin alike."""
+    system, thought = draw(12), draw(4)
+    prompts = [system + draw(5), system + draw(8)]
+    return prompts, [[thought + draw(3), thought + draw(6)], [draw(6), draw(4)]]
 
 
-def system_prompt(draw: Draw) -> Packed:
-    system, questions = draw(15), (draw(6), draw(9))
-    prompts = [system + question for question in (*questions, *questions)]
-    return in_a_row(found([prompt + draw(7) for prompt in prompts], list(map(len, prompts))))
+def conversation(draw: Draw) -> Drawn:
+    """Turns of a conversation, in which every prompt is all that was said before."""
+    prompts, completions = [draw(10)], [[draw(6)]]
+    for question, answer in ((4, 7), (3, 5)):
+        prompts.append(prompts[-1] + completions[-1][0] + draw(question))
+        completions.append([draw(answer)])
+    return prompts, completions
 
 
-def two_questions(draw: Draw) -> Packed:
-    """Two questions under a system prompt, and completions of the first that think alike; in no order."""
-    system, first, second, thought = draw(12), draw(5), draw(8), draw(4)
-    ends = [second + draw(6), first + thought + draw(3), second + draw(4), first + thought + draw(6)]
-    return in_a_row(found([system + end for end in ends], [20, 17, 20, 17]))
-
-
-def chain(draw: Draw) -> Packed:
-    """Turns of a conversation: every prompt is all that was said before."""
-    first = draw(10) + draw(6)
-    second = first + draw(4) + draw(7)
-    return in_a_row(found([first, second, second + draw(3) + draw(5)], [10, 20, 30]))
-
-
-def duplicates(draw: Draw) -> Packed:
+def duplicates(draw: Draw) -> Drawn:
     prompt, own = draw(20), draw(6)
-    return in_a_row(found([prompt + own, prompt + draw(8), prompt + own], [20] * 3))
+    return [prompt], [[own, draw(8), own]]
 
 
-def strict_prefixes(draw: Draw) -> Packed:
+def strict_prefixes(draw: Draw) -> Drawn:
     prompt, own = draw(20), draw(6)
-    return in_a_row(found([prompt + own, prompt + own[:2], prompt + own + draw(3)], [20] * 3))
+    return [prompt], [[own, own[:2], own + draw(3)]]
 
 
-def behind_a_prefix(draw: Draw) -> Packed:
-    """Micro-batches of a group whose prompt is encoded once for them."""
-    prompt = draw(30)
-    case = found([prompt + draw(length) for length in (6, 9, 4, 8)], [30] * 4)
-    parts = [0, 2], [1, 3]
-    rows = [(part, PrefixTree.from_sequences([case.sequences[n] for n in part])) for part in parts]
-    return Packed(case, rows, prompt)
-
-
-TREES: dict[str, Callable[[Draw], Packed]] = {
-    "a group": lambda draw: in_a_row(grouped([draw(25)], [[draw(7), draw(4), draw(9)]])),
-    "groups": lambda draw: in_a_row(grouped([draw(12), draw(20)], [[draw(5), draw(8)], [draw(6), draw(3)]])),
+TREES: dict[str, Callable[[Draw], Drawn]] = {
+    "one group": lambda draw: ([draw(25)], [[draw(7), draw(4), draw(9)]]),
+    "groups": lambda draw: ([draw(12), draw(20)], [[draw(5), draw(8)], [draw(6), draw(3)]]),
     "system prompt": system_prompt,
-    "three levels": two_questions,
-    "a chain": chain,
+    "three levels": shared_reasoning,
+    "conversation": conversation,
     "duplicates": duplicates,
     "strict prefixes": strict_prefixes,
-    "singletons": lambda draw: in_a_row(grouped([draw(9), draw(16)], [[draw(6)], [draw(1)]])),
-    **{f"{count} tokens": partial(of_packed_tokens, count) for count in (127, 128, 129, 255, 256, 257)},
-    "behind a prefix": behind_a_prefix,
+    "singletons": lambda draw: ([draw(9), draw(16)], [[draw(6)], [draw(1)]]),
+    **{f"{count} tokens": partial(packed_tokens, count) for count in (127, 128, 129, 255, 256, 257)},
+    "prefix cache": lambda draw: ([draw(30)], [[draw(6), draw(9), draw(4), draw(8)]]),
 }
+MAX_TOKENS = {"prefix cache": 45}  # so that the group is oversized; every other tree is one micro-batch
 
 
-def packed(tree: str, seed: int) -> Packed:
-    """One of TREES, of tokens that the seed draws."""
+def rollouts_of(tree: str, seed: int) -> Rollouts:
+    """Return one of TREES, with tokens, rewards and the order of its rollouts drawn from the seed."""
     rng = random.Random(seed)
-    return TREES[tree](lambda length: [rng.randrange(VOCAB) for _ in range(length)])
+    prompts, completions = TREES[tree](lambda length: [rng.randrange(VOCAB) for _ in range(length)])
+    rewards = [[rng.gauss(0, 1) for _ in group] for group in completions]
+    rollouts = Rollouts.from_groups(prompts, completions, rewards)
+    return rollouts.select(rng.sample(range(len(rollouts)), len(rollouts)))

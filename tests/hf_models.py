@@ -1,0 +1,136 @@
+"""Tiny transformers models, and the unshared baseline of their log-probabilities.
+
+tiny_model(name, **changes)    a model of CONFIGS in training mode, as transformers builds it
+model_from_config(config)      the same for any config
+model_pair(name, **changes)    (enabled for flexpg, as transformers builds it), with equal weights
+in_float64(model)              the model in float64, norms included
+with_lora(model, **options)    the model with PEFT adapters that matter
+baseline_logprobs(model, sequences, prompt_lens)    [N, C], one sequence after the other
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import torch
+import transformers
+from cases import VOCAB
+from torch import Tensor, nn
+
+import flexpg
+
+WINDOW = 7
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
+SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, **SPECIAL}
+ONE_OF_EACH = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+
+# Windows are shorter than the sequences, softcaps bend and multipliers are not 1, or they would do nothing here.
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "qwen2": transformers.Qwen2Config(**SHAPE, **ONE_OF_EACH, use_sliding_window=True, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=8),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8),
+    "gemma2": transformers.Gemma2Config(
+        **SHAPE,
+        **ONE_OF_EACH,
+        head_dim=8,
+        query_pre_attn_scalar=6,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(**SHAPE, **ONE_OF_EACH, head_dim=8, query_pre_attn_scalar=6),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "mixtral": transformers.MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=WINDOW),
+    "phi3": transformers.Phi3Config(**SHAPE),
+    "olmo2": transformers.Olmo2Config(**SHAPE),
+    "granite": transformers.GraniteConfig(
+        **SHAPE, attention_multiplier=0.3, logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0
+    ),
+    "smollm3": transformers.SmolLM3Config(**SHAPE),
+    "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.25, use_qk_norm=True),
+    "gpt2": transformers.GPT2Config(**GPT2, attn_pdrop=0.0),
+}
+EXPERT_MODELS = ["mixtral", "qwen3_moe"]
+FLOAT64_EXPERTS = {"_experts_implementation": "eager"}  # torch's grouped product has no float64
+
+
+def tiny_model(name: str, **changes: Any) -> transformers.PreTrainedModel:
+    """Build a model of CONFIGS in training mode; `changes` replace values of its config."""
+    config = copy.deepcopy(CONFIGS[name])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return model_from_config(config)
+
+
+def model_from_config(config: transformers.PretrainedConfig, **options: Any) -> transformers.PreTrainedModel:
+    """Build a model in training mode in which every parameter matters: no norm weight is 1 and no bias is 0."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:  # which sdpa would ignore
+        options = {"attn_implementation": "eager"} | options
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model.train()
+
+
+def model_pair(name: str, **changes: Any) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel]:
+    """Build two models with equal weights: one that is enabled, and the baseline with transformers' own attention."""
+    return flexpg.enable(tiny_model(name, **changes)), tiny_model(name, **changes)
+
+
+class Float64Norm(nn.Module):
+    """A norm of transformers without its round to float32: RMSNorm, Gemma's (1 + weight) or Cohere's (with a mean)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = vars(norm)["eps"] if "eps" in vars(norm) else vars(norm)["variance_epsilon"]
+        self.offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+        self.is_centred = type(norm).__name__ == "CohereLayerNorm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * (self.offset + self.weight)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Convert a model to float64, with norms that do not round to float32 as transformers' do."""
+    model.double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm") or type(child).__name__ == "CohereLayerNorm":
+                setattr(module, name, Float64Norm(child))
+    return model
+
+
+def with_lora(model: nn.Module, **options: Any) -> peft.PeftModel:
+    """Wrap a model in LoRA adapters that are not zero; zero ones would give lora_A no gradient."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options
+    )
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
+
+
+def baseline_logprobs(model: nn.Module, sequences: list[list[int]], prompt_lens: list[int]) -> Tensor:
+    """Compute [N, C] log-probabilities of the completions, 0 past their end: one sequence after the other."""
+    rows = []
+    for tokens, prompt_len in zip(sequences, prompt_lens, strict=True):
+        ids = torch.tensor([tokens], device=model.device)
+        logits = model(input_ids=ids).logits[0]  # [T, V]
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        rows.append(scores[prompt_len - 1 : -1].gather(-1, ids[0, prompt_len:, None])[:, 0])
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
