@@ -104,18 +104,18 @@ def strict_prefixes(draw: Draw) -> Drawn:
 
 
 TREES: dict[str, Callable[[Draw], Drawn]] = {
-    "one group": lambda draw: ([draw(25)], [[draw(7), draw(4), draw(9)]]),
+    "one_group": lambda draw: ([draw(25)], [[draw(7), draw(4), draw(9)]]),
     "groups": lambda draw: ([draw(12), draw(20)], [[draw(5), draw(8)], [draw(6), draw(3)]]),
-    "system prompt": system_prompt,
-    "three levels": shared_reasoning,
+    "system_prompt": system_prompt,
+    "three_levels": shared_reasoning,
     "conversation": conversation,
     "duplicates": duplicates,
-    "strict prefixes": strict_prefixes,
+    "strict_prefixes": strict_prefixes,
     "singletons": lambda draw: ([draw(9), draw(16)], [[draw(6)], [draw(1)]]),
-    **{f"{count} tokens": partial(packed_tokens, count) for count in (127, 128, 129, 255, 256, 257)},
-    "prefix cache": lambda draw: ([draw(30)], [[draw(6), draw(9), draw(4), draw(8)]]),
+    **{f"{count}_tokens": partial(packed_tokens, count) for count in (127, 128, 129, 255, 256, 257)},
+    "prefix_cache": lambda draw: ([draw(30)], [[draw(6), draw(9), draw(4), draw(8)]]),
 }
-MAX_TOKENS = {"prefix cache": 45}  # so that the group is oversized; every other tree is one micro-batch
+MAX_TOKENS = {"prefix_cache": 45}  # so that the group is oversized; every other tree is one micro-batch
 
 
 def rollouts_of(tree: str, seed: int) -> Rollouts:
