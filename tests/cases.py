@@ -1,4 +1,4 @@
-"""Rollouts whose sequences share prefixes, for tests of whole models.
+"""Rollouts whose sequences share prefixes, and the comparison of whole models on them.
 
 tokens(length, seed)                           random token ids
 Case.from_groups(prompts, completions)         sequences, prompt lengths and their tree, groups not merged
@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from baseline import relative_error
+from torch import Tensor, nn
 
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
 VOCAB = 50
+
+# The error budget compares two random errors, and the baseline's may be near 0 by chance. So what one rounding each of
+# about 8 operations in 2 layers may amount to is added; in the cases of the matrix at most a tenth of it is used.
+FLOAT32_FLOOR = 16 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,28 @@ def three_levels() -> Case:
         system + first + tokens(3, 9),
     ]
     return Case.from_sequences(sequences, [39, 42, 39, 42, 42])
+
+
+# Comparison.
+
+
+def gradients(model: nn.Module, logprobs: Tensor) -> dict[str, Tensor]:
+    """Return gradients of a loss that weighs every token differently, so that swapped tokens show."""
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad((weights.to(logprobs) * logprobs).sum(), parameters.values())
+    return dict(zip(parameters, found, strict=True))
+
+
+def largest_error(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert list(values) == list(expected)
+    return max(relative_error(values[name], expected[name]) for name in expected)
+
+
+def assert_within_budget(shared: dict[str, Tensor], baseline: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Check that float32 results are no further from those in float64 than 1.5 times the baseline's."""
+    for name, exact in truth.items():
+        assert relative_error(shared[name], exact) <= 1.5 * relative_error(baseline[name], exact) + FLOAT32_FLOOR, name
 
 
 # Kinds of trees, whose tokens a seed draws.

@@ -18,7 +18,7 @@ import hf_models as hf
 import pytest
 import torch
 from baseline import baseline_logprobs, in_float64, relative_error, tiny_model
-from cases import MAX_TOKENS, TREES, rollouts_of
+from cases import FLOAT32_FLOOR, MAX_TOKENS, TREES, rollouts_of
 from processes import run_processes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -146,7 +146,7 @@ class Step:
 
 
 class Update(NamedTuple):
-    """The results of a case: log-probabilities [N, C] of each policy, the loss, and gradients unless backend is flex."""
+    """The results of a case: log-probabilities [N, C] of each policy, the loss, and gradients (flex has none)."""
 
     logprobs: dict[str, Tensor]
     loss: Tensor
@@ -271,9 +271,6 @@ def baseline_update(setting: Setting, step: Step, dtype: str) -> Update:
 
 # Gemma2's softmax, the experts' routers and Cohere's RoPE compute in float32 in a float64 model too.
 FLOAT32_INSIDE = {"torchtune.gemma2", *(f"transformers.{name}" for name in ("gemma2", "cohere", *hf.EXPERT_MODELS))}
-# The error budget compares two random errors, and the baseline's may be near 0 by chance. So what one rounding each of
-# about 8 operations in 2 layers may amount to is added; in these cases at most a tenth of it is used.
-FLOAT32_FLOOR = 16 * torch.finfo(torch.float32).eps
 
 
 def errors(update: Update, truth: Update) -> dict[str, float]:

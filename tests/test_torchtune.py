@@ -1,136 +1,119 @@
-"""Whole torchtune models: a shared forward and backward is the unshared loop's, and every known mistake shows.
-
-That every family does so, over all shapes of trees, stands in test_matrix.py.
-"""
+"""Tests of whole torchtune models; test_matrix.py compares every family with the baseline, over all kinds of trees."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, grouped, three_levels, tokens
+from baseline import MAX_SEQ_LEN, baseline_logprobs, in_float64, tiny_model
+from cases import VOCAB, Case, assert_within_budget, gradients, largest_error, three_levels, tokens
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchtune.generation import generate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from baseline import MAX_SEQ_LEN, VOCAB, in_float64, relative_error, tiny_model, baseline_logprobs
 
-from flexpg import sampling
-from flexpg.integrations import torchtune as flexpg_torchtune
+import flexpg
+from flexpg import SamplingParams, sampling
 from flexpg.integrations.torchtune import forward, output
 from flexpg.logprobs import token_logprobs
-from flexpg.masks import block_mask
-from flexpg.sampling import SamplingParams, sample
-from flexpg.tree import PrefixTree
 
 EOS = 2
+PROMPT = tokens(20, 11)
 
 
 def groups(*lengths: tuple[int, list[int]]) -> Case:
-    """Random tokens for groups of (prompt length, completion lengths)."""
+    """Build groups of (prompt length, completion lengths) with random tokens."""
     prompts = [tokens(prompt, g) for g, (prompt, _) in enumerate(lengths)]
     completions = [[tokens(n, 100 * g + i + 50) for i, n in enumerate(own)] for g, (_, own) in enumerate(lengths)]
-    return grouped(prompts, completions)
+    return Case.from_groups(prompts, completions)
 
 
-PROMPT = tokens(20, 11)
 CASES = {
     "group": groups((40, [9, 17, 3, 12])),
-    "three levels": three_levels(),
-    "five groups in a row": groups((20, [5, 8]), (3, [4, 9, 2]), (31, [6]), (1, [7, 7]), (12, [10, 1])),
-    "pad id and eos id in the prompt": grouped([[5, 0, 0, EOS, 7, EOS, 0]], [[[0, 9, EOS], [8, 0, 0, EOS]]]),
-    "equal completions, not merged": grouped([PROMPT], [[tokens(6, 12), tokens(6, 12), tokens(8, 13)]]),
+    "five_groups": groups((20, [5, 8]), (3, [4, 9, 2]), (31, [6]), (1, [7, 7]), (12, [10, 1])),
+    "pad_and_eos_in_prompt": Case.from_groups([[5, 0, 0, EOS, 7, EOS, 0]], [[[0, 9, EOS], [8, 0, 0, EOS]]]),
+    "equal_completions_not_merged": Case.from_groups([PROMPT], [[tokens(6, 12), tokens(6, 12), tokens(8, 13)]]),
+    "packed_longer_than_max_seq_len": groups((100, [60, 80, 70]), (50, [90, 90])),
 }
 
 
-def shared_logprobs(model, case: Case, **where) -> Tensor:
-    """[N, C] from one packed row; `where` replaces the tree or the mask, for mistakes that `forward` would refuse."""
+def shared_logprobs(model: nn.Module, case: Case) -> Tensor:
     hidden = forward(model, case.tree)
-    if where:
-        tree = where.get("tree", case.tree)
-        hidden = flexpg_torchtune._hidden(model, tree.tokens[None], tree.position_ids[None], where["mask"])
     return token_logprobs(hidden, output(model), case.tree, prompt_lens=torch.tensor(case.prompt_lens))
 
 
-def gradients(model, logprobs: Tensor) -> dict[str, Tensor]:
-    """Of a loss that weighs every token differently, so that a token in another's place shows."""
-    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1), dtype=logprobs.dtype)
-    parameters = dict(model.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad((weights * logprobs).sum(), parameters.values()), strict=True))
+def results(model: nn.Module, logprobs: Tensor) -> dict[str, Tensor]:
+    return {"logprobs": logprobs.detach()} | gradients(model, logprobs)
 
 
-def largest_error(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return max(relative_error(values[name], expected[name]) for name in expected)
+def shared_results(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    return results(model, shared_logprobs(model, case))
 
 
-def assert_equal_to_unshared(model, case: Case, logprob_error: float, gradient_error: float) -> None:
-    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
-    expected_gradients = gradients(model, expected)
-    logprobs = shared_logprobs(model, case)
-    assert (logprobs - expected).abs().max() < logprob_error
-    assert largest_error(gradients(model, logprobs), expected_gradients) < gradient_error
+def baseline_results(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    return results(model, baseline_logprobs(model, case.sequences, case.prompt_lens))
 
 
-# ---- equal ---------------------------------------------------------------------------------------------------------
+# Equality.
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logprobs_and_every_gradient_are_the_unshared_loops(case):
-    assert_equal_to_unshared(in_float64(tiny_model("llama3_2")), CASES[case], logprob_error=1e-12, gradient_error=1e-12)
+def test_forward_backward_equals_baseline(case):
+    model = in_float64(tiny_model("llama3"))
+    assert (CASES[case].tree.num_tokens > MAX_SEQ_LEN) == (case == "packed_longer_than_max_seq_len")
+    assert largest_error(shared_results(model, CASES[case]), baseline_results(model, CASES[case])) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["group", "three levels"])
-def test_gemma2_with_window_and_softcap_is_the_unshared_loops_in_float32(case):
-    # Its log-probabilities go to -7, where float32 has steps of 5e-7: ten steps. Gradients: some tens of 6e-8.
-    assert_equal_to_unshared(tiny_model("gemma2"), CASES[case], logprob_error=5e-6, gradient_error=3e-6)
+@pytest.mark.parametrize("case", [CASES["group"], three_levels()], ids=["group", "three_levels"])
+def test_forward_gemma2_sliding_window_softcap_within_error_budget(case):
+    truth = baseline_results(in_float64(tiny_model("gemma2")), case)
+    model = tiny_model("gemma2")
+    assert_within_budget(shared_results(model, case), baseline_results(model, case), truth)
 
 
-def test_a_packed_row_may_be_longer_than_the_context_that_its_sequences_need():
-    case = groups((100, [60, 80, 70]), (50, [90, 90]))
-    assert case.tree.num_tokens > MAX_SEQ_LEN >= case.tree.max_length
-    assert_equal_to_unshared(in_float64(tiny_model("llama3")), case, logprob_error=1e-12, gradient_error=1e-12)
-
-
-def test_a_changed_completion_leaves_all_other_rollouts_bitwise_the_same():
+def test_changed_completion_leaves_other_rollouts_bitwise_identical():
     model, prompts = tiny_model("llama3_2"), [tokens(30, 1), tokens(21, 2)]
     completions = [[tokens(12, 3), tokens(9, 4), tokens(14, 5)], [tokens(7, 6), tokens(13, 7)]]
-    before = shared_logprobs(model, grouped(prompts, completions))
+    before = shared_logprobs(model, Case.from_groups(prompts, completions))
     completions[0][1] = [(token + 1) % VOCAB for token in completions[0][1]]
-    after = shared_logprobs(model, grouped(prompts, completions))
+    after = shared_logprobs(model, Case.from_groups(prompts, completions))
     others = torch.tensor([0, 2, 3, 4])
     assert torch.equal(after[others], before[others])
     assert (after[1, :9] - before[1, :9]).abs().min() > 1e-3
 
 
-# ---- in a training run ---------------------------------------------------------------------------------------------
-
-
-def test_activation_checkpointing_changes_no_gradient():
-    case, model = CASES["three levels"], tiny_model("qwen2")
-    expected = gradients(model, shared_logprobs(model, case))
+def test_activation_checkpointing_gradients_are_bitwise_identical():
+    case, model = three_levels(), tiny_model("qwen2")
+    expected = shared_results(model, case)
     set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-    values = gradients(model, shared_logprobs(model, case))
+    values = shared_results(model, case)
     assert any("_checkpoint_wrapped_module" in name for name in values)
-    for gradient, before in zip(values.values(), expected.values(), strict=True):
-        assert torch.equal(gradient, before)
+    assert all(map(torch.equal, values.values(), expected.values()))
 
 
-def test_compiled_layers_give_the_same_logprobs_and_gradients():
+def test_compiled_layers_equal_uncompiled():
     case, model = CASES["group"], in_float64(tiny_model("llama3_2"))
-    logprobs = shared_logprobs(model, case)
-    expected = gradients(model, logprobs)
+    expected = shared_results(model, case)
     for layer in model.layers:
         layer.compile(backend="aot_eager")
-    compiled = shared_logprobs(model, case)
-    assert (compiled - logprobs).abs().max() < 1e-12
-    assert largest_error(gradients(model, compiled), expected) < 1e-12
+    assert largest_error(shared_results(model, case), expected) < 1e-12
+
+
+# enable, and calls without flexpg.
+
+
+def test_enable_twice_changes_nothing_more():
+    model = tiny_model("llama3")
+    assert flexpg.enable(model) is model
+    forwards = [layer.attn.forward for layer in model.layers]
+    flexpg.enable(model)
+    assert [layer.attn.forward for layer in model.layers] == forwards
 
 
 @pytest.mark.parametrize("name", ["llama3_2", "gemma2"])
-def test_ordinary_calls_stay_bitwise_what_they_were(name):
+def test_enable_leaves_ordinary_calls_bitwise_identical(name):
     model, batch = tiny_model(name), torch.tensor([tokens(15, 1), tokens(15, 2)])
     half = torch.ones(2, 15, 15, dtype=torch.bool).tril().triu(-4)
     positions = torch.arange(15).flip(0).expand(2, -1)
@@ -139,193 +122,107 @@ def test_ordinary_calls_stay_bitwise_what_they_were(name):
         return [model(batch), model(batch, mask=half), model(batch, mask=half, input_pos=positions)]
 
     before = calls()
+    flexpg.enable(model)
     forward(model, CASES["group"].tree).sum().backward()
-    for value, expected in zip(calls(), before, strict=True):
-        assert torch.equal(value, expected)
+    assert all(map(torch.equal, calls(), before))
 
 
-@pytest.mark.parametrize("with_cache", [False, True])
-def test_torchtunes_own_generation_stays_what_it_was(with_cache):
+@pytest.mark.parametrize("with_kv_cache", [False, True])
+def test_enable_leaves_torchtune_generation_bitwise_identical(with_kv_cache):
     model, prompt = tiny_model("llama3_2").eval(), torch.tensor([tokens(9, 1), tokens(9, 2)]) + 1
-    if with_cache:
+    if with_kv_cache:
         model.setup_caches(batch_size=2, dtype=torch.float32, decoder_max_seq_len=30)
 
     def generated() -> tuple[Tensor, Tensor]:
-        if with_cache:
+        if with_kv_cache:
             model.reset_caches()
         rng = torch.Generator().manual_seed(5)
         return generate(model, prompt % VOCAB, max_generated_tokens=8, pad_id=-1, rng=rng)
 
     expected = generated()
-    forward(model, CASES["group"].tree)
-    for value, before in zip(generated(), expected, strict=True):
-        assert torch.equal(value, before)
+    forward(flexpg.enable(model), CASES["group"].tree)
+    assert all(map(torch.equal, generated(), expected))
 
 
-# ---- the mistakes that are known, each far outside the tolerance -----------------------------------------------------
-
-
-def chain(tree: PrefixTree) -> PrefixTree:
-    """The row as if it were one sequence: everything before a token is its ancestor."""
-    end = tree.end.clone()
-    end[: tree.num_tokens] = tree.num_tokens
-    return replace(tree, end=end)
-
-
-def at_positions(tree: PrefixTree, position_ids: Tensor) -> PrefixTree:
-    """The tree with other positions, where it keeps its own once they are derived."""
-    wrong = replace(tree)
-    vars(wrong)["position_ids"] = position_ids
-    return wrong
-
-
-def mistaken_mask(case: Case) -> dict:
-    return {"mask": block_mask(chain(case.tree))}
-
-
-def mistaken_positions(case: Case) -> dict:
-    flat = torch.arange(len(case.tree)).clamp(max=MAX_SEQ_LEN - 1)  # a pad has to find its rotation too
-    return {"tree": at_positions(case.tree, flat), "mask": block_mask(case.tree)}
-
-
-def mistaken_end(case: Case) -> dict:
-    """The first completion's subtree reaches one token into the second completion."""
-    start, stop, _ = case.tree.segments[1].tolist()
-    end = case.tree.end.clone()
-    end[start:stop] += 1
-    return {"mask": block_mask(replace(case.tree, end=end))}
-
-
-@pytest.mark.parametrize("mistake", [mistaken_mask, mistaken_positions, mistaken_end])
-def test_a_plain_causal_mask_flat_positions_or_an_end_off_by_one_shows(mistake):
-    model, case = in_float64(tiny_model("llama3")), CASES["group"]
-    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
-    wrong = shared_logprobs(model, case, **mistake(case))
-    assert (wrong - expected).abs().max() > 1e-2
-    assert largest_error(gradients(model, wrong), gradients(model, expected)) > 1e-2
-
-
-def test_a_window_in_packed_indices_shows():
-    model, case = tiny_model("gemma2"), CASES["group"]
-    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
-    mask = block_mask(at_positions(case.tree, torch.arange(len(case.tree))))
-    wrong = shared_logprobs(model, case, mask=mask)
-    assert (wrong - expected).abs().max() > 1e-2
-
-
-def predicted_at(model, case: Case, shift: Tensor | int) -> Tensor:
-    """[N, C] log-probability of every completion token of a case whose completions all have C tokens."""
-    (prompt_len,) = set(case.prompt_lens)
-    hidden = forward(model, case.tree)[0]
-    target = case.tree.node[:, prompt_len:]
-    at = case.tree.parent[target] if shift == "parent" else target - 1
-    scores = output(model)(hidden[at]).log_softmax(-1)
-    return scores.gather(-1, case.tree.tokens[target][..., None])[..., 0]
-
-
-def test_prediction_at_the_packed_index_before_shows():
-    model, case = in_float64(tiny_model("llama3")), groups((20, [6, 6, 6]))
-    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
-    assert (predicted_at(model, case, "parent") - expected).abs().max() < 1e-12
-    wrong = predicted_at(model, case, "index before")
-    assert (wrong - expected)[1:, 0].abs().min() > 1e-2  # the first token of every completion but the first
-    assert (wrong - expected)[:, 1:].abs().max() < 1e-12
-
-
-def test_a_dropped_first_completion_token_shows():
-    model, case = in_float64(tiny_model("llama3")), CASES["group"]
-    expected = baseline_logprobs(model, case.sequences, case.prompt_lens)
-    hidden = forward(model, case.tree)
-    mask = (expected != 0).index_fill(1, torch.tensor(0), False)
-    wrong = token_logprobs(hidden, output(model), case.tree, prompt_lens=torch.tensor(case.prompt_lens), mask=mask)
-    assert (wrong - expected)[:, 1:].abs().max() < 1e-12
-    assert largest_error(gradients(model, wrong), gradients(model, expected)) > 1e-2
-
-
-def test_a_prefix_that_is_weighted_once_per_sibling_shows():
-    model, case = in_float64(tiny_model("llama3")), CASES["group"]
-    expected = gradients(model, baseline_logprobs(model, case.sequences, case.prompt_lens))
-    hidden = forward(model, case.tree)
-    siblings = torch.zeros(len(case.tree)).index_add(0, case.tree.node[case.tree.node >= 0], torch.ones(201))
-    assert siblings.max() == len(case.sequences)
-    hidden.register_hook(lambda gradient: gradient * siblings[:, None].double())
-    logprobs = token_logprobs(hidden, output(model), case.tree, prompt_lens=torch.tensor(case.prompt_lens))
-    wrong = gradients(model, logprobs)
-    assert largest_error(wrong, expected) > 1e-2
-
-
-# ---- refused -------------------------------------------------------------------------------------------------------
-
-
-def refuses(error: type[Exception], message: str, model, tree: PrefixTree) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        forward(model, tree)
-
-
-def test_dropout_is_refused_in_training_and_allowed_in_evaluation():
-    tree = CASES["group"].tree
+def with_attention_dropout() -> nn.Module:
     model = tiny_model("llama3")
     model.layers[1].attn.attn_dropout = 0.1
-    refuses(ValueError, "attn_dropout=0.1; sharing is exact without: set it to 0", model, tree)
-    assert forward(model.eval(), tree).isfinite().all()
+    return model
+
+
+def with_dropout() -> nn.Module:
     model = tiny_model("llama3")
     model.layers[0].mlp = nn.Sequential(model.layers[0].mlp, nn.Dropout(0.2))
-    refuses(ValueError, "the model has dropout 0.2, which would differ per copy of a prefix", model, tree)
-    assert forward(model.eval(), tree).isfinite().all()
+    return model
 
 
-def test_models_of_another_kind_are_refused():
-    tree = CASES["group"].tree
+def without_a_layer() -> nn.Module:
     model = tiny_model("llama3")
     model.layers[1] = nn.Identity()
-    refuses(TypeError, "1 of the model's layers are not plain self-attention layers", model, tree)
+    return model
+
+
+def with_bidirectional_layer() -> nn.Module:
     model = tiny_model("llama3")
     model.layers[0].attn.is_causal = False
-    refuses(TypeError, "attention that is not causal", model, tree)
+    return model
 
 
-def test_the_sampler_refuses_a_completion_that_would_not_fit():
-    model, prompt = tiny_model("llama3"), torch.tensor(tokens(MAX_SEQ_LEN - 3, 1))
-
-    def drawn(max_new_tokens):
-        params, output = SamplingParams(max_new_tokens, temperature=0), flexpg_torchtune.output(model)
-        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, None)
-
-    assert len(drawn(3).completions) == 2
-    with pytest.raises(ValueError, match=f"{MAX_SEQ_LEN + 1} tokens is longer than the model's max_seq_len"):
-        drawn(4)
-
-
-def test_another_trees_mask_is_refused_even_where_the_lengths_agree():
-    tree, other = CASES["group"].tree, PrefixTree.from_sequences([[1, 2, 3]])
-    with pytest.raises(ValueError, match="the mask was made for another tree"):
-        forward(tiny_model("llama3"), tree, block_mask(other))
-
-
-def test_a_forward_that_something_else_replaced_is_refused():
+def with_replaced_forward() -> nn.Module:
     model = tiny_model("llama3")
     attn = model.layers[0].attn
     attn.forward = type(attn).forward.__get__(attn)
-    refuses(TypeError, "something else has replaced the forward of a MultiHeadAttention", model, CASES["group"].tree)
+    return model
 
 
-def test_compiled_layers_sample_without_compiling_at_every_step(monkeypatch):
-    model = tiny_model("llama3")
-    prompt = torch.tensor(tokens(20, 1))
-    params = SamplingParams(12, temperature=0)
+REFUSED = {
+    "attention_dropout": (with_attention_dropout, ValueError, "dropout must be 0, got 0.1: it would differ between"),
+    "dropout": (with_dropout, ValueError, "dropout must be 0, got 0.2"),
+    "other_layer": (without_a_layer, TypeError, "all 2 layers must be TransformerSelfAttentionLayers, got 1"),
+    "bidirectional": (with_bidirectional_layer, TypeError, "model must have causal attention only"),
+    "replaced_forward": (with_replaced_forward, TypeError, "the forward of a MultiHeadAttention has been replaced"),
+}
 
-    def drawn(**options):
-        output = flexpg_torchtune.output(model)
-        return sample(flexpg_torchtune.decoder(model), output, [prompt], 2, params, None, **options).completions[0]
 
-    plain = drawn()
+@pytest.mark.parametrize("what", REFUSED)
+def test_enable_refuses_inexact_model(what):
+    make, error, message = REFUSED[what]
+    with pytest.raises(error, match=re.escape(message)):
+        flexpg.enable(make())
+
+
+@pytest.mark.parametrize("make", [with_attention_dropout, with_dropout])
+def test_dropout_is_refused_in_training_and_allowed_in_eval(make):
+    model = flexpg.enable(make().eval())
+    assert forward(model, CASES["group"].tree).isfinite().all()
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        forward(model.train(), CASES["group"].tree)
+
+
+# Sampling.
+
+
+def test_sample_refuses_completion_beyond_max_seq_len():
+    model, prompt = tiny_model("llama3"), tokens(MAX_SEQ_LEN - 3, 1)
+    assert len(flexpg.sample(model, [prompt], 2, SamplingParams(3, temperature=0)).completions) == 2
+    with pytest.raises(ValueError, match=f"at most max_seq_len={MAX_SEQ_LEN} tokens, got {MAX_SEQ_LEN + 1}"):
+        flexpg.sample(model, [prompt], 2, SamplingParams(4, temperature=0))
+
+
+def test_sample_with_compiled_layers_does_not_recompile_every_step(monkeypatch):
+    model, prompt = tiny_model("llama3"), tokens(20, 1)
+
+    def completion(**options: bool | int) -> Tensor:
+        return flexpg.sample(model, [prompt], 2, SamplingParams(12, temperature=0), **options).completions[0]
+
+    expected = completion()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     for layer in model.layers:
         layer.compile(backend=counter)
-    assert torch.equal(drawn(), plain)
+    assert torch.equal(completion(), expected)
     assert counter.frame_count <= 4 * len(model.layers)  # prefill and decoding, before and after the graph break
-    assert torch.equal(drawn(max_cache_tokens=20 + 12), plain)  # one sample after the other
+    assert torch.equal(completion(max_cache_tokens=20 + 12), expected)  # one sample after the other
     step = torch.compile(sampling._step, fullgraph=True, dynamic=False, backend="eager")
     monkeypatch.setattr(sampling, "_compiled_step", lambda mode: step)
-    assert torch.equal(drawn(compiled=True), plain)  # compiled layers within a compiled step
+    assert torch.equal(completion(compiled=True), expected)  # compiled layers within a compiled step

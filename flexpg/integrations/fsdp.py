@@ -34,7 +34,7 @@ def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:
         model: The model, sharded or not.
         function: Calls modules of the model.
     """
-    if _running.get() is model or not sharded_modules(model):
+    if not sharded_modules(model) or _running.get() is model:  # in this order: dynamo cannot trace a ContextVar
         return function()
     if "_flexpg_call" not in vars(model):
         from torch.distributed.fsdp import register_fsdp_forward_method

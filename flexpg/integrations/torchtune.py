@@ -8,8 +8,7 @@ activation checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -147,20 +146,18 @@ def _hidden_states(
     model: TransformerDecoder, tokens: Tensor, position_ids: Tensor | None, mask: TreeBlockMask | SampleCache | None
 ) -> Tensor:
     # Not model(...): it would refuse more than max_seq_len packed tokens, apply the output layer and round to float32.
-    with _recompile_limit(model):
+    has_compiled_layers = any(module._compiled_call_impl is not None for module in model.modules())
+    is_eager = not torch.compiler.is_compiling()  # as it is not in a compiled decoding step
+    with _recompile_limit() if has_compiled_layers and is_eager else nullcontext():
         hidden = model.tok_embeddings(tokens)
         for layer in model.layers:
             hidden = layer(hidden, mask=mask, input_pos=position_ids)
         return model.norm(hidden)
 
 
-@contextmanager
-def _recompile_limit(model: TransformerDecoder) -> Iterator[None]:
+def _recompile_limit() -> AbstractContextManager[None]:
     """Raise torch's limit for compiled layers; past it they would run uncompiled, which is made an error."""
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
-    with limit if is_compiled else nullcontext():
-        yield
+    return torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
 
 
 _attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers would recompile at every step
