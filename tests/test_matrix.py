@@ -18,7 +18,7 @@ import hf_models as hf
 import pytest
 import torch
 from baseline import baseline_logprobs, in_float64, relative_error, tiny_model
-from cases import FLOAT32_FLOOR, MAX_TOKENS, TREES, rollouts_of
+from cases import MAX_TOKENS, TREES, float32_floor, rollouts_of
 from processes import run_processes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -289,7 +289,7 @@ def excessive_errors(setting: Setting, seed: int) -> dict[str, float]:
         budget = dict.fromkeys(found, 1e-12)
     else:
         baseline = errors(baseline_update(setting, step, "float32"), truth)
-        budget = {name: 1.5 * error + FLOAT32_FLOOR for name, error in baseline.items()}
+        budget = {name: 1.5 * error + float32_floor() for name, error in baseline.items()}
     return {name: error for name, error in found.items() if not error <= budget[name]}
 
 
