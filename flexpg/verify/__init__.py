@@ -1,0 +1,137 @@
+"""Numerical check, before the first update, that a model shares prefixes exactly on the user's own rollouts.
+
+Three properties are tested in seconds, on micro-batches as they will be trained:
+
+1. Isolation: when a completion is replaced, the hidden state of every token outside of it stays bitwise identical. A
+   model that ignores the mask fails, and so does one that draws random numbers, because two equal forwards differ.
+2. Log-probabilities of a few rollouts equal those of the baseline: each rollout on its own, through the model's
+   own attention. Positions or windows that are counted in packed indices fail.
+3. Gradients of every trained parameter, for the same rollouts.
+
+What rounding may change is measured on the spot: the baseline runs once more with every output of a layer and its
+submodules perturbed by one unit in the last place of the computation's dtype. Up to `ALLOWANCE` times the change that
+this causes counts as rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from flexpg.integrations import integration_for
+from flexpg.packing import MicroBatch, by_cache, pack
+from flexpg.rollouts import Rollouts
+from flexpg.verify.baseline import baseline_logprobs, gradient_norms
+from flexpg.verify.checked_model import CheckedModel, SelfCheckError
+from flexpg.verify.comparison import (
+    baseline_backward,
+    check_gradients,
+    check_logprobs,
+    own_gradients,
+    picked_rollouts,
+    shared_backward,
+)
+from flexpg.verify.isolation import check_isolation
+
+__all__ = ["SelfCheckError", "SelfCheckResult", "baseline_logprobs", "gradient_norms", "self_check"]
+
+MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class SelfCheckResult:
+    """What was compared, and the errors that were found.
+
+    Attributes:
+        rollouts: Rollouts that were compared with the baseline.
+        tokens: Packed tokens, without padding.
+        logprob_error: The largest difference to the baseline, in nats.
+        logprob_budget: What rounding explains, in nats.
+        gradient_error: Of the parameter that is closest to its budget, relative to the norm of its gradient.
+        gradient_budget: The budget of that parameter.
+        seconds: Duration of the check.
+    """
+
+    rollouts: int
+    tokens: int
+    logprob_error: float
+    logprob_budget: float
+    gradient_error: float
+    gradient_budget: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"self-check passed: no leakage between completions; {self.rollouts} rollouts ({self.tokens} packed tokens)"
+            f" match the baseline: log-probabilities within {self.logprob_error:.0e} (budget {self.logprob_budget:.0e})"
+            f", gradients within {self.gradient_error:.0e} (budget {self.gradient_budget:.0e}), in {self.seconds:.1f} s"
+        )
+
+
+def self_check(
+    model: nn.Module,
+    rollouts: Rollouts | Sequence[MicroBatch],
+    *,
+    max_tokens: int | None = None,
+    temperature: float = 1.0,
+    autocast_dtype: torch.dtype | None = None,
+) -> SelfCheckResult:
+    """Check numerically that a model gives the same outputs and gradients with and without prefix sharing.
+
+    The model's weights, gradients and mode do not change and, if it passes, neither do the random number generators.
+    If the model is sharded, all ranks must call it.
+
+    Args:
+        model: An enabled torchtune or transformers model in training mode (dropout would not show otherwise).
+        rollouts: A step's rollouts on the model's device, of which the largest micro-batches are checked; or
+            micro-batches of this rank, as `pack` returned them, of which the first two are checked.
+        max_tokens: Token budget of a micro-batch; None for 8,192, or the longest rollout.
+        temperature: Divides the logits.
+        autocast_dtype: Run the forwards under torch.autocast with this dtype.
+
+    Raises:
+        SelfCheckError: If the model does not share prefixes exactly, on any rank.
+        ValueError: If the model is in evaluation mode, or its integration refuses it.
+        TypeError: If the model is not supported.
+    """
+    if not model.training:
+        raise ValueError("model must be in training mode, because dropout would not show otherwise; call model.train()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model must have a parameter that requires grad")
+    if isinstance(rollouts, Rollouts):
+        max_tokens = max_tokens or max(MAX_TOKENS, *map(len, rollouts.sequences))
+        packed = by_cache(pack(rollouts, max_tokens))
+        rollouts = max(packed, key=lambda series: sum(batch.tree.num_tokens for batch in series))
+    started = perf_counter()
+    batches = [_with_full_loss_mask(batch) for batch in by_cache(rollouts)[0][:2]]
+    checked = CheckedModel(model, integration_for(model), temperature, autocast_dtype)
+    for batch in batches:
+        check_isolation(checked, batch)
+    compared = [(batch, n) for batch in batches for n in picked_rollouts(batch)]
+    with own_gradients(model):
+        shared = shared_backward(checked, batches)
+        norms = gradient_norms(model)
+        baseline = baseline_backward(checked, compared, sign=-1)
+        errors = gradient_norms(model)
+    with own_gradients(model):
+        baseline_backward(checked, compared, sign=1)
+        with checked.perturbed():
+            perturbed = baseline_backward(checked, compared, sign=-1)
+        noises = gradient_norms(model)
+    error, budget = check_logprobs(checked, compared, shared, baseline, perturbed)
+    gradient_error, gradient_budget = check_gradients(checked, compared, norms, errors, noises)
+    tokens = sum(batch.tree.num_tokens for batch in batches)
+    num_rollouts = len({int(batch.indices[n]) for batch, n in compared})
+    return SelfCheckResult(
+        num_rollouts, tokens, error, budget, gradient_error, gradient_budget, perf_counter() - started
+    )
+
+
+def _with_full_loss_mask(batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch with every completion token in the loss, so that all are compared."""
+    full = replace(batch.rollouts, loss_mask=batch.rollouts.completion_mask, old_logprobs=None, ref_logprobs=None)
+    return replace(batch, rollouts=full)
