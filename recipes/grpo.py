@@ -1,359 +1,426 @@
-"""GRPO with every group's prompt encoded once: sample, score, update.
+"""GRPO with every group's prompt encoded once.
 
     tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml
 
-A recipe in torchtune's manner, for one process or many, all parameters or LoRA: every component comes from the YAML,
-and this file is yours to change. What is random is a function of the seed and the step's number, and so is the order of
-the problems: a run that is resumed, or has other processes, takes the same steps.
+A torchtune recipe for one process or many (FSDP2), all parameters or LoRA. Options and their defaults are in
+flexpg/training/config.py; this file is yours to copy and change. One step is
+
+    generate    sample group_size completions for each of prompts_per_step problems
+    score       compute their rewards
+    advantages  compare each reward with its group
+    update      num_iterations x minibatches optimizer steps on the GRPO loss
+    log, evaluate, save
+
+All randomness is a function of the seed and the step, so a run that is resumed takes the same steps.
 """
 
 import logging
+import math
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
-from math import isfinite
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchtune import training, utils
-from torchtune.config._errors import InstantiationError
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
-from flexpg import (
-    MicroBatch,
-    Rollouts,
-    Samples,
-    SamplingParams,
-    group_advantages,
-    grpo_loss,
-    loss_normalizer,
-    pack,
-    sample,
-)
-from flexpg.analysis.plots import plot_run
+import flexpg
+from flexpg import MicroBatch, Rollouts, group_advantages, grpo_loss, pack, packed_logprobs, self_check
+from flexpg.analysis.plots import plot_mask, plot_reward, plot_savings
 from flexpg.analysis.torchtune_shape import shape_of
-from flexpg.integrations import torchtune as shared
-from flexpg.layer_hooks import uncompiled
-from flexpg.packing import runs
-from flexpg.training import models
-from flexpg.training import setup as tune
+from flexpg.sampling import Samples
 from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
+from flexpg.training.config import (
+    SETUP_ERRORS,
+    GRPOConfig,
+    component,
+    device_and_dtypes,
+    parse_config,
+    sampling_params,
+)
 from flexpg.training.distributed import World
-from flexpg.training.failures import OutOfMemory, not_finite, within_memory
+from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.metrics import (
+    MIN_SPEEDUP,
     cost_metrics,
-    evaluated,
+    flop_ratio,
+    format_eval,
+    format_summary,
     peak_memory_gib,
     rates,
     rollout_metrics,
-    seconds,
-    sharing_pays,
-    summary,
+    synchronized_time,
 )
-from flexpg.training.rewards import RewardError, named_rewards, score
-from flexpg.verify import SelfCheckError, check_run
+from flexpg.training.models import build_model, load_weights, materialize, save_weights
+from flexpg.training.prompts import completion_text, tokenize_problems
+from flexpg.training.rewards import build_rewards, score
+from flexpg.tree import PrefixTree
+from flexpg.verify import baseline_logprobs, gradient_norms
 
-# What a mistake in the configuration, the data or the checkpoint raises: here, or in a component that is misspelt.
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)
-RUN_ERRORS = (RewardError, SelfCheckError, FloatingPointError, OutOfMemory, CheckpointError)  # in training
-COMPONENTS = (
-    *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "sampling"),
-    *("optimizer", "lr_scheduler", "metric_logger"),
-)
-AT_LEAST = {  # whole numbers
-    **dict.fromkeys(("num_steps", "prompts_per_step", "group_size", "num_iterations", "minibatches", "max_tokens"), 1),
-    **dict.fromkeys(("max_cache_tokens", "eval_every_n_steps", "keep_last_n_checkpoints"), 1),
-    **dict.fromkeys(("checkpoint_every_n_steps", "seed"), 0),
-}
-CHOICES = {
-    **dict.fromkeys(("compile", "activation_checkpointing", "resume", "self_check"), (True, False)),
-    "sharing": ("auto", True, False),
-    **dict.fromkeys(("dtype", "param_dtype"), ("fp32", "bf16")),
-    **{"prompt_format": ("plain", "bos", "chat"), "scale_rewards": ("group", "batch", "none")},
-}
-OTHERS = ("output_dir", "device", "rewards", "test_reward", "loss", "clip_grad_norm")
-SAME_ON_RESUME = (
-    *("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems", "test_problems"),
-    *("prompt_format", "model", "optimizer", "lr_scheduler"),
-)
-Scores = list[Tensor | None]  # [n, C] of each micro-batch
+# Options that must not change between a checkpoint and the run that resumes from it.
+SAME_ON_RESUME = ("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems")
+SAME_ON_RESUME += ("test_problems", "prompt_format", "model", "optimizer", "lr_scheduler")
+
+
+@dataclass
+class PackedStep:
+    """A step's rollouts as micro-batches.
+
+    Attributes:
+        minibatches: For each mini-batch, the micro-batches of this rank.
+        is_shared: Whether shared prefixes are encoded once.
+        cost: Metrics of all ranks.
+    """
+
+    minibatches: list[list[MicroBatch]]
+    is_shared: bool
+    cost: dict[str, float]
 
 
 class GRPORecipe(FTRecipeInterface):
-    """The policy, its old and its reference log-probabilities share prompts alike."""
+    """Sample, score, update."""
 
-    def __init__(self, cfg: DictConfig) -> None:
-        tune.check_keys(cfg, COMPONENTS, AT_LEAST, CHOICES, OTHERS)
-        tune.check_values(cfg)
-        OmegaConf.resolve(cfg)
+    def __init__(self, cfg: GRPOConfig) -> None:
         self.cfg = cfg
-        device, self.dtype, self.param_dtype = tune.device_and_dtypes(cfg)
-        self.world = World.join(device)
-        if cfg.prompts_per_step % cfg.minibatches or cfg.prompts_per_step // cfg.minibatches < self.world.size:
+        device, self.dtype, self.param_dtype = device_and_dtypes(cfg)
+        self.autocast_dtype = None if self.dtype == self.param_dtype else self.dtype
+        self.world = World.init(device)
+        per_minibatch, remainder = divmod(cfg.prompts_per_step, cfg.minibatches)
+        if remainder or per_minibatch < self.world.size:
             raise ValueError(
-                f"prompts_per_step={cfg.prompts_per_step} in minibatches={cfg.minibatches} on a world of "
-                f"{self.world.size}: give a multiple of minibatches, with a prompt or more for each process in each"
+                f"prompts_per_step must be a multiple of minibatches, with at least one prompt per rank in each, got "
+                f"{cfg.prompts_per_step} in {cfg.minibatches} on {self.world.size} ranks"
             )
-        self.autocast = partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != self.param_dtype)
-        self.train_autocast = partial(self.autocast, cache_enabled=self.world.size == 1)  # FSDP frees what it caches
+        self.rollouts_per_minibatch = per_minibatch * cfg.group_size
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
-        self.is_told_to_stop = False
-        self.checkpointer = None  # the first process alone has one
-        self.first_rollouts = self.is_sharing = None  # for the picture of the mask; whether the last step shared
-        self.is_checked = not cfg.self_check
-        utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's own chatter
+        self.stop_signal = 0  # the number of a signal that asks to stop
+        utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's progress messages
+        # torchtune's RMSNorm computes in float32; torch warns where its weight, frozen or not, is bf16.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+
+    # ---- Setup -------------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Makes every component, and finds what is wrong before anything is trained or written."""
-        cfg = self.cfg
-        self.loss = partial(grpo_loss, **cfg.loss)
-        self.rewards = named_rewards(cfg.rewards)
-        self.test_reward = named_rewards({"test_reward": cfg.test_reward})
-        self.tokenizer = tune.component("tokenizer", cfg)
-        self.sampling = tune.component("sampling", cfg, stop_tokens=self.tokenizer.stop_tokens)
-        self.problems, self.test_problems = tune.component("train_problems", cfg), tune.component("test_problems", cfg)
-        self.model = models.model_shape(cfg, self.dtype, self.param_dtype)
+        """Create every component, and find mistakes before anything is trained or written."""
+        cfg, world = self.cfg, self.world
+        self.rewards = build_rewards(cfg.rewards)
+        self.test_reward = build_rewards({"test_reward": cfg.test_reward})
+        self.tokenizer = component(cfg, "tokenizer")
+        self.sampling = sampling_params(cfg, self.tokenizer.stop_tokens)
+        self.problems, self.test_problems = component(cfg, "train_problems"), component(cfg, "test_problems")
+        self.model = build_model(cfg, self.dtype, self.param_dtype)
         self.is_lora = bool(get_adapter_params(self.model))
-        self.shape = shape_of(self.model, with_adapters=True)
-        tokenized = partial(tune.tokenized, cfg, self.tokenizer, self.sampling, self.model, device=self.world.device)
-        self.prompts = tokenized("train", self.problems, at_least=cfg.prompts_per_step)
-        self.test_prompts = tokenized("test", self.test_problems, at_least=self.world.size)  # one for each process
+        self.shape = shape_of(self.model)
+        self.prompts, self.test_prompts = (
+            tokenize_problems(cfg, self.tokenizer, self.model, name, problems, at_least=at_least, device=world.device)
+            for name, problems, at_least in (
+                ("train_problems", self.problems, cfg.prompts_per_step),
+                ("test_problems", self.test_problems, world.size),
+            )
+        )
         earlier = checkpoints(self.checkpoint_dir)
-        if len(set(self.world.gather([str(earlier[-1:])]))) > 1:
-            raise ValueError(f"the processes see different files in {self.output_dir}; give a folder that all share")
+        if len(set(world.all_gather([str(earlier[-1:])]))) > 1:
+            raise ValueError(f"output_dir must be a folder that all ranks share, got {self.output_dir}")
         if earlier and not cfg.resume:
             raise ValueError(f"output_dir holds {earlier[-1]} of an earlier run; set resume=true or another output_dir")
-        weights = self.load_checkpoint() if self.world.is_first else {}
-        options = {"compiled": cfg.compile, "activation_checkpointing": cfg.activation_checkpointing}
-        self.model = models.load(self.model, weights, self.world, seed=cfg.seed, **options)
-        self.reference = None
-        if cfg.loss.get("beta", 0.0) > 0 and not self.is_lora:  # with LoRA it is the model without its adapters
-            frozen = models.model_shape(cfg, self.dtype, self.dtype).requires_grad_(False)
-            self.reference = models.load(frozen, weights, self.world, seed=cfg.seed, compiled=cfg.compile)
-        self.decoder = shared.decoder(self.model)
+
+        self.checkpointer, weights = load_weights(cfg, self.model) if world.is_first else (None, {})
+        self.model = materialize(
+            self.model,
+            weights,
+            world,
+            seed=cfg.seed,
+            compile=cfg.compile,
+            activation_checkpointing=cfg.activation_checkpointing,
+        )
+        flexpg.enable(self.model)
+        self.reference = None  # with LoRA, the reference is the model without its adapters
+        if cfg.loss.beta > 0 and not self.is_lora:
+            reference = build_model(cfg, self.dtype, self.dtype).requires_grad_(False)
+            self.reference = flexpg.enable(materialize(reference, weights, world, seed=cfg.seed, compile=cfg.compile))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = tune.component("optimizer", cfg, self.trained)
-        self.lr_scheduler = tune.component("lr_scheduler", cfg, self.optimizer)
+        self.optimizer = component(cfg, "optimizer", self.trained)
+        self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer)
+
         self.steps_done, self.history, self.accuracies = 0, [], {}
         if earlier:
             self.resume(earlier[-1])
-        if self.world.is_first:
-            if cfg.resume:
-                why = "" if earlier else f", as {self.checkpoint_dir} is empty"
-                print(f"going on after step {self.steps_done}{why}")
-            self.metric_logger = tune.component("metric_logger", cfg)
+        if world.is_first:
+            if cfg.resume and not earlier:
+                print(f"no checkpoint in {self.checkpoint_dir}, starting from scratch")
+            elif earlier:
+                print(f"resuming after step {self.steps_done}")
+            self.metric_logger = component(cfg, "metric_logger")
             self.metric_logger.log_config(cfg)
 
-    def load_checkpoint(self) -> dict[str, Tensor]:
-        """The checkpoint's weights, in torchtune's names."""
-        self.checkpointer, weights = models.checkpoint(self.cfg, self.model)
-        return weights
+    def resume(self, checkpoint: Path) -> None:
+        """Load a checkpoint of the same run."""
+        progress, options = read_progress(checkpoint), OmegaConf.to_container(self.cfg)
+        for name, value in progress["options"].items():
+            if options[name] != value:
+                raise ValueError(
+                    f"{name} must be {value} to resume from {checkpoint}, got {options[name]}; use that, or start from "
+                    "scratch with another output_dir"
+                )
+        if progress["steps_done"] > self.cfg.num_steps:
+            raise ValueError(f"num_steps must be at least {progress['steps_done']} to resume from {checkpoint}")
+        load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
+        self.steps_done, self.history = progress["steps_done"], progress["history"]
+        self.accuracies = dict(progress["accuracies"])
+        self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
+
+    # ---- Training ----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Steps until `num_steps` or a signal, with held-out accuracy at the start, every so often, and at the end."""
+        """Train until `num_steps` or a signal, with evaluations at the start, every few steps and at the end."""
         cfg = self.cfg
-        for number in (signal.SIGTERM, signal.SIGINT) if cfg.checkpoint_every_n_steps else (signal.SIGTERM,):
-            signal.signal(number, lambda *_: setattr(self, "is_told_to_stop", True))
-        disable = None if self.world.is_first else True  # None: unless it is a terminal
-        with tqdm(total=cfg.num_steps, initial=self.steps_done, desc="GRPO", disable=disable) as bar:
-            while not self.is_stopping():
-                is_last = self.steps_done == cfg.num_steps
-                is_due = is_last or self.steps_done % cfg.eval_every_n_steps == 0
-                if is_due and self.steps_done not in self.accuracies:
-                    self.evaluate(bar)
-                if is_last or (metrics := self.step(self.steps_done + 1)) is None:
-                    break
-                self.steps_done += 1
-                self.history.append(metrics)
-                if self.world.is_first:
-                    self.metric_logger.log_dict(metrics, step=self.steps_done)
-                bar.update()
-                bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {metrics['token_ratio']:.1f} x fewer tokens")
-                if cfg.checkpoint_every_n_steps and self.steps_done % cfg.checkpoint_every_n_steps == 0:
-                    self.save_progress(self.checkpoint_dir)
+        signal.signal(signal.SIGTERM, self.request_stop)
+        if cfg.checkpoint_every_n_steps:  # without checkpoints, Ctrl-C ends the run at once
+            signal.signal(signal.SIGINT, self.request_stop)
+        if not self.steps_done:
+            self.evaluate()
+        is_checked = not cfg.self_check
+        is_silent = None if self.world.is_first else True  # None: silent unless stderr is a terminal
+        for step in tqdm(range(self.steps_done + 1, cfg.num_steps + 1), desc="GRPO", disable=is_silent):
+            if self.should_stop():
+                break
+            started = synchronized_time(self.world.device)
+            samples, chosen = self.generate(step)
+            rollouts, metrics = self.score(samples, chosen)
+            sampled = synchronized_time(self.world.device)
+            packed = self.pack(rollouts)
+            self_check_s = 0.0
+            if packed.is_shared and not is_checked:
+                self_check_s, is_checked = self.check_sharing(packed), True
+            rollouts, packed = self.score_policies(rollouts, packed)  # old and reference log-probabilities
+            scored = synchronized_time(self.world.device)
+            if self.should_stop():
+                break
+            advantages = group_advantages(rollouts, cfg.scale_rewards)
+            metrics |= packed.cost | self.update(step, rollouts, packed, advantages)
+            metrics["lr"] = training.get_lr(self.optimizer)
+            self.lr_scheduler.step()
+            finished = synchronized_time(self.world.device)
+            seconds = {"sample_s": sampled - started, "score_s": scored - sampled - self_check_s}
+            seconds |= {"train_s": finished - scored, "self_check_s": self_check_s}
+
+            self.steps_done = step
+            self.log(metrics | seconds)
+            if step % cfg.eval_every_n_steps == 0 or step == cfg.num_steps:
+                self.evaluate()
+            if cfg.checkpoint_every_n_steps and step % cfg.checkpoint_every_n_steps == 0:
+                self.save_progress(self.checkpoint_dir)
+            if step == 1 and self.world.is_first:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                plot_mask(first_groups(rollouts, 2)).savefig(self.output_dir / "mask.png", dpi=200)
+                plot_savings(rollouts).savefig(self.output_dir / "savings.png", dpi=200)
         if not self.is_finished():
             self.save_progress(self.checkpoint_dir)
 
-    def is_finished(self) -> bool:
-        """Whether all steps are done, and the last evaluation."""
-        return self.steps_done == self.cfg.num_steps and self.steps_done in self.accuracies
+    def generate(self, step: int) -> tuple[Samples, list[int]]:
+        """Sample a group of completions for each problem of the step; every rank samples its share of the problems.
 
-    def step(self, number: int) -> dict[str, float] | None:
-        """Samples a group for each problem of the step, scores the rollouts, and updates the model on them.
-
-        Returns the metrics, means over the updates where there are several; None when told to stop before the first.
+        Returns:
+            This rank's samples, and the numbers of the step's problems.
         """
-        started = seconds(self.world.device)
-        rollouts, metrics = self.sample(number)
-        sampled = seconds(self.world.device)
-        minibatches, costs = self.packed(rollouts)
-        if not self.is_checked:
-            self.self_check(minibatches[0])
-        scored_minibatches = [(batches, *self.old_and_ref(batches)) for batches in minibatches]
-        scored = seconds(self.world.device)
-        if self.is_stopping():
-            return None
-        advantages = group_advantages(rollouts.rewards, rollouts.group_ids, self.cfg.scale_rewards)
-        updates = []
-        for _ in range(self.cfg.num_iterations):
-            for n, minibatch in enumerate(scored_minibatches):
-                trained = rollouts.trained[self._rows(n)]
-                normalizer = loss_normalizer(trained, self.loss.keywords["loss_type"], self.sampling.max_new_tokens)
-                updates.append(self.update(*minibatch, normalizer, advantages))
-        metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-        metrics["lr"] = training.get_lr(self.optimizer)
-        self.lr_scheduler.step()
-        finished = seconds(self.world.device)
-        metrics |= costs | {"sample_s": sampled - started, "score_s": scored - sampled, "train_s": finished - scored}
-        metrics["peak_memory_gib"] = self.world.largest(peak_memory_gib(self.world.device))
-        return metrics | rates(metrics)
+        chosen = self.choose_problems(step)
+        own = self.world.shard(range(len(chosen)))
+        seeds = [self.seed(f"samples {n} of step {step}") for n in own]
+        return self.sample([self.prompts[chosen[n]] for n in own], self.cfg.group_size, seeds), chosen
 
-    def sample(self, number: int) -> tuple[Rollouts, dict[str, float]]:
-        """A group of rewarded completions for each problem of the step, drawn by all processes, and their metrics."""
-        size, chosen = self.cfg.group_size, self.chosen(number)
-        shape = (len(chosen), size, self.sampling.max_new_tokens)
-        uniforms = torch.rand(shape, dtype=torch.float64, generator=self._generator(f"samples of step {number}"))
-        mine = self.world.share(range(len(chosen)))
-        prompts = [self.prompts[chosen[n]] for n in mine]
-        samples = self._drawn(prompts, size, self.sampling, uniforms[mine].flatten(0, 1))
-        texts = [tune.completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
-        groups = []
-        for i, n in enumerate(mine):
-            rows, answers = slice(i * size, (i + 1) * size), [self.problems[chosen[n]].answer] * size
-            rewards, each = score(self.rewards, texts[rows], answers, first=n * size, count=len(chosen) * size)
-            tokens = [completion.cpu() for completion in samples.completions[rows]]
-            groups.append((tokens, samples.is_finished[rows].cpu(), rewards, each))
-        groups = self.world.gather(groups)
-        device = self.world.device
-        rollouts = Rollouts(
-            [self.prompts[problem] for problem in chosen],
-            [completion.to(device) for tokens, *_ in groups for completion in tokens],
-            torch.arange(len(chosen), device=device).repeat_interleave(size),
-            torch.cat([rewards for *_, rewards, _ in groups]).to(device),
+    def score(self, samples: Samples, chosen: list[int]) -> tuple[Rollouts, dict[str, float]]:
+        """Compute the rewards of this rank's samples and gather the rollouts of all ranks, with their metrics."""
+        group_size, groups = self.cfg.group_size, []
+        texts = [completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
+        for i, n in enumerate(self.world.shard(range(len(chosen)))):
+            group = slice(i * group_size, (i + 1) * group_size)
+            answers = [self.problems[chosen[n]].answer] * group_size
+            rewards, by_name = score(self.rewards, texts[group], answers, first=n * group_size)
+            completions = [tokens.cpu() for tokens in samples.completions[group]]
+            groups.append((completions, samples.is_finished[group].cpu(), rewards, by_name))
+        groups = self.world.all_gather(groups)  # of all ranks, in the order of the problems
+        rollouts = Rollouts.from_groups(
+            prompts=[self.prompts[problem] for problem in chosen],
+            completions=[[tokens.to(self.world.device) for tokens in group] for group, *_ in groups],
+            rewards=torch.stack([rewards for _, _, rewards, _ in groups]),
         )
-        metrics = rollout_metrics(rollouts, torch.cat([is_finished for _, is_finished, *_ in groups]))
-        for name in (given.name for given in self.rewards):
-            metrics[f"reward/{name}"] = torch.cat([each[name] for *_, each in groups]).mean().item()
-        self.first_rollouts = self.first_rollouts or rollouts
+        metrics = rollout_metrics(rollouts, torch.cat([is_finished for _, is_finished, _, _ in groups]))
+        for reward in self.rewards:
+            values = torch.cat([by_name[reward.name] for *_, by_name in groups])
+            metrics[f"reward/{reward.name}"] = values.mean().item()
         return rollouts, metrics
 
-    def packed(self, rollouts: Rollouts) -> tuple[list[list[MicroBatch]], dict[str, float]]:
-        """This process's micro-batches of each mini-batch, equally many on every process, and what all of them cost."""
-        rows = [range(len(rollouts))[self._rows(n)] for n in range(self.cfg.minibatches)]
-        pack_some = partial(pack, rollouts, self.cfg.max_tokens, self.world.size)
-        is_first, self.is_sharing = self.is_sharing is None, self.cfg.sharing is not False
-        packed = [pack_some(self.is_sharing, own) for own in rows]
-        if self.cfg.sharing == "auto":
-            self.is_sharing, why = sharing_pays(packed, self.shape)
-            packed = packed if self.is_sharing else [pack_some(False, own) for own in rows]
-            if is_first and self.world.is_first:
-                print(f"sharing=auto: {why}")
-        costs = cost_metrics(packed, self.is_sharing, self.shape, self.cfg.compile or self.world.device.type != "cpu")
-        return [[batch for batch in batches if batch.rank == self.world.rank] for batches in packed], costs
+    def pack(self, rollouts: Rollouts) -> PackedStep:
+        """Cut the step into mini-batches, and these into micro-batches for every rank."""
+        cfg, world = self.cfg, self.world
+        rows = torch.arange(len(rollouts), device=world.device).split(self.rollouts_per_minibatch)
+        packed = [pack(rollouts, cfg.max_tokens, world_size=world.size, indices=own) for own in rows]
+        is_shared = bool(cfg.sharing)
+        if cfg.sharing == "auto":
+            is_shared = flop_ratio(packed, self.shape) >= MIN_SPEEDUP
+        if not is_shared:
+            packed = [pack(rollouts, cfg.max_tokens, world_size=world.size, sharing=False, indices=own) for own in rows]
+        keep_padding = cfg.compile or world.device.type != "cpu"
+        cost = cost_metrics(packed, is_shared, self.shape, keep_padding)
+        own = [[batch for batch in minibatch if batch.rank == world.rank] for minibatch in packed]
+        return PackedStep(own, is_shared, cost)
 
-    @within_memory("max_tokens", "set self_check=false")
-    def self_check(self, batches: list[MicroBatch]) -> None:
-        """Ends the run if the model does not share prefixes exactly, on the first rollouts that are shared."""
-        if self.is_sharing:
-            options = {"temperature": self.sampling.temperature, "autocast": self.train_autocast}
-            options["any_failed"] = lambda failed: self.world.largest(failed) > 0
-            found = check_run(self.model, runs(batches)[0], **options)
-            self.is_checked = True
-            if self.world.is_first:
-                print(found)
-
-    @within_memory("max_tokens")
-    @torch.no_grad()
-    def old_and_ref(self, batches: list[MicroBatch]) -> tuple[Scores, Scores]:
-        """Old and reference log-probabilities [n, C] of each micro-batch, where they are needed."""
-        old = ref = [None] * len(batches)
-        if self.cfg.num_iterations * self.cfg.minibatches > 1:  # else the old policy is the one in training
-            old = [logprobs for logprobs, _ in self.logprobs(self.model, batches)]
-        if self.reference is not None:
-            ref = [logprobs for logprobs, _ in self.logprobs(self.reference, batches)]
-        elif self.cfg.loss.get("beta", 0.0) > 0:
-            with disable_adapter(self.model):
-                ref = [logprobs for logprobs, _ in self.logprobs(self.model, batches)]
-        return old, ref
-
-    @within_memory("max_tokens", "set activation_checkpointing=true")
-    def update(
-        self, batches: list[MicroBatch], olds: Scores, refs: Scores, normalizer: Tensor, advantages: Tensor
-    ) -> dict[str, float]:
-        """One optimizer step: the losses of all micro-batches, on all processes, add up to that of the mini-batch."""
-        self.optimizer.zero_grad()
-        sums, seen = {}, []
-        scores = self.logprobs(self.model, batches)
-        for (logprobs, entropies), batch, old, ref in zip(scores, batches, olds, refs, strict=True):
-            loss, metrics = self.loss(
-                logprobs,
-                old,
-                advantages[batch.indices],
-                batch.rollouts.trained,
-                ref_logprobs=ref,
-                normalizer=normalizer,
-                entropies=entropies,
+    def check_sharing(self, packed: PackedStep) -> float:
+        """Verify that sharing is exact on these rollouts, and return the seconds that this took."""
+        with self.memory_hint("max_tokens"):
+            result = self_check(
+                self.model,
+                packed.minibatches[0],
+                temperature=self.sampling.temperature,
+                autocast_dtype=self.autocast_dtype,
             )
-            (loss * self.world.size).backward()  # FSDP takes the mean over the processes
-            seen.append((batch, logprobs.detach(), old, ref, loss.item()))
-            tokens = metrics.pop("tokens")
-            added = {"loss": loss, "tokens": tokens} | {name: mean * tokens for name, mean in metrics.items()}
-            sums = {name: sums.get(name, 0.0) + value.item() for name, value in added.items()}
-        sums = self.world.total(sums)
+        if self.world.is_first:
+            tqdm.write(str(result))
+        return result.seconds
+
+    @torch.no_grad()
+    def score_policies(self, rollouts: Rollouts, packed: PackedStep) -> tuple[Rollouts, PackedStep]:
+        """Add the old and the reference log-probabilities of this rank's rollouts, where the loss needs them."""
+        cfg, tables = self.cfg, {}
+        if cfg.num_iterations * cfg.minibatches > 1:  # otherwise the old policy is the current one
+            tables["old_logprobs"] = self.logprob_table(self.model, rollouts, packed)
+        if cfg.loss.beta > 0 and self.is_lora:
+            with disable_adapter(self.model):
+                tables["ref_logprobs"] = self.logprob_table(self.model, rollouts, packed)
+        elif cfg.loss.beta > 0:
+            tables["ref_logprobs"] = self.logprob_table(self.reference, rollouts, packed)
+        if not tables:
+            return rollouts, packed
+        rollouts = replace(rollouts, **tables)
+        return rollouts, self.pack(rollouts)
+
+    def update(self, step: int, rollouts: Rollouts, packed: PackedStep, advantages: Tensor) -> dict[str, float]:
+        """Train on the step's rollouts, and return metrics averaged over the optimizer steps."""
+        updates = []
+        for _ in range(self.cfg.num_iterations):
+            for n, batches in enumerate(packed.minibatches):
+                rows = slice(n * self.rollouts_per_minibatch, (n + 1) * self.rollouts_per_minibatch)
+                total_tokens = int(rollouts.loss_mask[rows].sum())
+                updates.append(self.optimizer_step(step, batches, packed.is_shared, advantages, total_tokens))
+        return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+
+    def optimizer_step(
+        self, step: int, batches: list[MicroBatch], is_shared: bool, advantages: Tensor, total_tokens: int
+    ) -> dict[str, float]:
+        """Take one optimizer step; the losses of all micro-batches on all ranks sum to the mini-batch's loss."""
+        cfg, sums, seen = self.cfg, {"loss": 0.0}, []
+        self.optimizer.zero_grad()
+        with self.memory_hint("max_tokens", "or set activation_checkpointing=true"):
+            for batch, logprobs, entropies in self.logprobs(self.model, batches, is_shared):
+                metrics: dict[str, Tensor] = {}
+                loss = grpo_loss(
+                    logprobs,
+                    advantages[batch.indices],
+                    batch.loss_mask,
+                    total_tokens=total_tokens,
+                    total_rollouts=self.rollouts_per_minibatch,
+                    old_logprobs=batch.old_logprobs,
+                    ref_logprobs=batch.ref_logprobs,
+                    beta=cfg.loss.beta,
+                    epsilon=cfg.loss.epsilon,
+                    epsilon_high=cfg.loss.epsilon_high,
+                    loss_type=cfg.loss.loss_type,
+                    importance_sampling_level=cfg.loss.importance_sampling_level,
+                    max_completion_length=cfg.sampling.max_new_tokens,
+                    metrics=metrics,
+                )
+                (loss * self.world.size).backward()  # FSDP averages gradients over ranks
+                seen.append((batch, logprobs.detach(), loss.item()))
+                weight = batch.rollouts.num_loss_tokens / total_tokens  # metrics are means over loss tokens
+                metrics["entropy"] = entropies.sum() / max(batch.rollouts.num_loss_tokens, 1)
+                sums["loss"] += loss.item()
+                for name, mean in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + mean.item() * weight
+        sums = self.world.all_reduce_sum(sums)
         grad_norm = get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        if not (isfinite(grad_norm) and isfinite(sums["loss"])):
-            what = f"step {self.steps_done + 1}: the loss is {sums['loss']} and the gradient's norm {grad_norm}"
-            folder, save = self.output_dir / "not_finite", self.save_progress
-            raise not_finite(what, folder, self.world, save, seen, advantages, self.model)
-        clip_grads_with_norm_(self.trained, self.cfg.clip_grad_norm, grad_norm)
+        if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+            self.abort_nonfinite(f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}", seen, advantages)
+        clip_grads_with_norm_(self.trained, cfg.clip_grad_norm, grad_norm)
         self.optimizer.step()
-        loss, tokens = sums.pop("loss"), sums.pop("tokens")
-        return {"loss": loss, "grad_norm": grad_norm.item()} | {name: value / tokens for name, value in sums.items()}
+        return sums | {"grad_norm": grad_norm.item()}
 
-    def logprobs(self, model: nn.Module, batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Log-probabilities and entropies [n, C] of each micro-batch; its backward belongs before the next is taken.
+    def logprobs(
+        self, model: nn.Module, batches: list[MicroBatch], is_shared: bool
+    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """Iterate over micro-batches with log-probabilities and entropies [n, C]; call backward inside the loop."""
+        temperature, dtype = self.sampling.temperature, self.autocast_dtype
+        if is_shared:
+            yield from packed_logprobs(
+                model, batches, temperature=temperature, return_entropy=True, autocast_dtype=dtype
+            )
+            return
+        for batch in batches:  # every sequence in full, for comparison
+            with flexpg.integrations.autocast(model, dtype):
+                scored = baseline_logprobs(model, batch.rollouts, temperature=temperature, return_entropy=True)
+            yield batch, *scored
 
-        The prompt of a group over the budget is encoded once for its micro-batches, and its backward runs after theirs.
-        """
-        for run in runs(batches):
-            with self.train_autocast():
-                encoded = shared.encode_run(model, run)
-            with encoded as prefix:
-                for batch in run:
-                    with self.train_autocast():
-                        if self.is_sharing:
-                            scores = shared.logprobs(model, batch, self.sampling.temperature, prefix)
-                        else:
-                            scores = shared.unshared_logprobs(model, batch.rollouts, self.sampling.temperature)
-                    yield scores
+    def logprob_table(self, model: nn.Module, rollouts: Rollouts, packed: PackedStep) -> Tensor:
+        """Return log-probabilities [N, C] of this rank's rollouts, 0 for those of other ranks."""
+        table = torch.zeros(rollouts.loss_mask.shape, device=self.world.device)
+        with self.memory_hint("max_tokens"):
+            for batches in packed.minibatches:
+                for batch, logprobs, _ in self.logprobs(model, batches, packed.is_shared):
+                    if not batch.is_idle:
+                        table[batch.indices, : logprobs.shape[1]] = logprobs.float()
+        return table
 
-    def evaluate(self, bar: tqdm) -> None:
-        """Notes and prints the mean `test_reward` of the likeliest completion of every held-out problem."""
-        mine = self.world.share(range(len(self.test_prompts)))
-        samples = self._drawn([self.test_prompts[n] for n in mine], 1, replace(self.sampling, temperature=0), None)
-        texts = [tune.completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
-        answers = [self.test_problems[n].answer for n in mine]
-        rewards = self.world.gather(score(self.test_reward, texts, answers)[0].tolist())
-        accuracy = self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
+    def sample(self, prompts: list[Tensor], group_size: int, seeds: list[int] | None) -> Samples:
+        """Sample completions; with `seeds=None` the most likely ones."""
+        # FSDP interrupts graphs, so the decoding step is compiled on one GPU only.
+        compiled = self.cfg.compile and self.world.size == 1 and self.world.device.type == "cuda"
+        with self.memory_hint("max_cache_tokens"):
+            return flexpg.sample(
+                self.model,
+                prompts,
+                group_size,
+                self.sampling if seeds else replace(self.sampling, temperature=0.0),
+                seed=seeds,
+                max_cache_tokens=self.cfg.max_cache_tokens,
+                compiled=compiled,
+                autocast_dtype=self.autocast_dtype,
+            )
+
+    # ---- Logs, evaluation, checkpoints -------------------------------------------------------------------------------
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write a step's metrics to the log."""
+        metrics["peak_memory_gib"] = self.world.all_reduce_max(peak_memory_gib(self.world.device))
+        self.history.append(metrics | rates(metrics))
         if self.world.is_first:
-            self.metric_logger.log("held_out_accuracy", accuracy, step=self.steps_done)
-            bar.clear()
-            print(evaluated(self.history, self.accuracies))
+            self.metric_logger.log_dict(self.history[-1], step=self.steps_done)
+
+    def evaluate(self) -> None:
+        """Compute the mean `test_reward` of the most likely completion of every test problem."""
+        own = self.world.shard(range(len(self.test_prompts)))
+        samples = self.sample([self.test_prompts[n] for n in own], 1, None)
+        texts = [completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
+        rewards, _ = score(self.test_reward, texts, [self.test_problems[n].answer for n in own])
+        rewards = self.world.all_gather(rewards.tolist())
+        self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
+        if self.world.is_first:
+            self.metric_logger.log("held_out_accuracy", self.accuracies[self.steps_done], step=self.steps_done)
+            tqdm.write(format_eval(self.history, self.accuracies))
 
     def save_progress(self, folder: Path) -> None:
-        """What `resume` needs, on disk in one piece."""
+        """Save what `resume` needs, atomically."""
         progress = {
             "steps_done": self.steps_done,
             "history": self.history,
@@ -364,85 +431,118 @@ class GRPORecipe(FTRecipeInterface):
         keep = self.cfg.keep_last_n_checkpoints
         save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Goes on after the step of a checkpoint."""
-        progress, options = read_progress(checkpoint), OmegaConf.to_container(self.cfg)
-        for name, value in progress["options"].items():
-            if options[name] != value:
-                raise ValueError(f"{checkpoint} was made with {name}={value}; resume with that, or start anew")
-        if progress["steps_done"] > self.cfg.num_steps:
-            raise ValueError(f"{checkpoint} is beyond num_steps={self.cfg.num_steps}; raise num_steps")
-        load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
-        self.steps_done, self.history = progress["steps_done"], progress["history"]
-        self.accuracies = dict(progress["accuracies"])
-        self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
-
     def save_checkpoint(self) -> None:
-        """The trained weights, in the format that the checkpointer read."""
-        models.save(self.model, self.cfg, self.checkpointer, self.world)
+        """Save the trained weights in the format that the checkpointer loaded."""
+        save_weights(self.model, self.cfg, self.checkpointer, self.world)
 
     def report(self) -> None:
-        """Prints what a run was, and draws what it learned, the mask of two groups, and what sharing saves."""
+        """Print what was learned and what sharing saved, and plot the reward."""
         if self.world.is_first:
-            print(summary(self.history, self.accuracies))
-            print(f"{'pictures':<20}{self.output_dir}/{{reward,mask,savings}}.png")
+            print(format_summary(self.history, self.accuracies))
             rewards = [metrics["reward"] for metrics in self.history]
-            plot_run(self.output_dir, rewards, self.accuracies, self.first_rollouts)
+            plot_reward(rewards, self.accuracies).savefig(self.output_dir / "reward.png", dpi=200)
+            print(f"{'plots':<20}{self.output_dir}/{{reward,mask,savings}}.png")
 
     def cleanup(self) -> None:
-        """Closes the log, and leaves the other processes."""
+        """Close the log and leave the process group."""
         if self.world.is_first:
             self.metric_logger.close()
-        self.world.leave()
+        self.world.shutdown()
 
-    def chosen(self, number: int) -> list[int]:
-        """The problems of a step: all of them in a random order, then again in another."""
+    # ---- Details -----------------------------------------------------------------------------------------------------
+
+    def choose_problems(self, step: int) -> list[int]:
+        """Return the numbers of the step's problems: all of them in random order, then again in another order."""
         size, count = self.cfg.prompts_per_step, len(self.problems)
-        rounds = [divmod(i, count) for i in range((number - 1) * size, number * size)]
-        orders = {n: torch.randperm(count, generator=self._generator(f"order {n}")).tolist() for n, _ in rounds}
+        rounds = [divmod(i, count) for i in range((step - 1) * size, step * size)]
+        orders = {
+            n: torch.randperm(count, generator=torch.Generator().manual_seed(self.seed(f"order {n}"))).tolist()
+            for n, _ in rounds
+        }
         return [orders[n][i] for n, i in rounds]
 
-    def is_stopping(self) -> bool:
-        """Whether any process was told to stop, on which all must agree."""
-        return self.world.largest(self.is_told_to_stop) > 0
+    def seed(self, purpose: str) -> int:
+        """Return a seed that is a function of the run's seed and a purpose."""
+        return random.Random(f"{self.cfg.seed} {purpose}").getrandbits(63)
 
-    @within_memory("max_cache_tokens")
-    def _drawn(
-        self, prompts: list[Tensor], group_size: int, params: SamplingParams, uniforms: Tensor | None
-    ) -> Samples:
-        compiled = self.cfg.compile and self.world.size == 1 and self.world.device.type == "cuda"  # FSDP breaks graphs
-        options = {"max_cache_tokens": self.cfg.max_cache_tokens, "compiled": compiled}
-        with self.autocast(), shared.unsharded(self.model), uncompiled(self.model):
-            return sample(self.decoder, shared.output(self.model), prompts, group_size, params, uniforms, **options)
+    def is_finished(self) -> bool:
+        """Return whether all steps and the last evaluation are done."""
+        return self.steps_done == self.cfg.num_steps and self.steps_done in self.accuracies
 
-    def _rows(self, minibatch: int) -> slice:
-        """The rollouts of a mini-batch."""
-        size = self.cfg.prompts_per_step // self.cfg.minibatches * self.cfg.group_size
-        return slice(minibatch * size, (minibatch + 1) * size)
+    def request_stop(self, number: int, frame: object) -> None:
+        """Remember a signal; the run stops before the next step or update."""
+        self.stop_signal = number
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(random.Random(f"{self.cfg.seed} {purpose}").getrandbits(63))
+    def should_stop(self) -> bool:
+        """Return whether any rank was asked to stop."""
+        self.stop_signal = int(self.world.all_reduce_max(self.stop_signal))
+        return self.stop_signal > 0
+
+    def memory_hint(self, budget: str, otherwise: str = "") -> AbstractContextManager[None]:
+        """Print which option to lower above the traceback of an out-of-memory error."""
+        return out_of_memory_hint(f"lower {budget} (now {self.cfg[budget]}) {otherwise}".rstrip())
+
+    def abort_nonfinite(self, what: str, seen: list, advantages: Tensor) -> None:
+        """Save the weights and this rank's micro-batches, and raise before the optimizer step."""
+        folder = self.output_dir / "nonfinite"
+        norms = gradient_norms(self.model)
+        self.save_progress(folder)
+        dump = [
+            {
+                "indices": batch.indices.tolist(),
+                "prompts": batch.rollouts.prompts,
+                "completions": batch.rollouts.completions,
+                "advantages": advantages[batch.indices],
+                "logprobs": logprobs,
+                "old_logprobs": batch.old_logprobs,
+                "ref_logprobs": batch.ref_logprobs,
+                "loss": loss,
+            }
+            for batch, logprobs, loss in seen
+        ]
+        torch.save({"micro_batches": dump, "gradient_norms": norms}, folder / f"rank_{self.world.rank}.pt")
+        culprits = [
+            f"{name} of rollout {int(batch.indices[(~values.isfinite()).nonzero()[0, 0]])}"
+            for batch, logprobs, _ in seen
+            for name, values in (("the log-probabilities", logprobs), ("the advantage", advantages[batch.indices]))
+            if not values.isfinite().all()
+        ]
+        culprits += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
+        raise FloatingPointError(
+            f"{what}, first in {(culprits or ['the loss'])[0]}. The model was not updated; its weights and the "
+            f"micro-batches of each rank are in {folder}"
+        )
 
 
-@tune.parsed
-def recipe_main(cfg: DictConfig) -> None:
-    """Runs the recipe; a mistake in the configuration or the data ends it with one line."""
+def first_groups(rollouts: Rollouts, count: int) -> PrefixTree:
+    """Return the tree of the first groups with completions not merged, so that a plot of its mask shows them all."""
+    completions: list[list[Tensor]] = [[] for _ in rollouts.prompts]
+    for completion, group in zip(rollouts.completions, rollouts.group_ids.tolist(), strict=True):
+        completions[group].append(completion)
+    return PrefixTree.from_groups(rollouts.prompts[:count], completions[:count])
+
+
+@parse_config
+def recipe_main(cfg: GRPOConfig) -> None:
+    """GRPO with every group's prompt encoded once. Options: flexpg/training/config.py."""
     try:
         recipe = GRPORecipe(cfg)
         recipe.setup()
     except SETUP_ERRORS as error:
-        sys.exit(f"error: {tune.one_line(error)}")
+        sys.exit(f"error: {one_line(error)}")
     try:
         recipe.train()
         if recipe.is_finished():
             recipe.save_checkpoint()
-    except RUN_ERRORS as error:
-        sys.exit(f"error: {tune.one_line(error)}")
+    except CheckpointError as error:
+        sys.exit(f"error: {one_line(error)}")
     if recipe.is_finished():
         recipe.report()
     elif recipe.world.is_first:
-        print(f"stopped after step {recipe.steps_done} of {cfg.num_steps}; resume=true goes on from there")
+        print(f"stopped after step {recipe.steps_done} of {cfg.num_steps}; resume=true continues from there")
     recipe.cleanup()
+    if not recipe.is_finished():
+        sys.exit(128 + recipe.stop_signal)
 
 
 if __name__ == "__main__":

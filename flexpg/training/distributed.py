@@ -1,6 +1,6 @@
-"""The processes of a run, as many as were started; one alone needs no process group, and all of this is then free.
+"""Thin wrappers over torch.distributed that do nothing in a single process.
 
-What a step's rollouts, rewards and numbers need is little, so every process gets all of it, and decides the same.
+A step's rollouts, rewards and metrics are small, so every rank gets all of them and takes the same decisions.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from flexpg.training.errors import one_line
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them.
+    """This rank among all of them.
 
     Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        device: the device it works on.
+        rank: From 0.
+        size: The world size.
+        device: The device of this rank.
     """
 
     rank: int
@@ -32,13 +34,13 @@ class World:
     device: torch.device
 
     @classmethod
-    def join(cls, device: torch.device) -> World:
-        """Joins the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or stands alone.
+    def init(cls, device: torch.device) -> World:
+        """Initialize the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or a world of one.
 
         Args:
-            device: this process's own; of GPUs, the one at its local rank.
+            device: The device of this rank; with several GPUs, the one at its local rank.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's variables, as every launcher of PyTorch sets them
+        size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls(0, 1, device)
         if not dist.is_initialized():
@@ -47,71 +49,64 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that prints, logs and writes."""
+        """Whether this is rank 0, which prints, logs and writes."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """The items that are this process's to do, one in `size`."""
+    def shard(self, items: Sequence[T]) -> list[T]:
+        """Return this rank's items: every `size`-th one."""
         return list(items[self.rank :: self.size])
 
-    def gather(self, shared: Sequence[T]) -> list[T]:
-        """What came of every process's `share`, in the order of the items; the same list everywhere.
+    def all_gather(self, results: Sequence[T]) -> list[T]:
+        """Return the results for the items of every rank's `shard`, in the order of the items, on all ranks.
 
         Args:
-            shared: one result for each item of this process's share, picklable, on no GPU.
+            results: One per item of this rank's shard, picklable, without GPU tensors.
         """
         if self.size == 1:
-            return list(shared)
+            return list(results)
         parts: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(parts, list(shared))
+        dist.all_gather_object(parts, list(results))
         return [parts[n % self.size][n // self.size] for n in range(sum(map(len, parts)))]
 
-    def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The values summed over the processes; all of them bring the same names."""
+    def all_reduce_sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the values summed over ranks, which must pass the same names."""
         if self.size == 1:
             return dict(values)
         sums = torch.tensor(list(values.values()), dtype=torch.float64)
         dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
-    def largest(self, value: float) -> float:
-        """The largest of the processes' values."""
-        return max(self.gather([value]))
+    def all_reduce_max(self, value: float) -> float:
+        """Return the largest of the ranks' values."""
+        return max(self.all_gather([value]))
 
     @contextmanager
-    def together(self, *errors: type[Exception]) -> Iterator[None]:
-        """A block that fails everywhere where it fails anywhere, so that nobody waits for one who has left.
-
-        What is in the block lets no process wait for another.
+    def raise_on_all_ranks(self, *errors: type[Exception]) -> Iterator[None]:
+        """Re-raise an error of any rank on all ranks, so that no rank hangs in a collective. No collectives inside.
 
         Args:
-            errors: what may be raised in it; anything else ends its own process alone, at once.
+            errors: What is re-raised; any other error ends its own rank at once.
 
         Raises:
-            ValueError: what was raised, in one line, on the first of the processes if on some of them alone.
+            ValueError: The message of the first rank that failed, in one line.
         """
-        cause, reason = None, ""
+        cause, message = None, ""
         try:
             yield
         except errors as error:
-            cause, reason = error, one_line(error)
-        reasons = self.gather([reason])
-        failed = [rank for rank, reason in enumerate(reasons) if reason]
+            cause, message = error, one_line(error)
+        messages = self.all_gather([message])
+        failed = [rank for rank, message in enumerate(messages) if message]
         if failed:
-            where = "" if len(failed) == self.size else f" (process {failed[0]} of {self.size}, from 0)"
-            raise ValueError(reasons[failed[0]] + where) from cause
+            where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
+            raise ValueError(messages[failed[0]] + where) from cause
 
-    def wait(self) -> None:
-        """Returns when every process is here."""
+    def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        """Ends the process group."""
+    def shutdown(self) -> None:
+        """Destroy the process group."""
         if self.size > 1:
             dist.destroy_process_group()
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line, all of it: a YAML's last says where. Its kind, where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,6 @@
-"""A torchtune model for a recipe: built, given its weights on one device or on many, and written back to disk.
+"""A torchtune model for a recipe: built, loaded on one device or sharded, and saved.
 
-Builders, adapters and file formats are torchtune's; sharding and state dicts are PyTorch's own (FSDP2).
+Builders, adapters and file formats are torchtune's; sharding and state dicts are PyTorch's (FSDP2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
@@ -33,34 +32,35 @@ from torchtune.modules.peft import (
 )
 
 from flexpg.training.checkpoints import CheckpointError, differences
-from flexpg.training.distributed import World, one_line
-from flexpg.training.setup import component
+from flexpg.training.config import component
+from flexpg.training.distributed import World
+from flexpg.training.errors import one_line
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
 
 
-def model_shape(cfg: DictConfig, dtype: torch.dtype, param_dtype: torch.dtype) -> TransformerDecoder:
-    """The model of the YAML on the meta device: no memory, no weights; `load` gives it both.
+def build_model(cfg: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> TransformerDecoder:
+    """Build the configured model on the meta device, without memory or weights, which `materialize` provides.
 
-    With a `lora_*` builder only the adapters are trained.
+    With a `lora_*` builder, only the adapters require gradients.
 
     Args:
-        cfg: the whole configuration.
-        dtype: of what is frozen.
-        param_dtype: of what is trained.
+        cfg: The configuration.
+        dtype: The dtype of frozen parameters.
+        param_dtype: The dtype of trained parameters.
 
     Raises:
-        ValueError: adapters that are not plain LoRA: DoRA, or a quantized base.
-        TypeError: the component is no TransformerDecoder.
+        ValueError: If the adapters are not plain LoRA (DoRA, or a quantized base).
+        TypeError: If the component is not a TransformerDecoder.
     """
     with training.set_default_dtype(dtype), torch.device("meta"):
-        model = component("model", cfg)
+        model = component(cfg, "model")
     if not isinstance(model, TransformerDecoder):
-        raise TypeError(f"model is a {type(model).__name__}; name a builder of a torchtune TransformerDecoder")
+        raise TypeError(f"model must build a torchtune TransformerDecoder, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, DoRALinear) or (isinstance(module, LoRALinear) and module._quantize_base):
-            raise ValueError("model: use_dora and quantize_base are not supported; set both to false")
+            raise ValueError("model must not have use_dora or quantize_base, which the recipe does not support")
     if adapters := get_adapter_params(model):
         set_trainable_params(model, adapters)
     for parameter in model.parameters():
@@ -69,64 +69,63 @@ def model_shape(cfg: DictConfig, dtype: torch.dtype, param_dtype: torch.dtype) -
     return model
 
 
-def checkpoint(cfg: DictConfig, model: TransformerDecoder) -> tuple[Any, dict[str, Tensor]]:
-    """The checkpointer of the YAML, and the weights that it loads, in torchtune's names.
+def load_weights(cfg: Any, model: TransformerDecoder) -> tuple[Any, dict[str, Tensor]]:
+    """Load the weights of the configured checkpointer.
 
     Args:
-        cfg: the whole configuration.
-        model: as `model_shape` makes it; the heads of the checkpoint's config.json are compared too, since other heads
-            may well have weights of the same shapes.
+        cfg: The configuration.
+        model: From `build_model`. The heads in the checkpoint's config.json are compared too, because a model with
+            other heads may have weights of the same shapes.
+
+    Returns:
+        The checkpointer, and the weights under torchtune's names.
 
     Raises:
-        ValueError: a missing file, or another model's: names, shapes or heads differ, and the first is named.
+        ValueError: If a file is missing, or the weights belong to another model.
     """
-    checkpointer = component("checkpointer", cfg)
+    checkpointer = component(cfg, "checkpointer")
     folder = Path(cfg.checkpointer.checkpoint_dir)
     try:
         weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-    except Exception as error:  # of a model_type that is not the checkpoint's, torchtune raises no narrower one
-        raise ValueError(f"checkpointer: {type(error).__name__}: {one_line(error)} (of {folder})") from error
+    except Exception as error:  # for a wrong model_type, torchtune raises nothing narrower
+        raise ValueError(f"checkpointer: {type(error).__name__}: {one_line(error)} (in {folder})") from error
     adapters = get_adapter_params(model)
     needed = {name: value.shape for name, value in model.state_dict().items() if name not in adapters}
     wrong = differences({name: value.shape for name, value in weights.items()}, needed)
-    if wrong := wrong or _other_heads(model, folder / "config.json"):
+    if wrong := wrong or _head_differences(model, folder / "config.json"):
         raise ValueError(f"the checkpoint in {folder} does not fit `model`: {wrong[0]} ({len(wrong)} differences)")
     return checkpointer, weights
 
 
-def load(
+def materialize(
     model: TransformerDecoder,
     weights: dict[str, Tensor],
     world: World,
     *,
     seed: int,
-    compiled: bool = False,
+    compile: bool = False,
     activation_checkpointing: bool = False,
 ) -> TransformerDecoder:
-    """Gives a model of `model_shape` its memory and weights, on one device or sharded over the processes by FSDP2.
+    """Allocate a model of `build_model` and load weights, on one device or sharded over the ranks by FSDP2.
 
-    New adapters start as in the LoRA paper (arXiv 2106.09685): A random, B zero. They depend on the seed alone, so on
-    any number of processes the same model starts.
+    New adapters are initialized as in the LoRA paper (arXiv 2106.09685), A random and B zero. They depend on the seed
+    only, so any world size starts from the same model.
 
     Args:
-        model: on the meta device; changed in place.
-        weights: in torchtune's names; read on the first process alone.
-        world: the processes.
-        seed: of the adapters.
-        compiled: torch.compile for each layer.
-        activation_checkpointing: recompute each layer in the backward.
+        model: A model on the meta device; changed in place.
+        weights: Under torchtune's names; read on rank 0 only.
+        world: The ranks.
+        seed: Of the adapters.
+        compile: Compile each layer.
+        activation_checkpointing: Recompute each layer in the backward.
 
     Returns:
         The model.
     """
     adapters = {name: (tuple(value.shape), value.dtype) for name, value in get_adapter_params(model).items()}
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-    if compiled:
+    if compile:
         training.compile_model(model, verbose=False)
-        # With and without gradients, adapters and known lengths, a layer has more graphs than torch's limit of 8; and
-        # beyond a limit it would run uncompiled in silence.
-        torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
     if activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     if world.size > 1:
@@ -134,70 +133,72 @@ def load(
     model.to_empty(device=world.device)
     if world.is_first:
         weights = {name: value.to(dtypes[name]) for name, value in weights.items()}
-        weights |= {name: _adapter(name, *shape, seed) for name, shape in adapters.items()}
+        weights |= {name: _new_adapter(name, *shape, seed) for name, shape in adapters.items()}
     if world.size > 1:
-        set_model_state_dict(model, dict(weights) if world.is_first else {}, options=FROM_FIRST)
+        set_model_state_dict(model, dict(weights) if world.is_first else {}, options=BROADCAST)
     else:
         model.load_state_dict(weights)
     with world.device:
         for module in model.modules():
             rope_init = getattr(module, "rope_init", None)
             if callable(rope_init):
-                rope_init()  # its tables are in no state dict
+                rope_init()  # its tables are not in the state dict
     return model
 
 
-def save(model: TransformerDecoder, cfg: DictConfig, checkpointer: Any, world: World) -> None:
-    """Writes the weights in the format that they came in, for transformers and vLLM to load; every process calls it.
+def save_weights(model: TransformerDecoder, cfg: Any, checkpointer: Any, world: World) -> None:
+    """Save the weights in the format that they were loaded from, for transformers and vLLM; all ranks call it.
 
-    `checkpointer.output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype it was trained in, which
-    its config.json then names. Adapters alone stand in `checkpointer.output_dir`/adapter/epoch_0, as PEFT reads them.
-    Both are written aside and renamed when they are whole, over those of an earlier run.
+    `checkpointer.output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters,
+    which its config.json then names. `checkpointer.output_dir`/adapter/epoch_0 holds adapters for PEFT. Both are
+    written to a temporary folder and renamed over those of an earlier run.
 
     Args:
-        model: on one device or sharded.
-        cfg: the whole configuration.
-        checkpointer: the one that loaded the weights.
-        world: the processes.
+        model: On one device or sharded.
+        cfg: The configuration.
+        checkpointer: The one that loaded the weights.
+        world: The ranks.
 
     Raises:
-        CheckpointError: they could not be written, and what was there is as it was; on the first process alone.
+        CheckpointError: If they could not be written, on rank 0; what was there is untouched.
     """
-    gathered = get_model_state_dict(model, options=WHOLE)  # on the first process alone
+    gathered = get_model_state_dict(model, options=GATHER)  # on rank 0
     if not world.is_first:
         return
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
     weights = {name: value.to(trained) for name, value in gathered.items() if isinstance(value, Tensor)}
     lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
     place = Path(cfg.checkpointer.output_dir)
-    aside = place / "unfinished"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
+    unfinished = place / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
     try:
         if lora is not None:
-            _save_adapters(weights, lora, model.head_dim, cfg, aside / "adapter")
-            own = {name: value.clone() for name, value in weights.items()}  # merging adds in place: on a CPU, to these
+            _save_adapters(weights, lora, model.head_dim, cfg, unfinished / "adapter")
+            own = {name: value.clone() for name, value in weights.items()}  # on a CPU, merging would change the model
             weights = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
-        checkpointer._output_dir = aside  # another checkpointer would have to read the weights first
+        checkpointer._output_dir = unfinished  # another checkpointer would have to load the weights first
         checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
-        _name_dtype(aside / "epoch_0" / "config.json", trained)
-        _put_in_place(aside, place)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's, of a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        failed = f"the trained weights could not be written to {place / 'epoch_0'}: {one_line(error)}"
-        raise CheckpointError(f"{failed}; free space and run again with resume=true") from error
+        _set_dtype_in_config(unfinished / "epoch_0" / "config.json", trained)
+        _move_into_place(unfinished, place)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"the trained weights could not be written to {place / 'epoch_0'}: {one_line(error)}; free disk space and "
+            "run again with resume=true"
+        ) from error
 
 
-def _put_in_place(aside: Path, place: Path) -> None:
-    for new in [*aside.glob("adapter/epoch_0"), *aside.glob("epoch_0")]:
-        final = place / new.relative_to(aside)
+def _move_into_place(unfinished: Path, place: Path) -> None:
+    for new in [*unfinished.glob("adapter/epoch_0"), *unfinished.glob("epoch_0")]:
+        final = place / new.relative_to(unfinished)
         final.parent.mkdir(exist_ok=True)
         if final.exists():
             final.rename(new.with_name("replaced"))
         new.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)  # the weights are in place, whatever stays of those before
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: DictConfig, folder: Path) -> None:
+def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: Any, folder: Path) -> None:
     described = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -208,29 +209,29 @@ def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, 
         ),
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        # torchtune puts the hub's name here instead, where `tune` downloaded the base.
+        # torchtune would write the hub's name here, where `tune` downloaded the base.
         "base_model_name_or_path": str(cfg.checkpointer.checkpoint_dir),
     }
     adapter = {training.ADAPTER_KEY: get_adapter_state_dict(weights), training.ADAPTER_CONFIG: described}
     is_qwen = cfg.checkpointer.model_type == "QWEN2"
-    as_file = {"safe_serialization": True} if is_qwen else {}
-    apart = component("checkpointer", cfg, output_dir=str(folder), **as_file)
-    apart.save_checkpoint(adapter, epoch=0, adapter_only=True)
+    options = {"safe_serialization": True} if is_qwen else {}
+    checkpointer = component(cfg, "checkpointer", output_dir=str(folder), **options)
+    checkpointer.save_checkpoint(adapter, epoch=0, adapter_only=True)
     if is_qwen:
-        _in_order(folder / "epoch_0" / "adapter_model.safetensors", head_dim)
+        _undo_llama_permutation(folder / "epoch_0" / "adapter_model.safetensors", head_dim)
 
 
-def _other_heads(model: TransformerDecoder, config_file: Path) -> list[str]:
+def _head_differences(model: TransformerDecoder, config_file: Path) -> list[str]:
     if not config_file.exists():  # not a checkpoint in Hugging Face's format
         return []
     theirs = json.loads(config_file.read_text())
     heads = (theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"]))
     attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention | Gemma2Attention))
-    ours = (attn.num_heads, attn.num_kv_heads)
-    return [] if heads == ours else [f"it has {heads} heads, the model {ours}"]
+    own = (attn.num_heads, attn.num_kv_heads)
+    return [] if heads == own else [f"it has {heads} query and key/value heads, the model {own}"]
 
 
-def _adapter(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+def _new_adapter(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     weight = torch.zeros(shape)
     if name.endswith("lora_a.weight"):
         generator = torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
@@ -238,10 +239,10 @@ def _adapter(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -
     return weight.to(dtype)
 
 
-def _in_order(adapter_file: Path, head_dim: int) -> None:
-    """Puts the rows of Qwen's query and key adapters as transformers has them.
+def _undo_llama_permutation(adapter_file: Path, head_dim: int) -> None:
+    """Order the rows of Qwen's query and key adapters as transformers does.
 
-    Torchtune 0.6.1 takes them for Llama's, whose rotary pairs are neighbours in torchtune and half a head apart in
+    torchtune 0.6.1 permutes them like Llama's, whose rotary pairs are adjacent in torchtune and half a head apart in
     transformers. Qwen's are half a head apart in both, and nothing else of it is permuted.
     """
     tensors = safetensors.load(adapter_file.read_bytes())
@@ -252,8 +253,8 @@ def _in_order(adapter_file: Path, head_dim: int) -> None:
     safetensors.save_file(tensors, adapter_file, metadata={"format": "pt"})
 
 
-def _name_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Transformers loads weights in the dtype of config.json, and torchtune copies that of the source."""
+def _set_dtype_in_config(config_file: Path, dtype: torch.dtype) -> None:
+    """Write the dtype into config.json: transformers loads weights in it, and torchtune copies that of the source."""
     if config_file.exists():
         described = json.loads(config_file.read_text())
         keys = [key for key in ("dtype", "torch_dtype") if key in described] or ["torch_dtype"]

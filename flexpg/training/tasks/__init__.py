@@ -1,4 +1,4 @@
-"""Problems: one task that needs no data, and those of any data set; and recorded conversations."""
+"""Tasks: lists of problems with a prompt and an answer, and recorded conversations."""
 
 from flexpg.training.tasks.arithmetic import arithmetic, arithmetic_reward
 from flexpg.training.tasks.bytes import ByteTokenizer

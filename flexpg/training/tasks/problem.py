@@ -1,4 +1,4 @@
-"""What every task hands to the sampler: a prompt, and the answer its reward compares with."""
+"""What a task gives to the recipe: a prompt, and the answer that rewards compare with."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and its final answer, both as text.
+    """A prompt and its answer, as text.
 
     Attributes:
-        prompt: what the model continues, worked examples included.
-        answer: the final answer alone; the task's reward function compares completions with it.
+        prompt: What the model continues, few-shot examples included.
+        answer: The final answer only.
     """
 
     prompt: str

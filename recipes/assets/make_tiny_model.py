@@ -1,10 +1,11 @@
-"""Makes the tiny model of the GRPO demo: `python recipes/warm_start.py` (no download; minutes on two cores).
+"""Train the tiny model of the GRPO demo: `python recipes/assets/make_tiny_model.py` (no downloads; some minutes).
 
-The model learns three-digit addition from a sloppy teacher. The worked examples in its prompt are right, but the
-completion it is trained on loses most carries on the way to the next digit. So it can do the task and usually does
-not: what GRPO is for. Only the teacher's completions are trained, never the worked examples.
+The model learns three-digit addition from an unreliable teacher. The few-shot examples in its prompt are correct, but
+the completion that it is trained on loses most carries on the way to the next digit. So the model can do the task and
+usually does not, which is what GRPO is for. The loss covers the teacher's completions only, not the few-shot examples.
 
-Many questions stand behind one set of worked examples: prefix trees, trained with the forward that GRPO uses.
+Many questions share one set of few-shot examples, so the batches are prefix trees, trained with the forward that GRPO
+uses.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 
 from flexpg import PrefixTree, SamplingParams, sample, token_logprobs
-from flexpg.integrations import torchtune as flexpg_torchtune
+from flexpg.integrations.torchtune import forward, output
 from flexpg.training.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward
-from flexpg.training.tasks.arithmetic import operands, worked, worked_examples
+from flexpg.training.tasks.arithmetic import few_shot_examples, operands, worked
 
 TOKENIZER = ByteTokenizer()
 SHAPE = dict(
@@ -77,7 +78,7 @@ HF_GENERATION_CONFIG = {
 
 
 def main() -> None:
-    """Trains, reports held-out accuracy, saves."""
+    """Train, report held-out accuracy and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--lr", type=float, default=2.5e-3)
@@ -113,28 +114,28 @@ def main() -> None:
 
 
 def tiny_model() -> TransformerDecoder:
-    """An untrained Qwen2 of 0.8M parameters over bytes."""
+    """Return an untrained Qwen2 of 0.8M parameters over bytes."""
     model = qwen2(**SHAPE)
-    # The output layer is the embedding: PyTorch's N(0, 1) would start at logits of +-11.
+    # The output layer is the embedding, and PyTorch's N(0, 1) would give initial logits of +-11.
     torch.nn.init.normal_(model.tok_embeddings.weight, std=0.05)
     return model
 
 
 def lr_factor(step: int, steps: int, warmup: int = 30) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth."""
+    """Return the factor of a linear warm-up followed by a cosine decay to a twentieth."""
     progress = step / steps
     return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def batch(step: int, steps: int, forget: float, rng: random.Random) -> tuple[PrefixTree, Tensor]:
-    """A packed row of worked examples with questions and the teacher's completions behind them, and prompt_lens [N].
+    """Return a tree of few-shot examples followed by questions with the teacher's completions, and prompt_lens [N].
 
-    Short contexts at first, which teach the digits quickly; then the eight worked examples of the task.
+    Contexts are short at first, which teaches the digits quickly; later they have the eight examples of the task.
     """
     groups, examples, questions = (6, 1, 8) if step < steps * 0.4 else (2, 8, 16)
     contexts, answers, prompt_lens = [], [], []
     for _ in range(groups):
-        context = worked_examples(examples, rng)
+        context = few_shot_examples(examples, rng)
         asked = [operands("train", rng) for _ in range(questions)]
         texts = [(f"{a}+{b}:", worked(a, b, forget, rng)) for a, b in asked]
         contexts.append(TOKENIZER.encode(context))
@@ -144,26 +145,22 @@ def batch(step: int, steps: int, forget: float, rng: random.Random) -> tuple[Pre
 
 
 def teacher_loss(model: TransformerDecoder, tree: PrefixTree, prompt_lens: Tensor) -> Tensor:
-    """Mean cross-entropy over the teacher's tokens."""
-    hidden, output = flexpg_torchtune.forward(model, tree), flexpg_torchtune.output(model)
-    return -token_logprobs(hidden, output, tree, prompt_lens=prompt_lens).sum() / (tree.lengths - prompt_lens).sum()
+    """Return the mean cross-entropy over the teacher's tokens."""
+    hidden, layer = forward(model, tree), output(model)
+    return -token_logprobs(hidden, layer, tree, prompt_lens=prompt_lens).sum() / (tree.lengths - prompt_lens).sum()
 
 
 def accuracy(model: TransformerDecoder, problems: list[Problem], temperature: float) -> float:
-    """Share of the problems whose completion earns the reward; temperature 0 is greedy."""
+    """Return the share of problems whose completion earns the reward; temperature 0 is greedy."""
     prompts = [TOKENIZER.encode(problem.prompt) for problem in problems]
     params = SamplingParams(36, temperature, stop_tokens=TOKENIZER.stop_tokens)
-    decoder, output = flexpg_torchtune.decoder(model), flexpg_torchtune.output(model)
-    uniforms = torch.rand(
-        len(prompts), params.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    samples = sample(decoder, output, prompts, 1, params, uniforms)
+    samples = sample(model, prompts, 1, params, seed=0)
     texts = [TOKENIZER.decode(tokens.tolist()) for tokens in samples.completions]
     return sum(arithmetic_reward(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
 
 
 def save(model: TransformerDecoder, output_dir: Path) -> None:
-    """A checkpoint in bf16 that transformers reads, with its tokenizer, and torchtune's FullModelHFCheckpointer."""
+    """Write a bf16 checkpoint and its tokenizer, for transformers and torchtune's FullModelHFCheckpointer."""
     weights = qwen2_tune_to_hf(
         {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()},
         num_heads=SHAPE["num_heads"],
@@ -183,8 +180,12 @@ def save(model: TransformerDecoder, output_dir: Path) -> None:
 
 
 def hf_tokenizer() -> Tokenizer:
-    """ByteTokenizer's ids in Hugging Face's format: a byte-level BPE that merges nothing."""
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}  # GPT-2's: these bytes are written as they are
+    """Return ByteTokenizer in Hugging Face's format: a byte-level BPE without merges."""
+    visible = {
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    }  # in GPT-2's alphabet, these bytes stand for themselves
     others = iter(range(256, 512))
     vocab = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,0 +1,257 @@
+"""Configuration of the GRPO recipe: options with defaults, from a YAML and the command line, and their components.
+
+A YAML holds what differs from the defaults below. A component is a mapping with a `_component_`, the dotpath of a class
+or function, and its arguments, as in torchtune.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune import config, training, utils
+from torchtune.config._errors import InstantiationError
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss
+from flexpg.rollouts import ScaleRewards
+from flexpg.sampling import SamplingParams
+from flexpg.training.errors import one_line
+
+Component = dict[str, Any]
+# What a mistake in the configuration, the data or a checkpoint raises before training: reported in one line.
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationError, OmegaConfBaseException)
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are sampled; see `flexpg.SamplingParams`. Stop tokens are the tokenizer's."""
+
+    max_new_tokens: int = MISSING
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+
+@dataclass
+class LossConfig:
+    """Options of `flexpg.grpo_loss`."""
+
+    loss_type: LossType = "dapo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = 0.28
+    beta: float = 0.0  # above 0 needs a reference: a frozen copy of the model, or with LoRA the model without adapters
+    importance_sampling_level: ImportanceSamplingLevel = "token"
+
+
+@dataclass
+class GRPOConfig:
+    """All options of recipes/grpo.py, with their defaults."""
+
+    # Model and data
+    tokenizer: Component = MISSING
+    model: Component = MISSING  # a builder of a torchtune TransformerDecoder, with or without LoRA
+    checkpointer: Component = MISSING  # loads the weights, and saves the trained ones in the same format
+    train_problems: Component = MISSING  # returns a list of flexpg.training.tasks.Problem
+    test_problems: Component = MISSING
+    prompt_format: Literal["plain", "bos", "chat"] = "chat"
+    rewards: dict[str, Component] = MISSING  # name: {_component_: function or class, weight: 1.0, other arguments}
+    test_reward: Component = MISSING  # its mean over test_problems is the held-out accuracy
+
+    # Devices and precision
+    device: str = "cuda"
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation
+    param_dtype: Literal["fp32", "bf16"] = "fp32"  # of trained parameters and optimizer state; frozen ones have dtype
+    compile: bool = False
+    activation_checkpointing: bool = True  # less memory for a second forward
+    seed: int = 0
+
+    # A step: group_size completions of each prompt, then num_iterations passes in minibatches optimizer steps each
+    num_steps: int = 200
+    prompts_per_step: int = 32
+    group_size: int = 16
+    num_iterations: int = 1
+    minibatches: int = 1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_cache_tokens: int = 65536  # tokens whose keys and values are stored at a time while sampling
+    max_tokens: int = 16384  # of a micro-batch of one rank; micro-batches accumulate gradients exactly
+    sharing: Literal["auto", True, False] = "auto"  # encode prompts once; "auto": if the cost model says that it pays
+    self_check: bool = True  # verify that shared equals baseline before the first update (a few seconds)
+
+    # Update
+    scale_rewards: ScaleRewards = "group"
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: Component = field(
+        default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-6, "weight_decay": 0.0}
+    )
+    lr_scheduler: Component = field(  # one step per GRPO step
+        default_factory=lambda: {"_component_": "torch.optim.lr_scheduler.ConstantLR", "factor": 1.0}
+    )
+    clip_grad_norm: float = 1.0  # .inf for no clipping
+
+    # Evaluation, checkpoints and logs
+    output_dir: str = MISSING
+    eval_every_n_steps: int = 20
+    checkpoint_every_n_steps: int = 0  # 0 for no checkpoints
+    keep_last_n_checkpoints: int = 2
+    resume: bool = False  # from the newest checkpoint in output_dir, or from scratch if there is none
+    metric_logger: Component = field(
+        default_factory=lambda: {
+            "_component_": "torchtune.training.metric_logging.DiskLogger",
+            "log_dir": "${output_dir}/logs",
+        }
+    )
+
+
+COMPONENTS = (
+    *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "test_reward"),
+    *("optimizer", "lr_scheduler", "metric_logger"),
+)
+
+
+def parse_config(recipe_main: Callable[[Any], None]) -> Callable[[], None]:
+    """Call a recipe's main function with the configuration of the command line: a GRPOConfig.
+
+    It is torchtune's `config.parse`, except that mistakes in the command line or in the file are reported in one line
+    instead of a traceback.
+
+    Args:
+        recipe_main: Takes the configuration; its docstring is the help text.
+    """
+
+    @wraps(recipe_main)
+    def main() -> None:
+        parsed: list[DictConfig] = []
+
+        @config.parse
+        @wraps(recipe_main)
+        def keep(cfg: DictConfig) -> None:
+            parsed.append(cfg)
+
+        try:
+            keep()
+        except SystemExit:  # torchtune exits after `keep`; before it, argparse has reported an error
+            if not parsed:
+                raise
+        except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+            sys.exit(f"error: {one_line(error)}")
+        except TypeError:  # torchtune passes the file's options on as keywords
+            sys.exit("error: --config must be a YAML mapping")
+        try:
+            cfg = load_config(parsed[0])
+        except ValueError as error:
+            sys.exit(f"error: {one_line(error)}")
+        recipe_main(cfg)
+
+    return main
+
+
+def load_config(given: DictConfig) -> Any:
+    """Merge options into the defaults of GRPOConfig and validate them.
+
+    A component that names its `_component_` replaces the default as a whole.
+
+    Args:
+        given: Options of the YAML and the command line.
+
+    Returns:
+        A resolved DictConfig with the fields of GRPOConfig.
+
+    Raises:
+        ValueError: If an option is unknown, missing, of the wrong type or out of range.
+    """
+    schema = OmegaConf.structured(GRPOConfig)
+    for name in COMPONENTS:
+        if isinstance(given.get(name), str):  # `optimizer=torch.optim.SGD` on the command line
+            given[name] = {"_component_": given[name]}
+        if OmegaConf.is_dict(given.get(name)) and "_component_" in given[name]:
+            schema[name] = {}
+    try:
+        cfg = OmegaConf.merge(schema, given)
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise ValueError(f"missing option {', '.join(missing)}")
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        lines = str(error).splitlines()
+        key = next((line.partition("full_key: ")[2] for line in lines if "full_key: " in line), "")
+        raise ValueError(f"{key}: {lines[0]}" if key else lines[0]) from error
+    _check_values(cfg)
+    return cfg
+
+
+def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate the component of an option; its errors are prefixed with the option's name.
+
+    Args:
+        cfg: The configuration.
+        name: The option.
+        args: Positional arguments before those of the configuration.
+        kwargs: Arguments over those of the configuration.
+
+    Raises:
+        ValueError: If the component cannot be imported, rejects its arguments, or misses a file.
+    """
+    try:
+        return config.instantiate(cfg[name], *args, **kwargs)
+    except Exception as error:  # a component is anybody's code
+        kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
+        paths = [value for value in cfg[name].values() if isinstance(value, str) and Path(value).exists()]
+        given = f" (given {', '.join(paths)})" if paths else ""  # parsers seldom name their file
+        raise ValueError(f"{name}: {kind}{one_line(error)}{given}") from error
+
+
+def sampling_params(cfg: Any, stop_tokens: list[int]) -> SamplingParams:
+    """Return the sampling parameters of a configuration."""
+    return SamplingParams(**cfg.sampling, stop_tokens=stop_tokens)
+
+
+def device_and_dtypes(cfg: Any) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    """Return this rank's device, the dtype of the computation and that of trained parameters.
+
+    Raises:
+        ValueError: If the device does not exist or does not support bf16, or parameters would be less precise than the
+            computation.
+    """
+    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must exist, got {cfg.device} on a machine without a GPU; set device=cpu")
+    if (cfg.dtype, cfg.param_dtype) == ("fp32", "bf16"):
+        raise ValueError("param_dtype must not be bf16 if dtype is fp32; set dtype=bf16, or both to fp32")
+    try:
+        device = utils.get_device(cfg.device)
+        return device, training.get_dtype(cfg.dtype, device), training.get_dtype(cfg.param_dtype, device)
+    except RuntimeError as error:
+        raise ValueError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from None
+
+
+def _check_values(cfg: Any) -> None:
+    """Refuse values with which a run would not do what it says."""
+    for name in COMPONENTS:
+        if not isinstance(cfg[name].get("_component_"), str):
+            raise ValueError(f"{name} must have a _component_, got {cfg[name]}")
+    for name in ("num_steps", "prompts_per_step", "num_iterations", "minibatches", "eval_every_n_steps"):
+        if cfg[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
+    if cfg.group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {cfg.group_size}: a group of one has no advantage")
+    if cfg.checkpoint_every_n_steps < 0 or cfg.keep_last_n_checkpoints < 1:
+        raise ValueError(
+            f"checkpoint_every_n_steps must be at least 0 and keep_last_n_checkpoints at least 1, got "
+            f"{cfg.checkpoint_every_n_steps} and {cfg.keep_last_n_checkpoints}"
+        )
+    if not cfg.clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm must be positive (.inf for no clipping), got {cfg.clip_grad_norm}")
+    if not cfg.sampling.temperature > 0:
+        raise ValueError(f"sampling.temperature must be positive for rollouts, got {cfg.sampling.temperature}")
+    sampling_params(cfg, [])
+    one = torch.ones(1, 1)
+    try:
+        grpo_loss(one, one[0], one.bool(), ref_logprobs=one, max_completion_length=1, **cfg.loss)
+    except ValueError as error:
+        raise ValueError(f"loss: {error}") from None

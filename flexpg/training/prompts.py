@@ -1,0 +1,111 @@
+"""Problems as prompt tokens, and completions as text, through a torchtune tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchtune.data import Message
+from torchtune.modules import TransformerDecoder
+
+from flexpg.integrations.torchtune import check_fits
+from flexpg.training.tasks.problem import Problem
+from flexpg.tree import BLOCK
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "bos", "chat"]) -> list[int]:
+    """Return a prompt's tokens: as it is, after the beginning-of-sequence token, or as a user message.
+
+    Args:
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        prompt: The text.
+        prompt_format: "chat" is the format of the tokenizer's model, without a system message, where the chat templates
+            of Qwen2.5 and Llama 3.2 would add one of their own.
+
+    Raises:
+        ValueError: If the tokenizer's max_seq_len truncates the prompt.
+    """
+    if prompt_format != "chat":
+        return list(tokenizer.encode(prompt, add_bos=prompt_format == "bos", add_eos=False))
+    # What two answers have in common; torchtune 0.6.1 would end an empty assistant message of Qwen and Phi.
+    user = Message(role="user", content=prompt)
+    first, second = (
+        tokenizer.tokenize_messages([user, Message(role="assistant", content=answer)])[0] for answer in ("a", "b")
+    )
+    end = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    if end is None:
+        raise ValueError(f"the tokenizer's max_seq_len={tokenizer.max_seq_len} truncates the prompt; set it to null")
+    return list(first[:end])
+
+
+def tokenize_problems(
+    cfg: Any,
+    tokenizer: Any,
+    model: TransformerDecoder,
+    name: str,
+    problems: Sequence[Problem],
+    *,
+    at_least: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Return the prompt tokens of every problem.
+
+    Args:
+        cfg: The configuration.
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        model: The model that is trained.
+        name: The option that the problems came from.
+        problems: The problems.
+        at_least: How many the run needs.
+        device: The device of the tokens.
+
+    Raises:
+        ValueError: If there are too few problems, or the model or a budget cannot hold a prompt and its completion.
+    """
+    if len(problems) < at_least:
+        raise ValueError(f"{name} must have at least {at_least} problems, got {len(problems)}")
+    prompts = []
+    for number, problem in enumerate(problems):
+        tokens = prompt_tokens(tokenizer, problem.prompt, cfg.prompt_format)
+        length = len(tokens) + cfg.sampling.max_new_tokens
+        slots = length + (-len(tokens) % BLOCK if cfg.compile else 0)
+        try:
+            if not tokens:
+                raise ValueError("its prompt is empty")
+            for budget, needed in (("max_tokens", length), ("max_cache_tokens", slots)):
+                if needed > cfg[budget]:
+                    raise ValueError(f"prompt and completion need {needed} tokens, more than {budget}={cfg[budget]}")
+            check_fits(model, max([*tokens, *tokenizer.stop_tokens]), length)
+        except ValueError as error:
+            raise ValueError(f"{name}, problem {number}: {error}") from None
+        prompts.append(torch.tensor(tokens, device=device))
+    return prompts
+
+
+def completion_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return a completion as rewards read it, without the stop token that ends it.
+
+    Ids without text (a model's vocabulary is often larger than its tokenizer's) become U+FFFD.
+
+    Args:
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        tokens: The completion's token ids.
+    """
+    text = tokens[:-1] if tokens[-1] in tokenizer.stop_tokens else tokens
+    try:
+        return str(tokenizer.decode(list(text)))
+    except (KeyError, TypeError, ValueError):  # what tokenizers raise for an unknown id
+        runs = [(known, list(run)) for known, run in groupby(text, key=partial(_has_text, tokenizer))]
+        return "".join(tokenizer.decode(run) if known else "\ufffd" * len(run) for known, run in runs)
+
+
+def _has_text(tokenizer: Any, token: int) -> bool:
+    try:
+        tokenizer.decode([token])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
