@@ -1,105 +1,115 @@
-"""The check before the first update: right models pass in every precision, and known kinds of wrong ones are named."""
+"""Tests of the self-check before the first update, and of flexpg's own baseline."""
 
 from __future__ import annotations
 
 import random
 import re
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import baseline
+import hf_models as hf
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from baseline import in_float64, tiny_model
 from cases import tokens
-from test_transformers import loaded
+from processes import run_processes
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from baseline import in_float64, tiny_model
 
-from flexpg.integrations.transformers import register
+import flexpg
+from flexpg import Rollouts, pack, self_check
 from flexpg.masks import TreeBlockMask, dense_mask
-from flexpg.packing import pack, runs
-from flexpg.rollouts import Rollouts
-from flexpg.verify import SelfCheck, SelfCheckError, check_run, self_check
+from flexpg.verify import SelfCheckError, SelfCheckResult, baseline_logprobs, gradient_norms
 
 WINDOW = 30
 
 
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    register()
+def make_rollouts(groups: int = 3, size: int = 4) -> Rollouts:
+    completions = [[tokens(3 + 5 * i % 17, 100 + i) for i in range(g * size, g * size + size)] for g in range(groups)]
+    return Rollouts.from_groups([tokens(12 + 7 * g, g) for g in range(groups)], completions, [[0.0] * size] * groups)
 
 
-def rollouts(groups: int = 3, size: int = 4) -> Rollouts:
-    completions = [tokens(3 + 5 * i % 17, 100 + i) for i in range(groups * size)]
-    return Rollouts(
-        [torch.tensor(tokens(12 + 7 * g, g)) for g in range(groups)],
-        [torch.tensor(own) for own in completions],
-        torch.arange(groups).repeat_interleave(size),
-        torch.zeros(groups * size),
-    )
+def check(model: nn.Module, **options: Any) -> SelfCheckResult:
+    return self_check(model.train(), make_rollouts(), **options)
 
 
-def checked(model: nn.Module, **options) -> SelfCheck:
-    return self_check(model.train(), rollouts(), **options)
+def assert_passes_with_margin(found: SelfCheckResult) -> None:
+    assert 0 < found.logprob_error < 0.6 * found.logprob_budget
+    assert 0 < found.gradient_error < 0.6 * found.gradient_budget
 
 
-# ---- right models ----------------------------------------------------------------------------------------------------
+# Correct models.
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama3_2", "llama3_2_lora", "qwen2_tied", "phi3", "gemma2"])
-def test_torchtune_models_pass_with_room_to_spare(name, dtype):
+def test_torchtune_model_passes_with_margin(name, dtype):
     model = tiny_model(name)
-    found = checked(in_float64(model) if dtype == torch.float64 else model.to(dtype))
-    assert 0 < found.logprob_error < 0.6 * found.logprob_budget
-    assert 0 < found.gradient_error < 0.6 * found.gradient_budget
+    found = check(in_float64(model) if dtype == torch.float64 else model.to(dtype))
+    assert_passes_with_margin(found)
     assert found.rollouts == 3 and found.tokens == 185
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral", "gpt2"])
-def test_transformers_models_pass_with_room_to_spare(name, dtype):
-    found = checked(loaded(name).to(dtype))
-    assert 0 < found.logprob_error < 0.6 * found.logprob_budget
-    assert 0 < found.gradient_error < 0.6 * found.gradient_budget
+def test_transformers_model_passes_with_margin(name, dtype):
+    assert_passes_with_margin(check(flexpg.enable(hf.tiny_model(name).to(dtype))))
 
 
-def test_the_budget_is_rounding_and_no_more():
-    budgets = {dtype: checked(tiny_model("llama3_2").to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+def test_peft_model_passes_with_margin():
+    assert_passes_with_margin(check(flexpg.enable(hf.with_lora(hf.tiny_model("llama")))))
+
+
+@pytest.mark.parametrize("make", [partial(tiny_model, "qwen2"), partial(hf.tiny_model, "qwen2")])
+def test_autocast_bfloat16_passes_with_the_budget_of_bfloat16(make):
+    found = check(flexpg.enable(make()), autocast_dtype=torch.bfloat16)
+    assert_passes_with_margin(found)
+    assert found.logprob_budget > 1e-3
+
+
+def test_budget_is_rounding_and_no_more():
+    budgets = {dtype: check(tiny_model("llama3_2").to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     assert budgets[torch.float32].logprob_budget < 1e-4
     assert budgets[torch.float32].gradient_budget < 1e-3
     assert 1e-2 < budgets[torch.bfloat16].logprob_budget < 1
 
 
-def test_a_group_over_the_budget_is_checked_behind_its_encoded_prompt():
-    model = tiny_model("qwen2").train()
-    (run,) = runs(pack(rollouts(groups=1, size=12), max_tokens=60))
-    assert len(run) > 2 and run[0].prefix_tokens
-    assert check_run(model, run).rollouts == 6
+@pytest.mark.parametrize("packed", [False, True])
+def test_oversized_group_is_checked_with_its_prefix_cache(packed):
+    rollouts = make_rollouts(groups=1, size=12)
+    batches = pack(rollouts, max_tokens=60)
+    assert len(batches) > 2 and all(batch.cached_tokens for batch in batches)
+    options = {} if packed else {"max_tokens": 60}
+    found = self_check(tiny_model("qwen2").train(), batches if packed else rollouts, **options)
+    assert found.rollouts == 6  # three of each of the first two micro-batches
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layers_may_be_checkpointed_and_compiled(compiled, checkpointing):
+def test_compiled_and_checkpointed_layers_pass(compiled, checkpointing):
     model = tiny_model("llama3_2").train()
     if compiled:
         for layer in model.layers:
             layer.compile(backend="eager")
     if checkpointing:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-    checked(model)
+    check(model)
     layers = [module for module in model.modules() if isinstance(module, TransformerSelfAttentionLayer)]
     assert all((layer._compiled_call_impl is not None) == compiled for layer in layers)
 
 
-def test_rollouts_that_share_nothing_or_are_alone_pass():
-    self_check(tiny_model("qwen2").train(), rollouts(groups=3, size=1))
-    same = Rollouts([torch.tensor([1, 2])], [torch.tensor([3])] * 2, torch.zeros(2, dtype=torch.int64), torch.zeros(2))
-    self_check(tiny_model("qwen2").train(), same)
+def test_rollouts_that_share_nothing_or_are_equal_pass():
+    self_check(tiny_model("qwen2").train(), make_rollouts(groups=3, size=1))
+    self_check(tiny_model("qwen2").train(), Rollouts.from_groups([[1, 2]], [[[3], [3]]], [[0.0, 0.0]]))
 
 
-def test_nothing_is_changed():
+def test_self_check_changes_nothing():
     model = tiny_model("qwen2").train()
     kept = torch.randn_like(model.norm.scale)
     model.norm.scale.grad = kept
@@ -107,7 +117,7 @@ def test_nothing_is_changed():
     torch.manual_seed(5)
     random.seed(5)
     states = torch.get_rng_state(), random.getstate()
-    checked(model)
+    check(model)
     assert model.norm.scale.grad is kept
     assert all(own.grad is None for own in model.parameters() if own is not model.norm.scale)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -115,11 +125,56 @@ def test_nothing_is_changed():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-# ---- wrong models ----------------------------------------------------------------------------------------------------
+def test_result_prints_one_line():
+    assert re.fullmatch(
+        r"self-check passed: no leakage between completions; 3 rollouts \(\d+ packed tokens\) match the baseline: "
+        r"log-probabilities within \de-\d\d \(budget \de-\d\d\), gradients within \de-\d\d \(budget \de-\d\d\), "
+        r"in \d+\.\d s",
+        str(check(tiny_model("qwen2"))),
+    )
 
 
-class Blind(nn.Module):
-    """Attention that takes no notice of the mask it is given."""
+# The baseline that it compares with.
+
+
+@pytest.mark.parametrize("framework", ["torchtune", "transformers"])
+def test_baseline_logprobs_equal_the_written_out_baseline(framework):
+    rollouts = make_rollouts()
+    loss_mask = rollouts.loss_mask & (torch.rand(rollouts.loss_mask.shape, generator=torch.Generator()) < 0.8)
+    sequences, lens = [sequence.tolist() for sequence in rollouts.sequences], rollouts.prompt_lens.tolist()
+    if framework == "torchtune":
+        model = in_float64(tiny_model("qwen2"))
+        expected = baseline.baseline_logprobs(model, sequences, lens)
+    else:
+        model = hf.in_float64(hf.tiny_model("qwen2"))
+        expected = hf.baseline_logprobs(model, sequences, lens)
+        flexpg.enable(model)
+    (found,) = baseline_logprobs(model, replace(rollouts, loss_mask=loss_mask))
+    assert (found - expected.where(loss_mask, 0)).abs().max() < 1e-12
+
+
+def test_baseline_logprobs_at_temperature_with_entropy():
+    rollouts, model = make_rollouts(groups=1), hf.in_float64(hf.tiny_model("llama"))
+    logprobs, entropy = baseline_logprobs(model, rollouts, temperature=0.7, return_entropy=True)
+    for n, sequence in enumerate(rollouts.sequences):
+        scores = (model(input_ids=sequence[None]).logits[0, 11:-1] / 0.7).log_softmax(-1)  # the prompt has 12 tokens
+        own = slice(len(scores))
+        assert (logprobs[n, own] - scores.gather(-1, sequence[12:, None])[:, 0]).abs().max() < 1e-12
+        assert (entropy[n, own] + (scores.exp() * scores).sum(-1)).abs().max() < 1e-12
+    assert logprobs.requires_grad and not entropy.requires_grad
+
+
+def test_gradient_norms_by_parameter_name():
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert gradient_norms(model) == {"weight": 5.0}
+
+
+# Wrong models.
+
+
+class IgnoresMask(nn.Module):
+    """Attention that does not use the mask."""
 
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
@@ -129,8 +184,8 @@ class Blind(nn.Module):
         return self.attn(x, x, input_pos=input_pos)
 
 
-class CountsPacked(nn.Module):
-    """Rotary positions that count the row's tokens."""
+class CountsPackedTokens(nn.Module):
+    """RoPE with packed indices for positions."""
 
     def __init__(self, rope: nn.Module) -> None:
         super().__init__()
@@ -140,8 +195,8 @@ class CountsPacked(nn.Module):
         return self.rope(x)
 
 
-class Drops(nn.Module):
-    """Dropout that is no nn.Dropout, and so is not seen before the model runs."""
+class FunctionalDropout(nn.Module):
+    """Dropout without an nn.Dropout, which only a forward can reveal."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -151,8 +206,8 @@ class Drops(nn.Module):
         return F.dropout(self.mlp(x), 0.1, self.training)
 
 
-class WindowByIndex(nn.Module):
-    """Attention over the last tokens of the row, where the sequence's are meant."""
+class WindowInPackedTokens(nn.Module):
+    """A sliding window over the packed sequence instead of the token's own sequence."""
 
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
@@ -171,159 +226,140 @@ class WindowByIndex(nn.Module):
         return own.output_proj(out.transpose(1, 2).flatten(2))
 
 
-def with_faults(name: str, layer: int) -> nn.Module:
-    """A model of three layers, one of which is wrong."""
-    model = tiny_model("llama3_2")
-    own = model.layers[layer]
-    if name == "packed positions":
-        own.attn.pos_embeddings = CountsPacked(own.attn.pos_embeddings)
-    elif name == "dropout":
-        own.mlp = Drops(own.mlp)
-    else:
-        own.attn = {"ignores the mask": Blind, "window by index": WindowByIndex}[name](own.attn)
+def with_fault(name: str, *layers: int, **changes: int) -> nn.Module:
+    model = tiny_model("llama3_2", **changes)
+    for own in (model.layers[n] for n in layers):
+        if name == "packed_positions":
+            own.attn.pos_embeddings = CountsPackedTokens(own.attn.pos_embeddings)
+        elif name == "dropout":
+            own.mlp = FunctionalDropout(own.mlp)
+        else:
+            own.attn = {"ignored_mask": IgnoresMask, "packed_window": WindowInPackedTokens}[name](own.attn)
     return model.train()
 
 
-APART = r"token \d+ of the completion of rollout \d+ has the log-probability .* they part in {layer}, which"
-MOVED = r"token \d+ of the completion of rollout \d+ moved in {layer} when the completion of rollout \d+"
+DIFFERENT = r"token \d+ of the completion of rollout \d+ has log-probability .* They differ from {layer} on, which"
+LEAKED = (
+    r"token \d+ of the completion of rollout \d+ changed in {layer} when the completion of rollout \d+ was replaced"
+)
 FAULTS = {
-    "ignores the mask": MOVED,
-    "packed positions": APART,
-    "dropout": r"two forwards of one row differ from {layer} on, at token \d+ of the prompt of rollout \d+: .*dropout",
-    "window by index": APART,
+    "ignored_mask": LEAKED,
+    "packed_positions": DIFFERENT,
+    "dropout": r"two equal forwards differ from {layer} on, at token \d+ of the prompt of rollout \d+: .*dropout",
+    "packed_window": DIFFERENT,
 }
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_layer_is_named_with_token_and_rollout(fault, layer):
+def test_wrong_layer_is_named_with_token_and_rollout(fault, layer):
     with pytest.raises(SelfCheckError, match=FAULTS[fault].replace("{layer}", rf"layers\.{layer}")):
-        checked(with_faults(fault, layer))
+        check(with_fault(fault, layer))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_model_shows_in_bfloat16_too(fault):
-    model = with_faults(fault, 0)
-    if fault == "window by index":
-        model.layers[1] = with_faults(fault, 1).layers[1]
-    with pytest.raises(SelfCheckError, match="self-check: "):
-        checked(model.to(torch.bfloat16))
+def test_wrong_model_fails_in_bfloat16(fault):
+    layers = [0, 1] if fault == "packed_window" else [0]
+    with pytest.raises(SelfCheckError, match="self-check failed: "):
+        check(with_fault(fault, *layers).to(torch.bfloat16))
 
 
-def counted_from_the_rows_start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+@pytest.mark.parametrize("layers", [range(12), range(1)], ids=["all_layers", "first_layer"])
+def test_packed_positions_fail_in_bfloat16_in_a_deep_model(layers):
+    with pytest.raises(SelfCheckError, match="self-check failed: "):
+        check(with_fault("packed_positions", *layers, num_layers=12).to(torch.bfloat16))
+
+
+def count_packed_tokens(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     positions = kwargs.get("position_ids", args[-1])
     return (args[0],), {"position_ids": torch.arange(positions.shape[1])[None]}
 
 
-def test_a_transformers_model_that_counts_packed_tokens_is_named():
-    model = loaded("llama")
-    model.model.rotary_emb.register_forward_pre_hook(counted_from_the_rows_start, with_kwargs=True)
-    with pytest.raises(SelfCheckError, match=r"of the completion of rollout \d+ .* they part in model\.layers\.0"):
-        checked(model)
+def test_transformers_model_that_counts_packed_tokens_is_named():
+    model = flexpg.enable(hf.tiny_model("llama"))
+    model.model.rotary_emb.register_forward_pre_hook(count_packed_tokens, with_kwargs=True)
+    with pytest.raises(SelfCheckError, match=DIFFERENT.replace("{layer}", r"model\.layers\.0")):
+        check(model)
 
 
-def test_what_the_integration_refuses_is_refused_here_too():
-    dropping = loaded("llama")
-    dropping.model.layers[1].mlp = Drops(dropping.model.layers[1].mlp)
-    with pytest.raises(ValueError, match="drew random numbers"):
-        checked(dropping)
-    blind = loaded("llama")
-    own = blind.model.layers[1].self_attn
-    forward = own.forward
-    own.forward = lambda *args, **kwargs: forward(*args, **kwargs | {"attention_mask": None})
-    with pytest.raises(TypeError, match="1 of the 2 layers"):
-        checked(blind)
-
-
-@pytest.mark.parametrize("wrong", [slice(0, 12), slice(0, 1)], ids=["in all layers", "in the first"])
-def test_packed_positions_show_in_bfloat16_in_a_deep_model(wrong):
-    model = tiny_model("llama3_2", num_layers=12)
-    for layer in list(model.layers)[wrong]:
-        layer.attn.pos_embeddings = CountsPacked(layer.attn.pos_embeddings)
-    with pytest.raises(SelfCheckError, match="self-check: "):
-        checked(model.to(torch.bfloat16))
-
-
-def test_tokens_that_are_not_trained_are_compared_too():
-    given = rollouts()
-    mask = torch.zeros_like(given.completion_mask)
+def test_tokens_outside_the_loss_are_compared_too():
+    rollouts = make_rollouts()
+    mask = torch.zeros_like(rollouts.completion_mask)
     mask[3, 0] = True
-    with pytest.raises(SelfCheckError, match="has the log-probability"):
-        self_check(with_faults("packed positions", 0), replace(given, loss_mask=mask))
+    with pytest.raises(SelfCheckError, match="has log-probability"):
+        self_check(with_fault("packed_positions", 0), replace(rollouts, loss_mask=mask))
 
 
-class PrefixTwice(torch.autograd.Function):
-    """Hands on what it gets, and doubles the gradient: the prefix weighted once per sibling."""
+class ScaledGradient(torch.autograd.Function):
+    """The identity, with a gradient that is multiplied by a factor."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return x.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return 2 * grad
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
 
 
-def test_a_gradient_that_is_off_is_named_by_its_parameter():
+@pytest.mark.parametrize("factor", [2.0, torch.nan, None], ids=["doubled", "nan", "missing"])
+def test_wrong_gradient_is_named_by_its_parameter(factor):
+    def change(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        if out.shape[1] < 150:  # a baseline forward, of one sequence
+            return out
+        return out.detach() if factor is None else ScaledGradient.apply(out, factor)
+
     model = tiny_model("llama3_2").train()
-    v_proj = model.layers[1].attn.v_proj
-    v_proj.register_forward_hook(lambda module, args, out: PrefixTwice.apply(out) if out.shape[1] > 150 else out)
-    with pytest.raises(SelfCheckError, match=r"the gradient of layers\.\d\.attn\.\w+\.weight, over rollouts"):
-        checked(model)
+    model.layers[1].attn.v_proj.register_forward_hook(change)
+    expected = "is NaN or Inf" if factor != factor else "differs from the baseline by"
+    with pytest.raises(SelfCheckError, match=rf"the gradient of layers\.\d\.[\w.]+ for rollouts [\d, ]+ {expected}"):
+        check(model)
 
 
-class NoGradient(torch.autograd.Function):
-    """Hands on what it gets, and gives a gradient that is no number."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad * torch.nan
-
-
-@pytest.mark.parametrize("change", [Tensor.detach, NoGradient.apply], ids=["missing", "no number"])
-def test_a_gradient_that_the_packed_row_lacks_is_named(change):
-    model = tiny_model("llama3_2").train()
-    w2 = model.layers[1].mlp.w2
-    w2.register_forward_hook(lambda module, args, out: change(out) if out.shape[1] > 150 else out)
-    with pytest.raises(SelfCheckError, match=r"the gradient of [\w.]+, over rollouts"):
-        checked(model)
-
-
-def test_weights_that_are_not_finite_are_named():
+def test_nan_weights_are_named():
     model = tiny_model("llama3_2").train()
     with torch.no_grad():
         model.layers[1].mlp.w1.weight[0] = torch.nan
-    with pytest.raises(SelfCheckError, match=r"the hidden state of token 0 of the prompt of rollout \d+ is not finite"):
-        checked(model)
+    with pytest.raises(SelfCheckError, match=r"hidden state of token 0 of the prompt of rollout \d+ is NaN or Inf"):
+        check(model)
 
 
-def test_another_processs_failure_ends_this_one():
-    (run,) = runs(pack(rollouts(), max_tokens=8192))
-    with pytest.raises(SelfCheckError, match="it failed on another process"):
-        check_run(tiny_model("qwen2").train(), run, any_failed=lambda failed: True)
+def check_on_rank(rank: int) -> str:
+    """Check a model that FSDP2 has sharded and that is wrong on rank 1; return the error."""
+    dist.init_process_group("gloo")
+    model = with_fault("packed_positions", 0) if rank == 1 else tiny_model("llama3_2").train()
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with pytest.raises(SelfCheckError) as error:
+        check(model)
+    return str(error.value)
+
+
+def test_fsdp_failure_on_one_rank_raises_on_all():
+    healthy, wrong = run_processes(2, check_on_rank)
+    assert healthy == "self-check failed on another rank"
+    assert "has log-probability" in wrong
+
+
+def with_functional_dropout() -> nn.Module:
+    model = flexpg.enable(hf.tiny_model("llama"))
+    model.model.layers[1].mlp = FunctionalDropout(model.model.layers[1].mlp)
+    return model
 
 
 @pytest.mark.parametrize(
-    ("model", "error", "message"),
+    ("make", "error", "message"),
     [
-        (lambda: tiny_model("qwen2").eval(), ValueError, r"evaluation mode, .* call model\.train\(\) first"),
-        (lambda: nn.Linear(1, 1).train(), TypeError, "model is of type Linear; .* out of a wrapper that compiles them"),
-        (lambda: tiny_model("qwen2").train().requires_grad_(False), ValueError, "no parameter of the model is trained"),
+        (lambda: tiny_model("qwen2").eval(), ValueError, r"model must be in training mode, .* call model\.train\(\)"),
+        (lambda: nn.Linear(1, 1).train(), TypeError, "got Linear; pass the model without DistributedDataParallel"),
+        (lambda: tiny_model("qwen2").train().requires_grad_(False), ValueError, "a parameter that requires grad"),
+        (lambda: hf.tiny_model("llama"), ValueError, r"call flexpg\.enable\(model\) first"),
+        (with_functional_dropout, ValueError, "consumed random numbers"),
     ],
+    ids=["eval", "unknown", "frozen", "not_enabled", "dropout"],
 )
-def test_what_cannot_be_checked_is_refused(model, error, message):
+def test_model_that_cannot_be_checked_is_refused(make, error, message):
     with pytest.raises(error, match=message):
-        self_check(model(), rollouts())
-
-
-def test_the_result_reads_as_a_sentence():
-    assert re.fullmatch(
-        r"self-check: completions do not see each other; 3 rollouts in \d+ packed tokens are as alone: "
-        r"log-probabilities within \de-\d\d \(rounding explains \de-\d\d\), "
-        r"gradients within \de-\d\d \(\de-\d\d\); \d+\.\d s",
-        str(checked(tiny_model("qwen2"))),
-    )
+        self_check(make(), make_rollouts())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import torch
@@ -110,17 +110,15 @@ def check_gradients(
     def budget_of(name: str) -> float:
         return max(2 * checked.allowance * noises.get(name, 0.0), relative * norms.get(name, 0.0), least, 1e-300)
 
-    def excess(name: str) -> float:
-        return errors[name] / budget_of(name) if isfinite(errors[name]) else inf
-
-    nearest = max(errors, key=excess)
+    non_finite = [name for name, error in errors.items() if not isfinite(error)]  # the last is nearest to the cause
+    nearest = non_finite[-1] if non_finite else max(errors, key=lambda name: errors[name] / budget_of(name))
     norm = norms.get(nearest) or errors[nearest] or 1.0
     error, budget = errors[nearest] / norm, budget_of(nearest) / norm
+    difference = f"differs from the baseline by {error:.0e} of its norm; rounding explains {budget:.0e}; {ADVICE}"
+    if non_finite:
+        difference = "is NaN or Inf, shared or in the baseline"
     rollouts = ", ".join(str(int(batch.indices[n])) for batch, n in compared)
-    reason = (
-        f"the gradient of {nearest} for rollouts {rollouts} differs from the baseline by {error:.0e} of its norm; "
-        f"rounding explains {budget:.0e}; {ADVICE}"
-    )
+    reason = f"the gradient of {nearest} for rollouts {rollouts} {difference}"
     checked.settle(not error <= budget, lambda: reason)
     return error, budget
 
