@@ -1,20 +1,21 @@
-"""Rollouts of chats: transcripts with roles, tool calls and tool results, through a tokenizer's chat template.
+"""Transcripts of chats -> rollouts, with roles, tool calls and tool results, through a tokenizer's chat template.
 
-Where an assistant's turn begins and ends is found by rendering the messages before it, and those up to it, and
-comparing token ids: a template needs no marks for it, and one that cannot be cut so is refused. Trained is what the
-model itself would have generated, from behind the generation prompt to the token that ends the turn.
+The begin and end of an assistant turn are found by rendering the messages before it, and those up to it, and comparing
+token ids. So the template needs no {% generation %} markers, and a template that cannot be cut in this way is refused.
+The loss covers what the model itself would have generated: from the end of the generation prompt to the token that ends
+the turn.
 
-Departs from TRL, which has its templates patched with `{% generation %}`, or with a copy that keeps earlier reasoning:
+Departs from TRL, which patches templates with {% generation %} or replaces them by a copy that keeps earlier reasoning:
 here the template is the tokenizer's own, and one that rewrites earlier turns is used turn by turn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,31 +25,31 @@ from torch.nn.utils.rnn import pad_sequence
 from flexpg.rollouts import Rollouts
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-LARGEST_REWARD = torch.finfo(torch.float32).max
 
 Message = dict[str, Any]
-Render = Callable[[list[Message], bool], np.ndarray]  # messages, with a generation prompt behind them? -> [T] token ids
+Render = Callable[[list[Message], bool], np.ndarray]  # messages, whether to add a generation prompt -> [T] token ids
+MaskedSequence = tuple[np.ndarray, np.ndarray]  # [T] int64 token ids, [T] bool, True for tokens in the loss
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a tokenizer; those of transformers have it."""
+    """The part of a tokenizer of transformers that is used."""
 
     eos_token_id: int | None
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The token ids of the messages, a list of ints with `tokenize=True` and `return_dict=False`."""
+        """Return the token ids of messages, a list of ints with `tokenize=True` and `return_dict=False`."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One transcript and what it was worth.
+    """A transcript and its reward.
 
     Attributes:
-        messages: dicts with a "role" (system, developer, user, assistant or tool) and "content", "tool_calls" or both,
+        messages: Dicts with a "role" (system, developer, user, assistant or tool) and "content", "tool_calls" or both,
             as the chat template takes them; see `template_messages` for those of an API.
-        reward: of the whole conversation; see `is_reward`.
-        task: equal where conversations are trials of the same task, and so are compared with each other.
-        tools: JSON schemas of the tools, which the template shows to the model; None where there are none.
+        reward: Of the whole conversation.
+        task: Equal for trials of the same task, which are compared with each other.
+        tools: JSON schemas of the tools, which the template shows to the model; None if there are none.
     """
 
     messages: list[Message]
@@ -59,7 +60,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Turn:
-    """An assistant's turn behind its history: `tokens[start:]` are what the model would have generated."""
+    """An assistant turn after its history; the model would have generated `tokens[start:]`."""
 
     message: int
     tokens: np.ndarray  # [T]
@@ -74,211 +75,103 @@ def conversation_rollouts(
     stop_tokens: Sequence[int] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[Rollouts, Tensor]:
-    """Every conversation as a rollout, or every assistant's turn, with nothing trained but what the assistant wrote.
+    """Turn every conversation, or every assistant turn, into a rollout whose loss covers only assistant tokens.
 
-    Whole, a rollout's prompt is all up to and including the generation prompt of the first assistant message, and its
-    completion the rest, to the end of the last assistant message; what follows is cut off, as nothing trained sees it.
-    The loss mask is False on users' turns, on tool results and on what the template puts between turns.
+    One per conversation: the prompt ends with the generation prompt of the first assistant message, the completion with
+    the last assistant message; what follows is cut off. The loss mask is False for user messages, tool results and what
+    the template writes between turns.
 
-    Turn by turn, a rollout's prompt is the history as the model saw it, generation prompt included, and its completion
-    that turn alone. Rollouts of a conversation all have its reward. Their histories are prefixes of one another, so a
-    tree holds them in little more than the conversation itself.
+    One per turn: the prompt is the history as the model saw it, generation prompt included, and the completion is that
+    turn. All turns of a conversation have its reward. Their histories are prefixes of one another, so a prefix tree
+    stores them in little more than the conversation itself.
 
-    A turn ends with the last stop token in it, itself included; with no stop token in it, all its tokens count. An
-    equal id in a user's text ends nothing. Rollouts of equal prompts share a group: that is what `Rollouts.group_ids`
-    means. Rewards are compared within a task instead, whose trials rarely have equal prompts:
+    A turn ends with its last stop token, which is in the loss; without a stop token, all its tokens are. The same id in
+    a user's text ends nothing. Rollouts with equal prompts share a group. Trials of a task rarely have equal prompts,
+    so compare rewards within a task instead:
 
         rollouts, conversation = conversation_rollouts(conversations, tokenizer)
         task = torch.tensor([each.task for each in conversations])
-        advantages = group_advantages(rollouts.rewards, task[conversation])
+        advantages = group_advantages(rollouts, group_ids=task[conversation])
 
-    Turn by turn, that counts a conversation in the mean of its task as often as it has turns; to count each once, take
-    the advantages of the conversations, [len(conversations)], and of these `[conversation]`.
+    Turn by turn, a conversation then counts in the mean of its task once per turn.
 
-    Tokens are what the template and the tokenizer make of the text, not always what a sampler drew: a text has many
-    tokenisations. On-policy training, with `old_logprobs` of a sampler, should keep the sampled ids and make `Rollouts`
-    of them.
+    Token ids are what the template and the tokenizer make of the text, which may differ from what a sampler drew. For
+    on-policy training with the sampler's log-probabilities, keep the sampled ids and build `Rollouts` from them.
 
     Args:
-        conversations: at least one, each with an assistant message.
-        tokenizer: its `apply_chat_template(messages, tools=..., tokenize=True, add_generation_prompt=..., return_dict=
-            False)` gives token ids.
-        per_turn: one rollout for each assistant message, in order, instead of one for each conversation.
-        stop_tokens: ids that end an assistant's turn; None for the tokenizer's `eos_token_id`.
-        template_options: more of the template's own, such as {"enable_thinking": False}.
+        conversations: Each with at least one assistant message.
+        tokenizer: Its `apply_chat_template(messages, tools=..., tokenize=True, add_generation_prompt=...,
+            return_dict=False)` returns token ids.
+        per_turn: Return one rollout per assistant message, in order, instead of one per conversation.
+        stop_tokens: Ids that end an assistant turn; None for the tokenizer's `eos_token_id`.
+        template_options: Further options of the template, such as {"enable_thinking": False}.
 
     Returns:
-        The rollouts on the CPU, and [N] int64, the number of the conversation that each comes from.
+        The rollouts on the CPU, and [N] int64, the index of the conversation that each is from.
 
     Raises:
-        TypeError: something other than conversations with lists of messages, or a tokenizer that gives no token ids.
-        ValueError: a conversation without an assistant message, a message without a known role or any content, a
-            reward that is not finite, or a template that cannot be cut into turns; with the numbers of conversation
-            and message.
-        Exception: whatever the template itself raises, with a note that names the conversation.
+        ValueError: If a conversation has no assistant message, a message has an unknown role or no content, a reward is
+            not finite, or the template cannot be cut into turns.
+        Exception: What the template raises, with a note that names the conversation.
     """
-    if not isinstance(conversations, Sized):  # a data set has a length and no more of a Sequence
-        raise TypeError(f"conversations is a {type(conversations).__name__}; give a list of them")
-    if not len(conversations):
-        raise ValueError("no conversation came; give at least one")
-    if stop_tokens is None:
-        stop_tokens = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    sequences, origin = [], []
+    sequences: list[MaskedSequence] = []
+    origin: list[int] = []
     for i, conversation in enumerate(conversations):
-        where = f"conversation {i} of {len(conversations)}"
-        _check(where, conversation)
-        render = _renderer(where, tokenizer, conversation.tools, template_options or {})
-        turns = [
-            _turn(where, render, conversation.messages, j, stop_tokens)
-            for j, message in enumerate(conversation.messages)
-            if message["role"] == "assistant"
-        ]
-        own = [_trained(turn.tokens, [turn]) for turn in turns] if per_turn else [_whole(where, turns)]
-        sequences += own
-        origin += [i] * len(own)
-    return _rollouts(sequences, [conversations[i].reward for i in origin]), torch.tensor(origin)
-
-
-def template_messages(messages: list[Message]) -> list[Message]:
-    """Messages as OpenAI's API writes them, in the form that most chat templates take.
-
-    There, a tool call's arguments are JSON in a string, which a template that writes JSON would quote once more; here,
-    they are what that string holds. A content of None, or none at all, becomes "". Nothing else changes, and `messages`
-    stays as it was.
-
-    >>> call = {"function": {"name": "cancel", "arguments": '{"id": "ZFA04Y"}'}}
-    >>> template_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
-    [{'function': {'name': 'cancel', 'arguments': {'id': 'ZFA04Y'}}}]
-
-    Raises:
-        TypeError: `messages` is not a list.
-        ValueError: a message that is none, or arguments that are not JSON; with the message's number.
-    """
-    _check_messages("", messages)
-    return [
-        message
-        | ({"content": ""} if message.get("content") is None else {})
-        | ({"tool_calls": _parsed_calls(j, message["tool_calls"])} if message.get("tool_calls") else {})
-        for j, message in enumerate(messages)
-    ]
-
-
-def is_reward(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that float32 holds, as rewards are kept in it: neither infinite nor NaN, and no bool.
-
-    >>> [is_reward(value) for value in (0, -1.5, 10**400, 1e39, float("nan"), True, None)]
-    [True, True, False, False, False, False, False]
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    return bool(-LARGEST_REWARD <= value <= LARGEST_REWARD)
-
-
-def _parsed_calls(j: int, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    parsed = []
-    for call in calls:
         try:
-            function = call["function"]
-            arguments = function["arguments"]
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"message {j} has the tool call {str(call)[:80]!r}; one is {{'function': {{'name', 'arguments'}}}}"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"message {j} calls a tool with arguments that are not JSON: {error}") from error
-        parsed.append(call | {"function": function | {"arguments": arguments}})
-    return parsed
-
-
-def _renderer(
-    where: str, tokenizer: ChatTokenizer, tools: list[dict[str, Any]] | None, options: Mapping[str, Any]
-) -> Render:
-    def render(messages: list[Message], add_generation_prompt: bool) -> np.ndarray:
-        try:
-            ids = tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=True,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
-                **options,
+            own = conversation_sequences(
+                conversation, tokenizer, per_turn=per_turn, stop_tokens=stop_tokens, template_options=template_options
             )
         except Exception as error:
-            error.add_note(f"{where}: the tokenizer's chat template was given its messages 0 to {len(messages) - 1}")
+            error.add_note(f"in conversation {i} of {len(conversations)}")
             raise
-        tokens = np.asarray(ids if len(ids) else np.empty(0, dtype=np.int64))
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise TypeError(f"{where}: the tokenizer's apply_chat_template gave {str(ids)[:40]!r}; give a list of ints")
-        return tokens.astype(np.int64)
-
-    return render
+        sequences += own
+        origin += [i] * len(own)
+    return rollouts_from_masked(sequences, [conversations[i].reward for i in origin]), torch.tensor(origin)
 
 
-def _turn(where: str, render: Render, messages: list[Message], j: int, stop_tokens: Sequence[int]) -> _Turn:
-    """Message j behind the messages before it, cut behind its last stop token."""
-    through = render(messages[: j + 1], False)
-    history = render(messages[:j], True) if j else _first_prompt(render, messages, through)
-    if not _begins_with(through, history):
-        raise ValueError(
-            f"{where}, message {j}: the template does not render it as its generation prompt and what follows, token "
-            f"by token{'' if j else ' and once'}, so where it begins is unknown; use a template that writes both "
-            "alike, or other template_options"
+def conversation_sequences(
+    conversation: Conversation,
+    tokenizer: ChatTokenizer,
+    *,
+    per_turn: bool = False,
+    stop_tokens: Sequence[int] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[MaskedSequence]:
+    """Return the sequences of one conversation and their loss masks; see `conversation_rollouts`."""
+    messages = conversation.messages
+    _check_messages(messages)
+    if stop_tokens is None:
+        stop_tokens = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def render(part: list[Message], add_generation_prompt: bool) -> np.ndarray:
+        ids = tokenizer.apply_chat_template(
+            part,
+            tools=conversation.tools,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+            **(template_options or {}),
         )
-    start = len(history)
-    if not start:
-        raise ValueError(f"{where}, message {j}: no token stands before it; put a system or user message in front")
-    if start == len(through):
-        raise ValueError(f"{where}, message {j} has no token, as the template renders it; drop the message")
-    stops = np.flatnonzero(np.isin(through[start:], stop_tokens))
-    return _Turn(j, through[: start + stops[-1] + 1] if len(stops) else through, start)
+        return np.asarray(ids, dtype=np.int64)
+
+    turns = [_turn(render, messages, j, stop_tokens) for j, own in enumerate(messages) if own["role"] == "assistant"]
+    if not turns:
+        raise ValueError("messages must have one of role assistant, or nothing is in the loss; drop the conversation")
+    if per_turn:
+        return [_masked(turn.tokens, [turn]) for turn in turns]
+    _check_history(turns)
+    return [_masked(turns[-1].tokens, turns)]
 
 
-def _first_prompt(render: Render, messages: list[Message], through: np.ndarray) -> np.ndarray:
-    """What stands before an assistant message that opens the conversation, its generation prompt included.
+def rollouts_from_masked(sequences: Sequence[MaskedSequence], rewards: Sequence[float]) -> Rollouts:
+    """Build rollouts from sequences whose prompt is what precedes the first token in the loss.
 
-    Templates cannot render no message. But what a generation prompt adds behind the message stands before it as well,
-    maybe behind a default system prompt. Where it stands more than once, which of them begins the message is unknown.
+    Rollouts with equal prompts share a group.
+
+    Args:
+        sequences: N pairs of token ids [T] and loss mask [T].
+        rewards: N rewards.
     """
-    added = render(messages[:1], True)[len(through) :]
-    if not len(added):
-        return added
-    stops = [
-        stop for stop in range(len(added), len(through) + 1) if np.array_equal(through[stop - len(added) : stop], added)
-    ]
-    return through[: stops[0]] if len(stops) == 1 else np.append(through, -1)  # -1: no beginning of `through`
-
-
-def _whole(where: str, turns: list[_Turn]) -> tuple[np.ndarray, np.ndarray]:
-    """[T] tokens of the last turn and its history, and [T] bool, True in every turn.
-
-    Raises:
-        ValueError: a turn's tokens are no beginning of the next one's history.
-    """
-    for earlier, later in pairwise(turns):
-        if not _begins_with(later.tokens[: later.start], earlier.tokens):
-            raise ValueError(
-                f"{where}, message {earlier.message}: its tokens, or those before them, are others once message "
-                f"{later.message} follows, as with templates that drop the reasoning of earlier turns; one sequence "
-                "cannot hold both, but per_turn=True makes a rollout of each turn with the history that it saw"
-            )
-    return _trained(turns[-1].tokens, turns)
-
-
-def _trained(tokens: np.ndarray, turns: list[_Turn]) -> tuple[np.ndarray, np.ndarray]:
-    trained = np.zeros(len(tokens), dtype=bool)
-    for turn in turns:
-        trained[turn.start : len(turn.tokens)] = True
-    return tokens, trained
-
-
-def _begins_with(tokens: np.ndarray, prefix: np.ndarray) -> bool:
-    return np.array_equal(tokens[: len(prefix)], prefix)
-
-
-def _rollouts(sequences: list[tuple[np.ndarray, np.ndarray]], rewards: list[float]) -> Rollouts:
-    """Rollouts of (tokens, trained) sequences: the prompt is what stands before the first trained token."""
     group_of: dict[bytes, int] = {}  # by the prompt's tokens
     prompts: list[Tensor] = []
     completions, masks, group_ids = [], [], []
@@ -296,32 +189,107 @@ def _rollouts(sequences: list[tuple[np.ndarray, np.ndarray]], rewards: list[floa
         completions=completions,
         group_ids=torch.tensor(group_ids),
         rewards=torch.tensor(rewards, dtype=torch.float32),
-        loss_mask=pad_sequence(masks, batch_first=True),  # [N, C], False beyond a completion
+        loss_mask=pad_sequence(masks, batch_first=True),  # [N, C]
     )
 
 
-def _check(where: str, conversation: object) -> None:
-    if not isinstance(conversation, Conversation):
-        raise TypeError(f"{where} is a {type(conversation).__name__}; make it Conversation(messages, reward, task)")
-    _check_messages(f"{where}, ", conversation.messages)
-    if not any(message["role"] == "assistant" for message in conversation.messages):
-        raise ValueError(f"{where} has no assistant message, so nothing to train; drop it")
-    if not is_reward(conversation.reward):
-        raise ValueError(f"{where} has reward {repr(conversation.reward)[:40]}; drop it or give a finite number")
+def template_messages(messages: list[Message]) -> list[Message]:
+    """Convert messages of OpenAI's API to the form that most chat templates take; `messages` do not change.
+
+    In the API, the arguments of a tool call are a string of JSON, which a template that writes JSON would quote again;
+    they are parsed. A content of None, or none at all, becomes "".
+
+    >>> call = {"function": {"name": "cancel", "arguments": '{"id": "ZFA04Y"}'}}
+    >>> template_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
+    [{'function': {'name': 'cancel', 'arguments': {'id': 'ZFA04Y'}}}]
+
+    Raises:
+        ValueError: If arguments are not JSON.
+    """
+    _check_messages(messages)
+    return [
+        message
+        | ({"content": ""} if message.get("content") is None else {})
+        | (
+            {"tool_calls": [_parse_call(j, call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else {}
+        )
+        for j, message in enumerate(messages)
+    ]
 
 
-def _check_messages(where: str, messages: object) -> None:
-    if not isinstance(messages, list):
-        raise TypeError(f"{where}messages: a {type(messages).__name__} came; give a list of dicts")
+def _parse_call(j: int, call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(f"messages[{j}]: the arguments of a tool call must be JSON: {error}") from error
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _turn(render: Render, messages: list[Message], j: int, stop_tokens: Sequence[int]) -> _Turn:
+    """Return message j after the messages before it, cut after its last stop token."""
+    through = render(messages[: j + 1], False)
+    history = render(messages[:j], True) if j else _first_prompt(render, messages, through)
+    if not _begins_with(through, history):
+        raise ValueError(
+            f"messages[{j}]: the template does not render it as its generation prompt and what follows, token by "
+            f"token{'' if j else ' and once'}, so where it begins is unknown; use a template that writes both alike, "
+            "or other template_options"
+        )
+    start = len(history)
+    if not start:
+        raise ValueError(f"messages[{j}] must have a token before it; put a system or user message in front")
+    if start == len(through):
+        raise ValueError(f"messages[{j}] must have a token as the template renders it; drop the message")
+    stops = np.flatnonzero(np.isin(through[start:], stop_tokens))
+    return _Turn(j, through[: start + stops[-1] + 1] if len(stops) else through, start)
+
+
+def _first_prompt(render: Render, messages: list[Message], through: np.ndarray) -> np.ndarray:
+    """Return what precedes an assistant message that opens the conversation, its generation prompt included.
+
+    Templates cannot render an empty list of messages. But what a generation prompt adds after the message also precedes
+    it, possibly after a default system prompt. If it occurs more than once, where the message begins is unknown.
+    """
+    added = render(messages[:1], True)[len(through) :]
+    if not len(added):
+        return added
+    stops = [
+        stop for stop in range(len(added), len(through) + 1) if np.array_equal(through[stop - len(added) : stop], added)
+    ]
+    return through[: stops[0]] if len(stops) == 1 else np.append(through, -1)  # -1: `through` does not begin with it
+
+
+def _check_history(turns: Sequence[_Turn]) -> None:
+    """Refuse turns whose tokens change once a later message follows."""
+    for earlier, later in pairwise(turns):
+        if not _begins_with(later.tokens[: later.start], earlier.tokens):
+            raise ValueError(
+                f"messages[{earlier.message}]: its tokens, or those before them, change once messages[{later.message}] "
+                "follows, as with templates that drop the reasoning of earlier turns; one sequence cannot hold both, "
+                "but per_turn=True returns a rollout of each turn with the history that it saw"
+            )
+
+
+def _masked(tokens: np.ndarray, turns: Sequence[_Turn]) -> MaskedSequence:
+    trained = np.zeros(len(tokens), dtype=bool)
+    for turn in turns:
+        trained[turn.start : len(turn.tokens)] = True
+    return tokens, trained
+
+
+def _begins_with(tokens: np.ndarray, prefix: np.ndarray) -> bool:
+    return np.array_equal(tokens[: len(prefix)], prefix)
+
+
+def _check_messages(messages: list[Message]) -> None:
+    """Refuse messages that a template would silently leave out."""
     for j, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}message {j} is a {type(message).__name__}; give a dict with role and content")
-        if "role" not in message:
-            raise ValueError(f"{where}message {j} has no role but {list(message)}; give it one of {', '.join(ROLES)}")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{where}message {j} has role {message['role']!r}; known are {', '.join(ROLES)}")
-        calls = message.get("tool_calls")
-        if calls is not None and not isinstance(calls, list | tuple):
-            raise ValueError(f"{where}message {j} has tool_calls {str(calls)[:40]!r}; give a list of calls")
-        if "content" not in message and not calls:
-            raise ValueError(f"{where}message {j} has neither content nor tool_calls; give it one, or drop it")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"messages[{j}] must have a role of {', '.join(ROLES)}, got {message.get('role')!r}")
+        if "content" not in message and not message.get("tool_calls"):
+            raise ValueError(f"messages[{j}] must have content or tool_calls, got {list(message)}")

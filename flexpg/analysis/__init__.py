@@ -1,1 +1,1 @@
-"""Cost model, reports and plots; imported by reports and benchmarks."""
+"""Reports and figures of what sharing prefixes saves; `import flexpg` does not import it."""

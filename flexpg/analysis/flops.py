@@ -1,82 +1,24 @@
-"""What a packed row costs, and what its sequences would cost unshared: tokens, pairs, FLOPs and bytes."""
+"""Floating-point operations and activation memory of an update, from its tokens and visible pairs.
+
+`tree.num_tokens` and `tree.num_pairs` are those of a packed sequence, `tree.baseline_tokens` and `tree.baseline_pairs`
+those of the baseline, `packing.encoded_work` those of micro-batches.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexpg.rollouts import Rollouts, checked_rollouts
-from flexpg.tree import PrefixTree, checked_tree
+import torch
+from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of one forward, padding left out.
-
-    Attributes:
-        tokens: through every linear layer.
-        attention_pairs: query-key pairs that are visible, in every layer and head.
-    """
-
-    tokens: int
-    attention_pairs: int
-
-    def __add__(self, other: Cost) -> Cost:
-        """Both after one another."""
-        return Cost(self.tokens + other.tokens, self.attention_pairs + other.attention_pairs)
-
-    def __sub__(self, other: Cost) -> Cost:
-        """The first without the second, which it holds."""
-        return Cost(self.tokens - other.tokens, self.attention_pairs - other.attention_pairs)
-
-
-def causal_cost(length: int) -> Cost:
-    """One sequence under a causal mask."""
-    return Cost(length, length * (length + 1) // 2)
-
-
-def shared_cost(tree: PrefixTree) -> Cost:
-    """The packed row: every token once, each with itself and its ancestors.
-
-    >>> shared_cost(PrefixTree.from_lengths([3], [[1, 1]]))
-    Cost(tokens=5, attention_pairs=14)
-
-    Raises:
-        TypeError: a tree that is none.
-    """
-    checked_tree(tree)
-    return Cost(tree.num_tokens, int((tree.position_ids[: tree.num_tokens] + 1).sum()))
-
-
-def group_cost(rollouts: Rollouts) -> Cost:
-    """Every prompt once and every completion in full, even where completions begin alike and a tree merges them.
-
-    Raises:
-        TypeError: something other than rollouts.
-    """
-    suffix_lens: list[list[int]] = [[] for _ in checked_rollouts(rollouts).prompts]
-    for group, completion in zip(rollouts.group_ids.tolist(), rollouts.completions, strict=True):
-        suffix_lens[group].append(len(completion))
-    return shared_cost(PrefixTree.from_lengths([len(prompt) for prompt in rollouts.prompts], suffix_lens))
-
-
-def dense_cost(tree: PrefixTree) -> Cost:
-    """The tree's sequences, each on its own under a causal mask.
-
-    >>> dense_cost(PrefixTree.from_lengths([3], [[1, 1]]))
-    Cost(tokens=8, attention_pairs=20)
-
-    Raises:
-        TypeError: a tree that is none.
-    """
-    checked_tree(tree)
-    return Cost(int(tree.lengths.sum()), int((tree.lengths * (tree.lengths + 1) // 2).sum()))
+from flexpg.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a decoder's work depends on; `shape_of` in `flexpg.integrations.*_shape` reads it off a model.
+    """What the work of a decoder depends on; `shape_of` in `flexpg.analysis.*_shape` reads it from a model.
 
-    The fields with defaults are for a Llama: nothing of them has to be given for one.
+    The fields with defaults describe a Llama of which every parameter is trained.
 
     Attributes:
         num_layers: L.
@@ -84,16 +26,22 @@ class ModelShape:
         num_heads: Hq, query heads.
         num_kv_heads: Hkv, key/value heads.
         head_dim: D.
-        intermediate_dim: I, of the MLP; with experts, of all together that a token goes through.
+        intermediate_dim: I, of the MLP; with experts, the sum over those that a token is routed to.
         vocab_size: V, rows of the output layer.
-        layer_weights: entries of the matrices of a layer that a token is multiplied with, mean over layers.
-        last_weights: those of them in the layer's last matrix, if the backward needs nothing that comes after it: then
-            torch's checkpoint (without reentry) stops before it, and does not compute it again. 0 where it does.
-        mlp_tensors: of width I, that the MLP keeps for its backward: 4 of down(act(gate(x)) * up(x)), 2 of
-            down(act(up(x))), and more where the activation function is written out in Python.
-        norms: norms of width E in a layer.
-        has_qk_norm: queries and keys are normed.
-        experts_per_token: experts that a token goes through; 0 where the MLP is one.
+        layer_weights: Entries of the matrices of a layer that a token is multiplied with, adapters included; the mean
+            over layers.
+        last_weights: Entries of the layer's last matrix, if torch's checkpoint (not reentrant) does not recompute it,
+            because the backward needs nothing that is computed after it; else 0.
+        mlp_tensors: Tensors of width I that the MLP keeps for its backward: 4 for down(act(gate(x)) * up(x)), 2 for
+            down(act(up(x))), more if the activation function is written out in Python, one less if down is frozen.
+        norms: Norms of width E in a layer.
+        has_qk_norm: Whether queries and keys are normalized.
+        experts_per_token: Experts that a token is routed to; 0 for an MLP without experts.
+        frozen_weights: Entries of `layer_weights` that are not trained (LoRA's base matrices); the mean over layers.
+        first_inputs: Entries of the first layer's matrices whose input needs no gradient, because neither the
+            embeddings nor any matrix before them is trained.
+        is_output_frozen: Whether the output layer is not trained.
+        output_adapters: Entries of the output layer's adapters.
     """
 
     num_layers: int
@@ -109,6 +57,10 @@ class ModelShape:
     norms: int = 2
     has_qk_norm: bool = False
     experts_per_token: int = 0
+    frozen_weights: int = 0
+    first_inputs: int = 0
+    is_output_frozen: bool = False
+    output_adapters: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,9 +68,9 @@ class Flops:
     """Floating-point operations; a multiplication and an addition are two.
 
     Attributes:
-        linear: of the layers' matrices.
-        attention: of QK^T and PV, for visible pairs alone.
-        output: of the logits.
+        linear: Of the layers' matrices.
+        attention: Of QK^T and PV, for visible pairs only.
+        output: Of the logits.
     """
 
     linear: int
@@ -127,53 +79,50 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.linear + self.attention + self.output
 
 
 def update_flops(
-    cost: Cost,
-    predicted: int,
+    num_tokens: int,
+    num_pairs: int,
+    num_loss_tokens: int,
     shape: ModelShape,
     *,
     activation_checkpointing: bool = False,
-    recomputed_output: bool = True,
+    recompute_output: bool = True,
 ) -> Flops:
-    """FLOPs of one forward and backward in which every parameter is trained.
+    """Count the FLOPs of one forward and backward.
 
-    A matrix of n entries takes 2 n per token, and in the backward 2 n for the gradient of its input and 2 n for its
-    own. A visible pair takes 4 D per layer and head (QK^T and PV), and twice that in the backward. What flash kernels
-    compute again in theirs, the scores, is not counted, nor are norms, activation functions, softmax and the optimizer.
-    Padding is left out: for a GPU's kernels a row is padded to a multiple of 128 tokens, at least 256.
+    A matrix of n entries takes 2 n per token in the forward, 2 n for the gradient of its input and, if it is trained,
+    2 n for its own gradient. A visible pair takes 4 D per layer and head (QK^T and PV), and twice that in the backward.
+    The scores that flash kernels recompute in their backward are not counted, nor are norms, activation functions,
+    softmax, the optimizer and padding.
 
     Args:
-        cost: of the row, or of its sequences unshared.
-        predicted: trained completion tokens, whose logits are made.
-        shape: of the model.
-        activation_checkpointing: each layer's forward is computed again in the backward (without reentry).
-        recomputed_output: logits are made again in the backward, as `token_logprobs` does.
+        num_tokens: Tokens that are encoded.
+        num_pairs: Visible query-key pairs.
+        num_loss_tokens: Completion tokens whose logits are computed.
+        shape: The model.
+        activation_checkpointing: Each layer's forward is recomputed in the backward (not reentrant).
+        recompute_output: Logits are recomputed in the backward, as `token_logprobs` does.
 
     >>> shape = ModelShape(1, 8, 1, 1, 8, 16, vocab_size=10, layer_weights=4 * 8 * 8 + 3 * 8 * 16)
-    >>> update_flops(Cost(tokens=5, attention_pairs=14), 2, shape)
+    >>> update_flops(5, 14, 2, shape)
     Flops(linear=19200, attention=1344, output=1280)
     """
-    per_token = 6 * shape.layer_weights
-    passes = 3  # the forward, and the backward's two
+    per_token = shape.num_layers * (6 * shape.layer_weights - 2 * shape.frozen_weights) - 2 * shape.first_inputs
     if activation_checkpointing:
-        per_token += 2 * (shape.layer_weights - shape.last_weights)
-        passes += 1
-    per_pair = 4 * shape.head_dim * shape.num_heads * passes
-    per_logit = 2 * shape.embed_dim * (3 + recomputed_output)
-    return Flops(
-        linear=cost.tokens * shape.num_layers * per_token,
-        attention=cost.attention_pairs * shape.num_layers * per_pair,
-        output=predicted * shape.vocab_size * per_logit,
-    )
+        per_token += 2 * shape.num_layers * (shape.layer_weights - shape.last_weights)
+    per_pair = shape.num_layers * 4 * shape.head_dim * shape.num_heads * (4 if activation_checkpointing else 3)
+    output, adapters = shape.embed_dim * shape.vocab_size, shape.output_adapters
+    per_logits = 2 * (output + adapters) * (3 + recompute_output) - 2 * output * shape.is_output_frozen
+    return Flops(num_tokens * per_token, num_pairs * per_pair, num_loss_tokens * per_logits)
 
 
 def activation_bytes(
-    cost: Cost,
-    predicted: int,
+    num_tokens: int,
+    num_loss_tokens: int,
     shape: ModelShape,
     *,
     itemsize: int = 2,
@@ -181,53 +130,70 @@ def activation_bytes(
     chunk_tokens: int = 1024,
     expanded_kv: bool = False,
 ) -> int:
-    """Peak memory of one forward and backward, beyond parameters, gradients and optimizer state.
+    """Estimate the peak memory of one forward and backward, without parameters, gradients and optimizer state.
 
-    What the layers keep for their backward (`_kept_bytes`), and the larger of what the backward needs beside it:
+    It is what the layers keep for their backward (`_kept_bytes`), plus the larger of two working sets of the backward:
 
-    - at its beginning, a chunk of logits: themselves, their log_softmax, and a gradient of one of the two (with a
-      temperature other than 1 perhaps a copy more); the final norm's three tensors, and the rows predicted from;
-    - in the last layer's MLP: the gradients of its two factors and of the residual stream, and the hidden states.
+    - at its beginning, a chunk of logits: the logits, their log_softmax and a gradient of one of them (with a
+      temperature other than 1 possibly another copy); the final norm's three tensors, and the predicted rows;
+    - in the last layer's MLP, the gradients of its two factors and of the residual stream, and the hidden states.
 
-    With checkpointing a layer keeps its input alone, and the second needs one layer's tensors computed again.
+    With checkpointing, a layer keeps only its input, and the second working set includes one recomputed layer.
 
-    It is within 15 % of measured peaks on a CPU in float32, of models whose attention goes through flash kernels; in
-    bfloat16 it was up to 18 % too low. No GPU was at hand to compare with. It does not hold where attention is computed
-    densely (a softcap or a window on CPU), where layers are compiled (the compiler keeps less), or where gradients are
-    there already and a second one is made to be added.
+    The estimate is within 15 % of peaks measured on a CPU in float32 with flash attention, and up to 18 % too low in
+    bfloat16. No GPU was measured. It does not hold for dense attention (a softcap or a window on a CPU), for compiled
+    layers (which keep less), or if gradients exist already and new ones are added to them.
 
     Args:
-        cost: of the row, or of its sequences unshared.
-        predicted: trained completion tokens, whose logits are made.
-        shape: of the model.
-        itemsize: bytes of an entry: 2 for bfloat16, 4 for float32.
-        activation_checkpointing: a layer keeps its input alone.
-        chunk_tokens: positions whose logits exist at a time, as in `token_logprobs`.
-        expanded_kv: keys and values are copied for each query head, as torchtune's own attention does.
+        num_tokens: Tokens that are encoded.
+        num_loss_tokens: Completion tokens whose logits are computed.
+        shape: The model.
+        itemsize: Bytes per entry: 2 for bfloat16, 4 for float32.
+        activation_checkpointing: A layer keeps only its input.
+        chunk_tokens: Positions whose logits exist at a time, as in `token_logprobs`.
+        expanded_kv: Keys and values are copied for each query head, as torchtune's own attention does.
 
     >>> shape = ModelShape(1, 8, 1, 1, 8, 16, vocab_size=10, layer_weights=4 * 8 * 8 + 3 * 8 * 16)
-    >>> activation_bytes(Cost(tokens=5, attention_pairs=14), 2, shape, itemsize=4)
+    >>> activation_bytes(5, 2, shape, itemsize=4)
     3860
     """
     width, rounded = shape.embed_dim, max(itemsize, 4)  # norms, softmax and logsumexp are in float32 or better
     layer = _kept_bytes(shape, itemsize, expanded_kv)
     stored = shape.num_layers * (width * itemsize if activation_checkpointing else layer)
-    chunk = min(predicted, chunk_tokens) * shape.vocab_size * (itemsize + 2 * rounded)
-    if predicted > chunk_tokens:  # the output layer's gradient of one chunk waits for the next
-        chunk += width * shape.vocab_size * itemsize
-    chunk += predicted * width * itemsize
-    at_logits = cost.tokens * (rounded + 2 * itemsize) * width + chunk
-    in_mlp = cost.tokens * itemsize * (2 * shape.intermediate_dim + 2 * width)
+    chunk = min(num_loss_tokens, chunk_tokens) * shape.vocab_size * (itemsize + 2 * rounded)
+    if num_loss_tokens > chunk_tokens and not shape.is_output_frozen:
+        chunk += width * shape.vocab_size * itemsize  # the output layer's gradient of a chunk, to be added to the next
+    chunk += num_loss_tokens * width * itemsize
+    at_logits = num_tokens * (rounded + 2 * itemsize) * width + chunk
+    in_mlp = num_tokens * itemsize * (2 * shape.intermediate_dim + 2 * width)
     if activation_checkpointing:
-        in_mlp += cost.tokens * (layer - width * itemsize)
-    return cost.tokens * stored + max(at_logits, in_mlp)
+        in_mlp += num_tokens * (layer - width * itemsize)
+    return num_tokens * stored + max(at_logits, in_mlp)
+
+
+def prompts_once(rollouts: Rollouts) -> tuple[int, int]:
+    """Count tokens and visible pairs if only prompts are shared: every completion is encoded in full.
+
+    >>> rollouts = Rollouts.from_groups([[1, 2, 3]], [[[4], [4]]], rewards=[[0.0, 1.0]])
+    >>> prompts_once(rollouts), (rollouts.tree.num_tokens, rollouts.tree.num_pairs)
+    ((5, 14), (4, 10))
+    """
+    prompts = torch.tensor([len(prompt) for prompt in rollouts.prompts])  # [P]
+    lens, own = rollouts.prompt_lens, rollouts.completion_lens  # [N]
+    pairs = _causal_pairs(prompts).sum() + (_causal_pairs(lens + own) - _causal_pairs(lens)).sum().cpu()
+    return int(prompts.sum()) + int(own.sum()), int(pairs)
+
+
+def _causal_pairs(length: Tensor) -> Tensor:
+    return length * (length + 1) // 2
 
 
 def _kept_bytes(shape: ModelShape, itemsize: int, expanded_kv: bool) -> int:
-    """What a layer keeps of a token for its backward.
+    """Return the bytes that a layer keeps of a token for its backward.
 
-    A norm its input in float32, the normed and the scaled; attention q, k, v, output and logsumexp; a gated MLP the
-    two factors, the activation's result and the product; an expert moreover its copy of the input, and its output.
+    A norm keeps its input in float32, the normalized input and the output; attention q, k, v, its output and logsumexp;
+    a gated MLP its two factors, the result of the activation function and the product; an expert also its copy of the
+    input, and its output.
     """
     rounded = max(itemsize, 4)
     norms = shape.norms * shape.embed_dim * (rounded + 2 * itemsize)

@@ -1,52 +1,73 @@
-"""Configs and tokenizers of a checkpoint's folder: nothing is downloaded, and no weight is read."""
+"""The model and the tokenizer of a local folder: nothing is downloaded, and no weight is read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from flexpg.training.distributed import one_line
-
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-UNLIMITED = 10**30  # as transformers itself writes it
+UNLIMITED = 10**30  # as transformers writes it
 
 
-def local_config(path: Path) -> PretrainedConfig:
-    """The config of a checkpoint.
+def local_model(path: Path) -> nn.Module:
+    """Build the model of a checkpoint on the meta device, or a PEFT adapter on top of its base model.
 
     Args:
-        path: its folder, or the config.json in it.
+        path: A checkpoint's folder, its config.json, or an adapter's folder whose base model is a local folder.
 
     Raises:
-        OSError: there is none.
-        ValueError: one that transformers does not know, or cannot read.
+        FileNotFoundError: If there is no config.
     """
+    if (path / ADAPTER_CONFIG).is_file():
+        return _local_adapter(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():  # transformers would take the path for a name on the hub
-        raise FileNotFoundError(f"no file {file}; give a checkpoint's folder or its config.json")
+        raise FileNotFoundError(f"no file {file}; pass a checkpoint's folder or its config.json")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(file), local_files_only=True))
+
+
+def _local_adapter(folder: Path) -> nn.Module:
     try:
-        return AutoConfig.from_pretrained(str(file), local_files_only=True)
-    except Exception as error:  # each family checks its own fields, in its own way
-        raise ValueError(f"{file}: {one_line(error)}") from error
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"{error}; {folder} holds a PEFT adapter; run: pip install peft") from error
+    adapter = PeftConfig.from_pretrained(str(folder))
+    base = Path(adapter.base_model_name_or_path or "")
+    if not base.is_dir():
+        raise FileNotFoundError(
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG} must be a local folder, got {str(base)!r}; download "
+            "the base model and write its folder there"
+        )
+    adapter.inference_mode = False  # a saved adapter is frozen
+    with torch.device("meta"):
+        model: Any = local_model(base)
+        return get_peft_model(model, adapter)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds the files of a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+def tokenizer_folder(path: Path) -> Path | None:
+    """Return the folder of the tokenizer that belongs to a model: the checkpoint's, or an adapter's base model's."""
+    folder = path if path.is_dir() else path.parent
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return folder
+    if (folder / ADAPTER_CONFIG).is_file():
+        return tokenizer_folder(Path(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]))
+    return None
 
 
 def local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+    """Load the tokenizer of a folder.
 
     Raises:
-        OSError: there is no such folder.
-        ValueError: it holds none that transformers can load.
+        FileNotFoundError: If the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; give one that holds a tokenizer, or `bytes`")
-    try:
-        # Tokens are counted here, not run, so it need not warn of those beyond the model's context.
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)
-    except Exception as error:  # `tokenizers` raises nothing more precise
-        raise ValueError(f"{folder} holds no tokenizer that transformers loads: {one_line(error)}") from error
+        raise FileNotFoundError(f"no folder {folder}; pass one that holds a tokenizer, or `bytes`")
+    # Its tokens are only counted, so it need not warn about sequences beyond the model's context.
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)
