@@ -1,4 +1,11 @@
-"""The unshared way, slow and honest: every sequence alone. And the sequences and models that tests run on.
+"""The unshared baseline for torchtune models and attention, slow and easy to verify; and the tiny models of the tests.
+
+tiny_model(name, **changes)                          a torchtune model of BUILDERS
+in_float64(model)                                    the model in float64, norms and rotary embeddings included
+baseline_logprobs(model, sequences, prompt_lens)     [N, C], one sequence after the other
+baseline_attention(q, k, v, node, window, softcap)   attention of every sequence on its own
+random_sequences(rng, ...)                           sequences that share prefixes
+Operators()                                          counts operators and the tensors that they return
 
 Nothing here goes through flexpg: models are called module by module as torchtune wrote them, attention is torch's.
 """
@@ -6,6 +13,7 @@ Nothing here goes through flexpg: models are called module by module as torchtun
 from __future__ import annotations
 
 import random
+from collections import Counter
 from functools import partial
 
 import torch
@@ -35,7 +43,7 @@ BUILDERS = {
     "qwen2_tied": partial(qwen2, **SHAPE, tie_word_embeddings=True),
     "mistral": partial(mistral, **SHAPE),
     "phi3": partial(phi3, **SHAPE),
-    # A window shorter than the sequences, and softcaps that bend, as gemma2's own sizes would do nothing here.
+    # The window is shorter than the sequences and the softcaps bend; gemma2's own sizes would do nothing here.
     "gemma2": partial(
         gemma2, **SHAPE, head_dim=8, hidden_capping_value=2.0, final_capping_value=2.0, sliding_window_size=7
     ),
@@ -43,9 +51,9 @@ BUILDERS = {
 
 
 def tiny_model(name: str, seed: int = 0, **changes: int | bool) -> TransformerDecoder:
-    """A small torchtune model whose every parameter matters: no norm weight of 1, no LoRA matrix of 0.
+    """Build a torchtune model in which every parameter matters: no norm weight is 1 and no LoRA matrix is 0.
 
-    Its embeddings are small beside what attention adds, or a tied head would just repeat the last token.
+    Its embeddings are small compared to what attention adds, or a tied output layer would just repeat the last token.
     """
     torch.manual_seed(seed)
     model = BUILDERS[name](**changes)
@@ -71,7 +79,7 @@ class Float64RoPE(nn.Module):
 
 
 def in_float64(model: TransformerDecoder) -> TransformerDecoder:
-    """The model in float64 throughout: torchtune's RMSNorm and RoPE would compute in float32 all the same."""
+    """Convert a model to float64, with norms and rotary embeddings that do not round to float32 as torchtune's do."""
     model.double()
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -85,7 +93,7 @@ def in_float64(model: TransformerDecoder) -> TransformerDecoder:
 
 
 def baseline_hidden(model: TransformerDecoder, tokens: list[int]) -> Tensor:
-    """[T, E] hidden states of one sequence, by the model's own modules. Not model(...), which rounds to float32."""
+    """Compute [T, E] hidden states of one sequence. Not model(...), which would round logits to float32."""
     hidden = model.tok_embeddings(torch.tensor([tokens]))
     for layer in model.layers:
         hidden = layer(hidden)
@@ -93,7 +101,7 @@ def baseline_hidden(model: TransformerDecoder, tokens: list[int]) -> Tensor:
 
 
 def baseline_logprobs(model: TransformerDecoder, sequences: list[list[int]], prompt_lens: list[int]) -> Tensor:
-    """[N, C] log-probabilities of the completions, 0 beyond their length: one sequence after the other."""
+    """Compute [N, C] log-probabilities of the completions, 0 past their end: one sequence after the other."""
     rows = []
     for tokens, prompt_len in zip(sequences, prompt_lens, strict=True):
         scores = model.output(baseline_hidden(model, tokens)).log_softmax(-1)  # [T, V]
@@ -105,32 +113,32 @@ def baseline_logprobs(model: TransformerDecoder, sequences: list[list[int]], pro
 def baseline_attention(
     q: Tensor, k: Tensor, v: Tensor, node: Tensor, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """[1, Hq, S, D], each packed token's output from the first sequence that holds it; pads, which none holds, are 0.
+    """Compute [1, Hq, S, D], each packed token's output in the first sequence that has it; 0 at padding.
 
     Args:
         q: [1, Hq, S, D].
         k: [1, Hkv, S, D].
         v: [1, Hkv, S, D].
-        node: [N, T] packed index of token t of sequence n, -1 beyond its length.
-        window: tokens that a token sees at most, itself among them.
-        softcap: of the scores.
+        node: [N, T], the packed index of token t of sequence n; -1 past the end of the sequence.
+        window: Tokens that a token sees at most, itself included.
+        softcap: Of the scores.
     """
-    seen, rows, pieces = torch.zeros(q.shape[2], dtype=torch.bool), [], []
+    seen, indices, outputs = torch.zeros(q.shape[2], dtype=torch.bool), [], []
     for nodes in node:
         nodes = nodes[nodes >= 0]
         is_new = ~seen[nodes.cpu()]
         seen[nodes.cpu()] = True
-        alone = (x[:, :, nodes] for x in (q, k, v))
+        own = (x[:, :, nodes] for x in (q, k, v))
         if window is None and softcap is None:
-            out = F.scaled_dot_product_attention(*alone, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)
         else:
-            out = _written_out(*alone, window, softcap)
-        rows.append(nodes[is_new.to(nodes.device)])
-        pieces.append(out[:, :, is_new.to(nodes.device)])
-    return torch.zeros_like(q).index_copy(2, torch.cat(rows), torch.cat(pieces, 2))
+            out = _explicit_attention(*own, window, softcap)
+        indices.append(nodes[is_new.to(nodes.device)])
+        outputs.append(out[:, :, is_new.to(nodes.device)])
+    return torch.zeros_like(q).index_copy(2, torch.cat(indices), torch.cat(outputs, 2))
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if softcap is not None:
@@ -141,19 +149,26 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: f
     return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operator gives back."""
+class Operators(TorchDispatchMode):
+    """Count the operators that are not views, and the size of what they return."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes = self.largest = 0  # bytes of all tensors, elements of the largest
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)])
-        return result
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            self.calls[func.overloadpacket.__name__] += 1
+            self.bytes += sum(x.nbytes for x in tensors)
+            self.largest = max([self.largest, *(x.numel() for x in tensors)])
+        return out
 
 
 def random_sequences(rng: random.Random, count: int, longest_run: int, alphabet: int) -> list[list[int]]:
-    """Sequences that start as others do, equal them, are prefixes of them, or share nothing."""
+    """Draw sequences that start as others do, equal them, are prefixes of them, or share nothing."""
     sequences: list[list[int]] = []
     for _ in range(count):
         other = rng.choice(sequences) if sequences and rng.random() < 0.8 else []
@@ -164,5 +179,5 @@ def random_sequences(rng: random.Random, count: int, longest_run: int, alphabet:
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over the norm."""
+    """Return the norm of the difference divided by the norm."""
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,4 +1,4 @@
-"""grpo_loss against hand-computed values, a loop, TRL's own trainer and liger-kernel's fused loss."""
+"""grpo_loss compared with values by hand, a loop, TRL's own trainer and liger-kernel's fused loss."""
 
 import math
 from collections import defaultdict
@@ -8,60 +8,73 @@ from typing import get_args
 import pytest
 import torch
 
-from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss, loss_normalizer
+from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss
 
 LOSS_TYPES = get_args(LossType)
 LEVELS = get_args(ImportanceSamplingLevel)
 MAX_COMPLETION_LENGTH = 9
-# Wide enough apart that both clips are hit on both sides, and different, so that mixing them up shows.
+# Both clips are hit on both sides, and differ, so that mixing them up shows.
 OPTIONS = {"beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "max_completion_length": MAX_COMPLETION_LENGTH}
+each_level = pytest.mark.parametrize("level", LEVELS)
+each_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 
 
 def random_batch(num_rollouts=6, longest=7, dtype=torch.float64, seed=0):
-    """Off-policy inputs of grpo_loss: every rollout is trained somewhere, and tool tokens make holes in the mask."""
+    """Return off-policy inputs; every rollout has a loss token, and tool tokens make holes in the mask."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=dtype)
 
     lengths = torch.randint(1, longest + 1, (num_rollouts, 1), generator=generator)
-    mask = torch.arange(longest) < lengths
-    mask &= torch.rand(mask.shape, generator=generator) < 0.8
-    mask[:, 0] = True
+    loss_mask = torch.arange(longest) < lengths
+    loss_mask &= torch.rand(loss_mask.shape, generator=generator) < 0.8
+    loss_mask[:, 0] = True
     logprobs = -draw(num_rollouts, longest).abs()
     return {
         "logprobs": logprobs.requires_grad_(),
         "old_logprobs": logprobs.detach() + 0.3 * draw(num_rollouts, longest),
         "ref_logprobs": logprobs.detach() + 0.3 * draw(num_rollouts, longest),
         "advantages": draw(num_rollouts),
-        "mask": mask,
+        "loss_mask": loss_mask,
     }
 
 
 def rows(batch, start, stop):
-    """Rollouts `start` to `stop` of a batch, with a leaf of their own for the gradient."""
+    """Return rollouts `start` to `stop`, with a leaf of their own for the gradient."""
     part = {name: values if values is None else values[start:stop] for name, values in batch.items()}
     return part | {"logprobs": part["logprobs"].detach().requires_grad_()}
 
 
 def loss_and_grad(batch, **options):
-    batch = rows(batch, 0, len(batch["mask"]))
-    loss, _ = grpo_loss(**batch, **options)
+    batch = rows(batch, 0, len(batch["loss_mask"]))
+    loss = grpo_loss(**batch, **options)
     loss.backward()
     return loss.detach(), batch["logprobs"].grad
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------------
+def loss_and_metrics(batch, **options):
+    metrics = {}
+    return grpo_loss(**batch, **options, metrics=metrics), metrics
 
-# Rollout 0 has A = 2 and ratios 1.5 and 0.5; rollout 1 has A = -1 and one token of ratio 1.5. With epsilon 0.2:
+
+def totals(batch, loss_type):
+    """Return the total of a whole step that a loss type needs."""
+    if loss_type in ("grpo", "dr_grpo"):
+        return {"total_rollouts": len(batch["loss_mask"])}
+    return {"total_tokens": batch["loss_mask"].sum()}
+
+
+# By hand. Rollout 0 has A = 2 and ratios 1.5 and 0.5; rollout 1 has A = -1 and one token of ratio 1.5. Epsilon is 0.2:
 #   min(1.5 * 2, 1.2 * 2) = 2.4      min(0.5 * 2, 0.8 * 2) = 1.0      min(1.5 * -1, 1.2 * -1) = -1.5
 RATIOS = torch.tensor([[1.5, 0.5], [1.5, 99.0]], dtype=torch.float64)
 BY_HAND = {
     "logprobs": RATIOS.log() - 3,
     "old_logprobs": torch.full((2, 2), -3.0, dtype=torch.float64),
     "advantages": torch.tensor([2.0, -1.0], dtype=torch.float64),
-    "mask": torch.tensor([[True, True], [True, False]]),
+    "loss_mask": torch.tensor([[True, True], [True, False]]),
 }
+FLIPPED = BY_HAND | {"advantages": -BY_HAND["advantages"]}
 
 
 @pytest.mark.parametrize(
@@ -72,173 +85,161 @@ BY_HAND = {
         ("dapo", -(2.4 + 1.0 - 1.5) / 3),
         ("dr_grpo", -(2.4 + 1.0 - 1.5) / (2 * 4)),  # over 2 rollouts of at most 4 tokens
     ],
+    ids=["grpo", "bnpo", "dapo", "dr_grpo"],
 )
-def test_every_loss_type_is_what_a_hand_gets(loss_type, expected):
-    loss, metrics = grpo_loss(**BY_HAND, loss_type=loss_type, max_completion_length=4)
+def test_grpo_loss_by_hand(loss_type, expected):
+    loss, metrics = loss_and_metrics(BY_HAND, loss_type=loss_type, max_completion_length=4)
     assert loss.item() == pytest.approx(expected, rel=1e-14)
     assert metrics["ratio"].item() == pytest.approx(3.5 / 3)
     assert metrics["clip_high"].item() == pytest.approx(1 / 3)  # 1.5 with A = 2; not 1.5 with A = -1
     assert metrics["clip_low"].item() == 0  # 0.5 is low, but has A = 2
-    assert metrics["tokens"].item() == 3
 
 
-def test_clip_low_counts_low_ratios_of_bad_rollouts():
-    flipped = BY_HAND | {"advantages": -BY_HAND["advantages"]}
-    metrics = grpo_loss(**flipped)[1]
+def test_grpo_loss_clip_low_counts_low_ratios_of_bad_rollouts():
+    metrics = loss_and_metrics(FLIPPED)[1]
     assert metrics["clip_low"].item() == pytest.approx(1 / 3)
     assert metrics["clip_high"].item() == pytest.approx(1 / 3)  # now rollout 1's 1.5
 
 
-def test_kl_is_schulmans_k3():
+def test_grpo_loss_kl_is_k3():
     # The reference gives the token twice the probability: 2 - log 2 - 1 = 0.30685, and beta 0.5 adds half of it.
     batch = BY_HAND | {"old_logprobs": None, "ref_logprobs": BY_HAND["logprobs"] + math.log(2)}
-    without, watched = grpo_loss(**batch)
-    with_kl, metrics = grpo_loss(**batch, beta=0.5)
-    assert metrics["kl"].item() == pytest.approx(1 - math.log(2))
-    assert watched["kl"].item() == pytest.approx(1 - math.log(2))
+    without, monitored = loss_and_metrics(batch)
+    with_kl, metrics = loss_and_metrics(batch, beta=0.5)
+    assert metrics["kl"].item() == monitored["kl"].item() == pytest.approx(1 - math.log(2))
     assert (with_kl - without).item() == pytest.approx(0.5 * (1 - math.log(2)))
 
 
-def test_sequence_level_takes_the_geometric_mean_of_the_ratios():
+def test_grpo_loss_sequence_level_takes_the_geometric_mean():
     # Rollout 0: sqrt(1.5 * 0.5) = 0.8660 for both of its tokens. Rollout 1: 1.5. With A = 2 and -1: 2 * 1.7320 - 1.5.
-    loss, metrics = grpo_loss(**BY_HAND, importance_sampling_level="sequence")
+    loss, metrics = loss_and_metrics(BY_HAND, importance_sampling_level="sequence")
     assert loss.item() == pytest.approx(-(2 * 2 * math.sqrt(0.75) - 1.5) / 3)
     assert metrics["ratio"].item() == pytest.approx((2 * math.sqrt(0.75) + 1.5) / 3)
 
 
-def test_entropy_is_watched_and_not_trained():
-    entropies = torch.tensor([[1.0, 2.0], [6.0, math.nan]], requires_grad=True)
-    loss, metrics = grpo_loss(**BY_HAND, entropies=entropies)
-    assert metrics["entropy"].item() == 3.0
-    assert torch.equal(loss, grpo_loss(**BY_HAND)[0])
-    assert not loss.requires_grad
+# Gradients
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_step_downhill_raises_good_rollouts_and_lowers_bad_ones(level):
-    batch = BY_HAND | {"old_logprobs": None}
-    grad = loss_and_grad(batch, importance_sampling_level=level)[1]
-    # On the policy the ratio is 1 and its gradient too: -A / 3 tokens, and nothing where nothing is trained.
+@each_level
+def test_gradient_on_policy_raises_good_rollouts_and_lowers_bad_ones(level):
+    on_policy, flipped = BY_HAND | {"old_logprobs": None}, FLIPPED | {"old_logprobs": None}
+    grad = loss_and_grad(on_policy, importance_sampling_level=level)[1]
+    # The ratio is 1, and so is its derivative: -A / 3 tokens, and 0 where the mask is False.
     assert torch.allclose(grad, torch.tensor([[-2, -2], [1, 0]], dtype=torch.float64) / 3, rtol=1e-14, atol=0)
-    flipped = loss_and_grad(batch | {"advantages": -batch["advantages"]}, importance_sampling_level=level)[1]
-    assert torch.equal(flipped, -grad)
+    assert torch.equal(loss_and_grad(flipped, importance_sampling_level=level)[1], -grad)
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "flows"),
     [(1.3, 1.0, False), (0.7, 1.0, True), (1.3, -1.0, True), (0.7, -1.0, False), (1.1, 1.0, True), (0.9, -1.0, True)],
 )
-def test_the_clip_ends_the_gradient_on_the_side_that_went_too_far(ratio, advantage, flows):
+def test_gradient_is_clipped_on_the_side_that_went_too_far(ratio, advantage, flows):
     batch = {
         "logprobs": torch.tensor([[math.log(ratio)]]),
         "old_logprobs": torch.zeros(1, 1),
         "advantages": torch.tensor([advantage]),
-        "mask": torch.ones(1, 1, dtype=torch.bool),
+        "loss_mask": torch.ones(1, 1, dtype=torch.bool),
     }
-    grad = loss_and_grad(batch)[1].item()
-    assert grad == (pytest.approx(-advantage * ratio) if flows else 0)
+    assert loss_and_grad(batch)[1].item() == (pytest.approx(-advantage * ratio) if flows else 0)
 
 
-def test_epsilon_high_moves_the_upper_clip_alone():
-    grad = loss_and_grad(BY_HAND, epsilon_high=0.6)[1]
-    assert grad[0, 0] != 0  # 1.5 is now within reach
+@each_level
+@pytest.mark.parametrize(("ratio", "epsilon"), [(1.0, 0.0), (1.5, 0.5), (0.5, 0.5), (2.0, 1.0)])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_gradient_where_the_ratio_equals_the_clip_bound_is_full(ratio, epsilon, advantage, level):
+    # torch's minimum and clamp halve the gradient at a tie, or drop it, depending on the version.
+    old = -torch.tensor([[ratio]], dtype=torch.float64).log()
+    assert (-old).exp().item() == ratio  # without rounding
+    batch = {"logprobs": torch.zeros_like(old), "old_logprobs": old, "advantages": torch.tensor([advantage])}
+    batch["loss_mask"] = torch.ones(1, 1, dtype=torch.bool)
+    loss, grad = loss_and_grad(batch, epsilon=epsilon, importance_sampling_level=level)
+    assert (loss.item(), grad.item()) == (-advantage * ratio, -advantage * ratio)
+
+
+def test_epsilon_high_moves_only_the_upper_bound():
+    assert loss_and_grad(BY_HAND, epsilon_high=0.6)[1][0, 0] != 0  # 1.5 is inside now
     assert loss_and_grad(BY_HAND)[1][0, 0] == 0
-    low = BY_HAND | {"advantages": -BY_HAND["advantages"]}
-    assert loss_and_grad(low, epsilon_high=0.6)[1][0, 1] == 0  # 0.5 with A = -2 stays clipped
+    assert loss_and_grad(FLIPPED, epsilon_high=0.6)[1][0, 1] == 0  # 0.5 with A = -2 stays clipped
 
 
-def test_old_logprobs_are_constants():
-    policy = BY_HAND["logprobs"].clone().requires_grad_()
-    grpo_loss(policy, policy, BY_HAND["advantages"], BY_HAND["mask"])[0].backward()
+def test_gradient_flows_only_to_logprobs():
+    batch = random_batch()
+    leaves = {name: values.detach().requires_grad_() for name, values in batch.items() if name != "loss_mask"}
+    grpo_loss(**leaves, loss_mask=batch["loss_mask"], **OPTIONS).backward()
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == ["logprobs"]
+    policy = BY_HAND["logprobs"].clone().requires_grad_()  # the same tensor as policy and old policy
+    grpo_loss(policy, BY_HAND["advantages"], BY_HAND["loss_mask"], old_logprobs=policy).backward()
     assert torch.equal(policy.grad, loss_and_grad(BY_HAND | {"old_logprobs": None})[1])
 
 
-def test_a_gradient_flows_to_the_policy_alone():
+# Micro-batches
+
+
+@each_level
+@each_loss_type
+def test_micro_batches_with_totals_sum_to_the_steps_loss(loss_type, level):
     batch = random_batch()
-    leaves = {name: values.detach().requires_grad_() for name, values in batch.items() if name != "mask"}
-    loss, _ = grpo_loss(**leaves, mask=batch["mask"], **OPTIONS)
-    loss.backward()
-    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == ["logprobs"]
-
-
-# ---- micro-batches -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_micro_batches_sum_to_the_step(loss_type, level):
-    batch = random_batch()
+    batch["loss_mask"][3] = False  # a rollout without loss tokens counts as a rollout
     options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
     loss, grad = loss_and_grad(batch, **options)
-    cuts = [(0, 1), (1, 5), (5, 6)]
-    normalizer = loss_normalizer(batch["mask"], loss_type, MAX_COMPLETION_LENGTH)
-    parts = [loss_and_grad(rows(batch, *cut), **options, normalizer=normalizer) for cut in cuts]
+    parts = [
+        loss_and_grad(rows(batch, *cut), **options, **totals(batch, loss_type)) for cut in [(0, 1), (1, 5), (5, 6)]
+    ]
     assert torch.allclose(sum(part for part, _ in parts), loss, rtol=1e-13, atol=0)
     assert torch.allclose(torch.cat([grad for _, grad in parts]), grad, rtol=1e-13, atol=0)
-    # A plain mean over micro-batches, each with its own normalizer, is another loss.
-    means = [loss_and_grad(rows(batch, *cut), **options)[0] for cut in cuts]
-    assert not torch.allclose(sum(means) / len(cuts), loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_normalizers_of_micro_batches_sum_to_the_steps(loss_type):
-    mask = random_batch()["mask"]
-    mask[3] = False  # a rollout without a trained token counts as a rollout
-    expected = {"grpo": 6, "bnpo": mask.sum(), "dapo": mask.sum(), "dr_grpo": 6 * MAX_COMPLETION_LENGTH}[loss_type]
-    parts = [loss_normalizer(part, loss_type, MAX_COMPLETION_LENGTH) for part in mask.split(2)]
-    assert sum(parts) == expected == loss_normalizer(mask, loss_type, MAX_COMPLETION_LENGTH)
+@each_loss_type
+def test_the_total_of_another_loss_type_raises(loss_type):
+    wrong = {"total_tokens": 9} if loss_type in ("grpo", "dr_grpo") else {"total_rollouts": 9}
+    with pytest.raises(ValueError, match=f"'{loss_type}' is normalized by .*: pass total_"):
+        grpo_loss(**random_batch(), **OPTIONS, loss_type=loss_type, **wrong)
 
 
-def test_metrics_of_micro_batches_average_by_their_tokens():
-    batch = random_batch() | {"entropies": torch.rand(6, 7)}
-    whole = grpo_loss(**batch, **OPTIONS)[1]
-    parts = [grpo_loss(**rows(batch, *cut), **OPTIONS)[1] for cut in [(0, 2), (2, 6)]]
-    assert set(whole) == {"ratio", "clip_low", "clip_high", "kl", "entropy", "tokens"}
-    tokens = sum(part["tokens"] for part in parts)
+def test_metrics_are_detached_means_over_loss_tokens():
+    batch = random_batch()
+    whole = loss_and_metrics(batch, **OPTIONS)[1]
+    assert set(whole) == {"ratio", "clip_low", "clip_high", "kl"}
+    cuts = [(0, 2), (2, 6)]
+    parts = [loss_and_metrics(rows(batch, *cut), **OPTIONS)[1] for cut in cuts]
+    counts = [batch["loss_mask"][slice(*cut)].sum() for cut in cuts]
     for name, value in whole.items():
         assert value.dim() == 0 and not value.requires_grad and value.dtype == torch.float64
-        average = sum(part[name] * part["tokens"] for part in parts) / tokens
-        assert name == "tokens" or torch.allclose(average, value, rtol=1e-13)
-    assert tokens == whole["tokens"]
+        average = sum(part[name] * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+        assert torch.allclose(average, value, rtol=1e-13)
 
 
-def test_a_micro_batch_without_a_trained_token_adds_nothing():
+def test_a_micro_batch_without_loss_tokens_adds_zero():
     batch = rows(random_batch(), 0, 1)
-    batch["mask"] = torch.zeros_like(batch["mask"])
-    loss, metrics = grpo_loss(**batch, **OPTIONS, normalizer=10.0)
+    batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+    loss, metrics = loss_and_metrics(batch, **OPTIONS, total_tokens=10)
     loss.backward()
-    assert loss == 0 and metrics["tokens"] == 0 and metrics["ratio"] == 0
-    assert torch.equal(batch["logprobs"].grad, torch.zeros(1, 7, dtype=torch.float64))
+    assert loss == 0 and metrics["ratio"] == 0 and not batch["logprobs"].grad.any()
+    with pytest.raises(ValueError, match="there must be a loss token in the step"):
+        grpo_loss(**batch, **OPTIONS)
 
 
-# ---- padding and precision -----------------------------------------------------------------------------------------
+# Masked values, precision, options
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_what_stands_where_nothing_is_trained_is_never_read(loss_type, level, poison):
-    batch = random_batch() | {"entropies": torch.rand(6, 7)}
-    batch["mask"][2] = False
-    options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
-    clean = rows(batch, 0, 6)
-    poisoned = rows(batch, 0, 6) | {"advantages": batch["advantages"].clone()}
-    poisoned["advantages"][2] = poison
-    for name in ("logprobs", "old_logprobs", "ref_logprobs", "entropies"):
-        poisoned[name] = poisoned[name].detach().masked_fill(~batch["mask"], poison)
-    poisoned["logprobs"].requires_grad_()
+@each_level
+@each_loss_type
+def test_nan_and_inf_outside_the_loss_mask_are_not_read(loss_type, level, poison):
+    batch = random_batch()
+    batch["loss_mask"][2] = False
+    poisoned = batch | {"advantages": batch["advantages"].index_fill(0, torch.tensor(2), poison)}
+    for name in ("logprobs", "old_logprobs", "ref_logprobs"):
+        poisoned[name] = batch[name].detach().masked_fill(~batch["loss_mask"], poison)
     results = []
-    for inputs in (clean, poisoned):
-        loss, metrics = grpo_loss(**inputs, **options)
+    for inputs in (rows(batch, 0, 6), rows(poisoned, 0, 6)):
+        options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
+        loss, metrics = loss_and_metrics(inputs, **options)
         loss.backward()
         results.append([loss, inputs["logprobs"].grad, *metrics.values()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert results[0][0].isfinite() and results[0][1].isfinite().all()
-    assert (results[0][1][batch["mask"]] != 0).any()
-    assert (results[0][1][~batch["mask"]] == 0).all()
+    assert torch.equal(results[0][1] != 0, batch["loss_mask"])  # the KL term reaches every loss token
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -249,25 +250,42 @@ def test_low_precision_is_computed_in_float32(dtype):
     exact_loss, exact_grad = loss_and_grad(upcast, **OPTIONS)
     assert loss.dtype == torch.float32 and torch.equal(loss, exact_loss)
     assert grad.dtype == dtype and torch.equal(grad, exact_grad.to(dtype))
+    assert grpo_loss(**random_batch(), **OPTIONS).dtype == torch.float64
 
 
-def test_float64_stays_float64():
-    assert grpo_loss(**random_batch(), **OPTIONS)[0].dtype == torch.float64
-    assert grpo_loss(**random_batch(dtype=torch.float32), **OPTIONS)[0].dtype == torch.float32
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": 2.0}, "epsilon must be between 0 and 1"),
+        ({"epsilon": 0.1, "epsilon_high": -0.1}, "epsilon_high at least 0"),
+        ({"beta": -0.1}, "beta must be 0 or, with ref_logprobs, positive"),
+        ({"beta": 0.1, "ref_logprobs": None}, "beta must be 0 or, with ref_logprobs, positive"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo"),
+        ({"importance_sampling_level": "turn"}, "importance_sampling_level must be one of token"),
+        ({"loss_type": "dr_grpo"}, "needs max_completion_length"),
+        ({"loss_mask": torch.ones(6, 7)}, "loss_mask must be bool"),
+        ({"advantages": torch.ones(6, 1)}, r"advantages must be \[6\]"),
+        ({"old_logprobs": torch.zeros(6, 1)}, r"must all be \[N, C\]"),
+    ],
+    ids=str,
+)
+def test_grpo_loss_options_that_would_be_wrong_silently_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**random_batch() | options)
 
 
-# ---- oracles -------------------------------------------------------------------------------------------------------
+# Other implementations
 
 
-def loop_loss(batch, loss_type, level, normalizer):
-    """The loss in Python floats, a token at a time."""
+def loop_loss(batch, loss_type, level):
+    """Compute the loss in Python floats, one token at a time."""
     low, high, beta = 1 - OPTIONS["epsilon"], 1 + OPTIONS["epsilon_high"], OPTIONS["beta"]
     policy, old, ref = (batch[name].tolist() for name in ("logprobs", "old_logprobs", "ref_logprobs"))
     total = 0.0
     for n, advantage in enumerate(batch["advantages"].tolist()):
-        steps = [t for t, trained in enumerate(batch["mask"][n].tolist()) if trained]
+        steps = [t for t, counts in enumerate(batch["loss_mask"][n].tolist()) if counts]
         log_ratios = {t: policy[n][t] - old[n][t] for t in steps}
-        if level == "sequence":
+        if level == "sequence" and steps:
             log_ratios = dict.fromkeys(steps, sum(log_ratios.values()) / len(steps))
         for t in steps:
             ratio = math.exp(log_ratios[t])
@@ -275,44 +293,29 @@ def loop_loss(batch, loss_type, level, normalizer):
             token = -min(ratio * advantage, min(max(ratio, low), high) * advantage)
             token += beta * (math.exp(distance) - distance - 1)
             total += token / len(steps) if loss_type == "grpo" else token
-    return total / normalizer
+    tokens, rollouts = int(batch["loss_mask"].sum()), len(batch["loss_mask"])
+    return total / {"grpo": rollouts, "dr_grpo": rollouts * MAX_COMPLETION_LENGTH}.get(loss_type, tokens)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_agrees_with_a_loop_and_with_nothing_else(loss_type, level):
+@each_level
+@each_loss_type
+def test_grpo_loss_matches_loop(loss_type, level):
     batch = random_batch(num_rollouts=8, seed=1)
+    batch["loss_mask"][3] = False  # a rollout without loss tokens counts as a rollout
     options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
-    expected = loop_loss(batch, loss_type, level, loss_normalizer(batch["mask"], loss_type, 9).item())
-    assert grpo_loss(**batch, **options)[0].item() == pytest.approx(expected, rel=1e-13)
-    mutations = [
-        ({"advantages": -batch["advantages"]}, {}),
-        ({"advantages": batch["advantages"].roll(1)}, {}),
-        ({"old_logprobs": None}, {}),
-        ({"old_logprobs": batch["logprobs"], "logprobs": batch["old_logprobs"]}, {}),
-        ({"ref_logprobs": batch["old_logprobs"]}, {}),
-        ({"mask": torch.ones_like(batch["mask"])}, {}),
-        ({"mask": batch["mask"].roll(1, dims=1)}, {}),
-        ({}, {"beta": 0.0}),
-        ({}, {"epsilon": 0.05}),
-        ({}, {"epsilon_high": None}),
-        ({}, {"importance_sampling_level": "token" if level == "sequence" else "sequence"}),
-        ({}, {"loss_type": "dr_grpo" if loss_type == "grpo" else "grpo"}),
-    ]
-    for inputs, changed in mutations:
-        mutated = grpo_loss(**(batch | inputs), **(options | changed))[0].item()
-        assert abs(mutated - expected) > 1e-4 * abs(expected), (list(inputs), changed)
+    assert grpo_loss(**batch, **options).item() == pytest.approx(loop_loss(batch, loss_type, level), rel=1e-13)
 
 
-def trl_loss(batch, loss_type, level, *, tokens_in_step, accumulation_steps):
-    """What TRL's own GRPOTrainer._compute_loss makes of one micro-batch; the trainer stands in for itself.
+def trl_loss(batch, loss_type, level="token", *, tokens_in_step=None, accumulation_steps=1):
+    """Return the loss and metrics of TRL's own GRPOTrainer._compute_loss for one micro-batch.
 
-    Its attributes are set to what GRPOConfig would, and its forward returns the log-probabilities at hand.
+    It is called on an object with the attributes that GRPOConfig would set, whose forward returns the log-probabilities.
     """
     from trl import GRPOTrainer
 
+    mask = batch["loss_mask"]
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (batch["logprobs"], torch.zeros(batch["mask"].shape), None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (batch["logprobs"], torch.zeros(mask.shape), None),
         loss_type=loss_type,
         importance_sampling_level=level,
         beta=OPTIONS["beta"],
@@ -330,34 +333,32 @@ def trl_loss(batch, loss_type, level, *, tokens_in_step, accumulation_steps):
         _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
     )
-    prompts = torch.ones(len(batch["mask"]), 1, dtype=torch.long)
+    ones = torch.ones(mask.shape, dtype=torch.long)
     inputs = {
-        "prompt_ids": prompts,
-        "prompt_mask": prompts,
-        "completion_ids": torch.ones(batch["mask"].shape, dtype=torch.long),
-        "completion_mask": torch.ones(batch["mask"].shape, dtype=torch.long),
-        "tool_mask": batch["mask"].long(),
+        "prompt_ids": ones[:, :1],
+        "prompt_mask": ones[:, :1],
+        "completion_ids": ones,
+        "completion_mask": ones,
+        "tool_mask": mask.long(),
         "advantages": batch["advantages"],
         "old_per_token_logps": batch["old_logprobs"],
         "ref_per_token_logps": batch["ref_logprobs"],
-        "num_items_in_batch": torch.tensor(tokens_in_step),
+        "num_items_in_batch": mask.sum() if tokens_in_step is None else tokens_in_step,
     }
     return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_agrees_with_trls_trainer(loss_type, level):
+@each_level
+@each_loss_type
+def test_grpo_loss_matches_trl(loss_type, level):
     batch = random_batch(num_rollouts=8, seed=2)
-    options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
-    theirs, their_metrics = trl_loss(
-        batch, loss_type, level, tokens_in_step=batch["mask"].sum().item(), accumulation_steps=1
-    )
+    theirs, their_metrics = trl_loss(batch, loss_type, level)
     theirs.backward()
+    options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
     loss, grad = loss_and_grad(batch, **options)
     assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
     assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
-    metrics = grpo_loss(**batch, **options)[1]
+    metrics = loss_and_metrics(batch, **options)[1]
     assert metrics["kl"].item() == pytest.approx(their_metrics["kl"][0], rel=1e-12)
     if level == "token":
         assert metrics["clip_low"].item() == pytest.approx(their_metrics["clip_ratio/low_mean"][0]) != 0
@@ -365,28 +366,24 @@ def test_agrees_with_trls_trainer(loss_type, level):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_accumulates_as_trls_trainer_does(loss_type):
+def test_micro_batches_match_trl_gradient_accumulation(loss_type):
     batch = random_batch(num_rollouts=8, seed=3)
-    parts = [rows(batch, 0, 4), rows(batch, 4, 8)]
-    tokens = batch["mask"].sum().item()
-    theirs = [trl_loss(part, loss_type, "token", tokens_in_step=tokens, accumulation_steps=2)[0] for part in parts]
-    normalizer = loss_normalizer(batch["mask"], loss_type, MAX_COMPLETION_LENGTH)
-    ours = [grpo_loss(**part, **OPTIONS, loss_type=loss_type, normalizer=normalizer)[0] for part in parts]
-    assert torch.allclose(torch.stack(ours), torch.stack(theirs), rtol=1e-12, atol=0)
+    for part in (rows(batch, 0, 4), rows(batch, 4, 8)):
+        theirs, _ = trl_loss(part, loss_type, tokens_in_step=batch["loss_mask"].sum(), accumulation_steps=2)
+        ours = grpo_loss(**part, **OPTIONS, loss_type=loss_type, **totals(batch, loss_type))
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=0)
 
 
-def test_bnpo_is_trls_when_each_micro_batch_counts_its_own_tokens():
+def test_bnpo_without_total_matches_trl_micro_batches():
     batch = random_batch(num_rollouts=8, seed=3)
     for part in (rows(batch, 0, 2), rows(batch, 2, 8)):
-        theirs = trl_loss(part, "bnpo", "token", tokens_in_step=0, accumulation_steps=2)[0]
-        assert torch.allclose(grpo_loss(**part, **OPTIONS, loss_type="bnpo")[0] / 2, theirs, rtol=1e-12, atol=0)
-        whole = grpo_loss(**part, **OPTIONS, loss_type="bnpo", normalizer=loss_normalizer(batch["mask"], "bnpo"))[0]
-        assert not torch.allclose(whole, theirs, rtol=1e-3)  # the departure that the head of losses.py names
+        theirs, _ = trl_loss(part, "bnpo", accumulation_steps=2)
+        assert torch.allclose(grpo_loss(**part, **OPTIONS, loss_type="bnpo") / 2, theirs, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_agrees_with_ligers_fused_loss(loss_type, level):
+@each_level
+@each_loss_type
+def test_grpo_loss_matches_liger(loss_type, level):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     batch = random_batch(dtype=torch.float32, seed=4)
@@ -399,7 +396,7 @@ def test_agrees_with_ligers_fused_loss(loss_type, level):
     batch |= {"logprobs": logprobs, "old_logprobs": batch["old_logprobs"] + shift}
     batch |= {"ref_logprobs": batch["ref_logprobs"] + shift}
 
-    loss, metrics = grpo_loss(**batch, **OPTIONS, loss_type=loss_type, importance_sampling_level=level)
+    loss, metrics = loss_and_metrics(batch, **OPTIONS, loss_type=loss_type, importance_sampling_level=level)
     grads = torch.autograd.grad(loss, [hidden, weight])
     fused = LigerFusedLinearGRPOLoss(
         beta=OPTIONS["beta"],
@@ -414,7 +411,7 @@ def test_agrees_with_ligers_fused_loss(loss_type, level):
         hidden,
         weight,
         tokens,
-        batch["mask"].float(),
+        batch["loss_mask"].float(),
         batch["advantages"],
         ref_per_token_logps=batch["ref_logprobs"],
         old_per_token_logps=batch["old_logprobs"],
@@ -425,6 +422,3 @@ def test_agrees_with_ligers_fused_loss(loss_type, level):
     assert torch.allclose(metrics["clip_low"] + metrics["clip_high"], their_clip, rtol=1e-6)
     for grad, theirs in zip(grads, their_grads, strict=True):
         assert torch.allclose(grad, theirs, rtol=1e-5, atol=1e-7)
-
-
-# ---- errors --------------------------------------------------------------------------------------------------------

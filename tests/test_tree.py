@@ -1,74 +1,31 @@
-"""The prefix tree against a trie of dicts, built token by token."""
+"""Prefix trees, compared with a trie of nested dicts."""
 
 from __future__ import annotations
 
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from baseline import random_sequences
+from oracles import assert_is_trie
 
+from flexpg.masks import dense_mask
 from flexpg.tree import PrefixTree
 
-# ---- any set of sequences --------------------------------------------------------------------------------------------
+FIELDS = ("end", "node", "lengths", "position_ids", "parent", "segments")
 
-
-class Trie:
-    """The oracle: nested dicts, walked depth first with children by token id, noting what each token's place is."""
-
-    def __init__(self, sequences: list[list[int]]) -> None:
-        self.root: dict[int, dict] = {}
-        for tokens in sequences:
-            children = self.root
-            for token in tokens:
-                children = children.setdefault(token, {})
-        self.tokens, self.end, self.parent, self.depth, self.segments = [], [], [], [], []
-        self.packed_index: dict[tuple[int, ...], int] = {}
-        self._walk(self.root, path=(), parent=-1)
-        for segment in self.segments:
-            segment[2] = self.end[segment[0]]
-
-    def _walk(self, children: dict[int, dict], path: tuple[int, ...], parent: int) -> None:
-        for token, below in sorted(children.items()):
-            index = len(self.tokens)
-            self.packed_index[(*path, token)] = index
-            self.tokens.append(token)
-            self.end.append(None)
-            self.parent.append(parent)
-            self.depth.append(len(path))
-            if parent == -1 or len(children) > 1:
-                self.segments.append([index, index + 1, None])  # start, own end, subtree end
-            else:
-                self.segments[-1][1] = index + 1
-            self._walk(below, (*path, token), index)
-            self.end[index] = len(self.tokens)
-
-
-def assert_is_trie_of(tree: PrefixTree, sequences: list[list[int]]) -> None:
-    trie = Trie(sequences)
-    size, used, longest = len(tree), len(trie.tokens), max(map(len, sequences))
-    pads = list(range(used, size))
-    assert (tree.num_tokens, tree.max_length, tree.max_token) == (used, longest, max(map(max, sequences)))
-    assert size % 128 == 0 and size >= 256 and size - used < max(128, 257 - used)
-    assert tree.tokens.tolist() == trie.tokens + [0] * len(pads)
-    assert tree.end.tolist() == trie.end + [pad + 1 for pad in pads]
-    assert tree.parent.tolist() == trie.parent + [-1] * len(pads)
-    assert tree.position_ids.tolist() == trie.depth + [0] * len(pads)
-    assert tree.segments.tolist() == trie.segments
-    assert tree.lengths.tolist() == [len(tokens) for tokens in sequences]
-    for row, tokens in zip(tree.node.tolist(), sequences, strict=True):
-        paths = [tuple(tokens[: t + 1]) for t in range(len(tokens))]
-        assert row == [trie.packed_index[path] for path in paths] + [-1] * (longest - len(tokens))
+# from_sequences
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_thousand_random_forests_are_tries(seed):
+def test_from_sequences_random_forests_match_trie(seed):
     rng = random.Random(seed)
     for _ in range(1000):
         alphabet = rng.choice([1, 2, 3, 1000])  # 1: all are prefixes of one another; 1000: many roots
         sequences = random_sequences(rng, count=rng.randint(1, 8), longest_run=rng.randint(1, 7), alphabet=alphabet)
-        assert_is_trie_of(PrefixTree.from_sequences(sequences), sequences)
+        assert_is_trie(PrefixTree.from_sequences(sequences), sequences)
 
 
 @pytest.mark.parametrize(
@@ -80,127 +37,34 @@ def test_a_thousand_random_forests_are_tries(seed):
         [[1, 2, 3, 4], [1], [1, 2], [1, 2, 3, 4]],
         [[3], [1], [2]],
         [[5, 6], [6, 5], [5, 6, 5]],
-        [[256, 1], [1, 256], [65536], [255]],  # little-endian bytes would sort these otherwise
+        [[256, 1], [1, 256], [65536], [255]],  # little-endian bytes would have another order
         [[2**40 + 1, 5], [2**40, 5], [3, 2**62], [2**40 + 1]],
         [[2**32], [2**32 - 1], [0]],
     ],
 )
-def test_special_forests_are_tries(sequences):
-    assert_is_trie_of(PrefixTree.from_sequences(sequences), sequences)
-    tensors = [torch.tensor(tokens) for tokens in sequences]
-    assert_is_trie_of(PrefixTree.from_sequences(tensors), sequences)
+def test_from_sequences_edge_cases_match_trie(sequences):
+    assert_is_trie(PrefixTree.from_sequences(sequences), sequences)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 255, 256, 257, 383, 384, 385])
-def test_rows_are_padded_to_whole_blocks_and_pads_are_roots(num_tokens):
-    assert_is_trie_of(PrefixTree.from_sequences([list(range(num_tokens))]), [list(range(num_tokens))])
+def test_from_sequences_padding_fills_whole_blocks_with_roots(num_tokens):
+    assert_is_trie(PrefixTree.from_sequences([list(range(num_tokens))]), [list(range(num_tokens))])
 
 
-def test_token_ids_may_be_of_any_integer_type():
+@pytest.mark.parametrize(
+    "convert",
+    [tuple, np.array, *(lambda x, d=d: torch.tensor(x, dtype=d) for d in (torch.uint8, torch.int16, torch.int64))],
+)
+def test_from_sequences_accepts_tuples_arrays_and_integer_tensors(convert):
     sequences = [[1, 2, 3], [1, 2, 200]]
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
-        tree = PrefixTree.from_sequences([torch.tensor(tokens, dtype=dtype) for tokens in sequences])
-        assert tree.tokens.dtype == torch.int64
-        assert_is_trie_of(tree, sequences)
-
-
-def test_the_number_types_are_the_ones_that_are_promised():
-    tree = PrefixTree.from_sequences([[1, 2], [1, 3]])
+    tree = PrefixTree.from_sequences([convert(tokens) for tokens in sequences])
+    assert_is_trie(tree, sequences)
     assert tree.end.dtype == torch.int32
     for tensor in (tree.tokens, tree.node, tree.lengths, tree.position_ids, tree.parent, tree.segments):
         assert tensor.dtype == torch.int64
-    assert repr(tree) == "PrefixTree(2 sequences of 4 tokens in 3, on cpu)"
 
 
-def test_an_end_off_by_one_is_another_tree():
-    sequences = [[1, 2, 3], [1, 2, 4, 5]]
-    tree = PrefixTree.from_sequences(sequences)
-    tree.end[1] -= 1
-    with pytest.raises(AssertionError):
-        assert_is_trie_of(tree, sequences)
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
-
-
-def random_groups(rng: random.Random) -> tuple[list[list[int]], list[list[list[int]]]]:
-    def tokens() -> list[int]:
-        return [rng.randrange(3) for _ in range(rng.randint(1, 6))]
-
-    count = rng.randint(1, 4)
-    return [tokens() for _ in range(count)], [[tokens() for _ in range(rng.randint(1, 4))] for _ in range(count)]
-
-
-def test_groups_stand_in_the_order_given_with_nothing_merged():
-    rng = random.Random(0)
-    for _ in range(500):
-        prompts, completions = random_groups(rng)
-        tokens, end, node, position_ids = [], [], [], []  # as the layout is described, one list at a time
-        for prompt, group in zip(prompts, completions, strict=True):
-            start = len(tokens)
-            whole = len(prompt) + sum(map(len, group))
-            tokens += prompt
-            end += [start + whole] * len(prompt)
-            position_ids += range(len(prompt))
-            for completion in group:
-                node.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(completion))])
-                tokens += completion
-                end += [len(tokens)] * len(completion)
-                position_ids += range(len(prompt), len(prompt) + len(completion))
-        tree = PrefixTree.from_groups(prompts, completions)
-        used = tree.num_tokens
-        assert tree.tokens[:used].tolist() == tokens
-        assert tree.end[:used].tolist() == end
-        assert tree.position_ids[:used].tolist() == position_ids
-        longest = max(map(len, node))
-        assert tree.node.tolist() == [row + [-1] * (longest - len(row)) for row in node]
-        assert tree.lengths.tolist() == [len(row) for row in node]
-
-
-def test_lengths_alone_give_the_groups_tree_without_tokens():
-    rng = random.Random(1)
-    for _ in range(300):
-        prompts, completions = random_groups(rng)
-        tree = PrefixTree.from_groups(prompts, completions)
-        lengths = [[len(completion) for completion in group] for group in completions]
-        bare = PrefixTree.from_lengths([len(prompt) for prompt in prompts], lengths)
-        assert bare.tokens is None and bare.max_token == -1
-        for name in ("end", "node", "lengths", "position_ids", "parent", "segments"):
-            assert torch.equal(getattr(bare, name), getattr(tree, name))
-        assert (bare.num_tokens, bare.max_length) == (tree.num_tokens, tree.max_length)
-
-
-def test_from_sequences_merges_what_from_groups_keeps_apart():
-    prompts, completions = [[1, 2], [1, 2]], [[[3, 4], [3, 5]], [[3, 4]]]
-    apart = PrefixTree.from_groups(prompts, completions)
-    merged = PrefixTree.from_sequences([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]])
-    assert (apart.num_tokens, merged.num_tokens) == (10, 5)
-    for tree in (apart, merged):  # either way, each sequence is found again along its nodes
-        rows = [tree.tokens[nodes].tolist() for nodes in tree.node]
-        assert rows == [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]]
-
-
-# ---- use -------------------------------------------------------------------------------------------------------------
-
-
-def test_to_moves_every_tensor_and_keeps_every_number(device):
-    tree = PrefixTree.from_sequences([[1, 2, 3], [1, 2, 4]])
-    moved = tree.to(device)
-    for name in ("tokens", "end", "node", "lengths", "position_ids", "parent", "segments"):
-        assert getattr(moved, name).device.type == device
-        assert torch.equal(getattr(moved, name).cpu(), getattr(tree, name))
-    assert (moved.num_tokens, moved.max_length, moved.max_token) == (4, 3, 4)
-    on_meta = PrefixTree.from_lengths([2], [[3]]).to("meta")
-    assert on_meta.tokens is None and on_meta.end.is_meta
-
-
-def test_a_tree_stands_where_its_tokens_were(device):
-    tokens = torch.tensor([1, 2, 3], device=device)
-    for tree in (PrefixTree.from_sequences([tokens]), PrefixTree.from_groups([tokens], [[tokens]])):
-        assert tree.tokens.device.type == tree.end.device.type == tree.position_ids.device.type == device
-
-
-def test_sequences_of_two_million_tokens_are_found_in_under_150_ms():
+def test_from_sequences_two_million_tokens_takes_under_150_ms():
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(150_000, (30_000,), generator=generator)
     sequences = [torch.cat([shared, torch.randint(150_000, (2_000,), generator=generator)]) for _ in range(64)]
@@ -213,11 +77,86 @@ def test_sequences_of_two_million_tokens_are_found_in_under_150_ms():
     assert min(seconds) < 0.15
 
 
-def test_prompts_and_completions_on_two_devices_are_refused(cuda):
-    with pytest.raises(ValueError, match="prompts are on cpu and completions on cuda:0; move them to one device"):
-        PrefixTree.from_groups([[1]], [[torch.tensor([2], device=cuda)]])
+# from_groups, from_lengths
 
 
-def test_a_tree_cannot_be_changed_by_accident():
-    with pytest.raises(AttributeError):
-        PrefixTree.from_sequences([[1]]).num_tokens = 3
+def random_groups(rng: random.Random) -> tuple[list[list[int]], list[list[list[int]]]]:
+    def tokens() -> list[int]:
+        return [rng.randrange(3) for _ in range(rng.randint(1, 6))]
+
+    count = rng.randint(1, 4)
+    return [tokens() for _ in range(count)], [[tokens() for _ in range(rng.randint(1, 4))] for _ in range(count)]
+
+
+def test_from_groups_keeps_order_and_merges_nothing():
+    rng = random.Random(0)
+    for _ in range(500):
+        prompts, completions = random_groups(rng)
+        tokens, end, node, position_ids = [], [], [], []
+        for prompt, group in zip(prompts, completions, strict=True):
+            start = len(tokens)
+            tokens += prompt
+            end += [start + len(prompt) + sum(map(len, group))] * len(prompt)
+            position_ids += range(len(prompt))
+            for completion in group:
+                node.append([*range(start, start + len(prompt)), *range(len(tokens), len(tokens) + len(completion))])
+                tokens += completion
+                end += [len(tokens)] * len(completion)
+                position_ids += range(len(prompt), len(prompt) + len(completion))
+        tree = PrefixTree.from_groups(prompts, completions)
+        used, longest = tree.num_tokens, max(map(len, node))
+        assert tree.tokens[:used].tolist() == tokens
+        assert tree.end[:used].tolist() == end
+        assert tree.position_ids[:used].tolist() == position_ids
+        assert tree.node.tolist() == [nodes + [-1] * (longest - len(nodes)) for nodes in node]
+        assert tree.lengths.tolist() == list(map(len, node))
+
+
+def test_from_lengths_equals_from_groups_without_tokens():
+    rng = random.Random(1)
+    for _ in range(300):
+        prompts, completions = random_groups(rng)
+        tree = PrefixTree.from_groups(prompts, completions)
+        other = PrefixTree.from_lengths([len(p) for p in prompts], [[len(c) for c in group] for group in completions])
+        assert other.tokens is None and other.max_token == -1
+        assert all(torch.equal(getattr(other, name), getattr(tree, name)) for name in FIELDS)
+        assert (other.num_tokens, other.max_length) == (tree.num_tokens, tree.max_length)
+
+
+def test_from_sequences_merges_what_from_groups_keeps_apart():
+    prompts, completions = [[1, 2], [1, 2]], [[[3, 4], [3, 5]], [[3, 4]]]
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]]
+    separate, merged = PrefixTree.from_groups(prompts, completions), PrefixTree.from_sequences(sequences)
+    assert (separate.num_tokens, merged.num_tokens) == (10, 5)
+    for tree in (separate, merged):
+        assert [tree.tokens[nodes].tolist() for nodes in tree.node] == sequences
+
+
+# Counts, devices
+
+
+def test_num_pairs_and_baseline_pairs_count_the_entries_of_masks():
+    rng = random.Random(2)
+    for _ in range(100):
+        tree = PrefixTree.from_sequences(random_sequences(rng, rng.randint(1, 6), 20, alphabet=2))
+        own = [dense_mask(torch.full((length,), length)) for length in tree.lengths.tolist()]  # causal
+        assert tree.num_pairs == dense_mask(tree.end[: tree.num_tokens]).sum()
+        assert tree.baseline_pairs == sum(mask.sum() for mask in own)
+        assert tree.baseline_tokens == sum(map(len, own))
+
+
+def test_to_moves_every_tensor(device):
+    tokens = torch.tensor([1, 2, 3], device=device)
+    tree = PrefixTree.from_sequences([[1, 2, 3], [1, 2, 4]])
+    moved = tree.to(device)
+    for name in ("tokens", *FIELDS):
+        assert getattr(moved, name).device.type == device
+        assert torch.equal(getattr(moved, name).cpu(), getattr(tree, name))
+    assert (moved.num_tokens, moved.max_length, moved.max_token) == (4, 3, 4)
+    for tree in (PrefixTree.from_sequences([tokens]), PrefixTree.from_groups([tokens], [[tokens]])):
+        assert tree.tokens.device.type == tree.end.device.type == tree.position_ids.device.type == device
+
+
+def test_repr_is_one_line_of_counts():
+    tree = PrefixTree.from_sequences([[1, 2], [1, 3]])
+    assert repr(tree) == "PrefixTree(2 sequences, 4 tokens packed into 3, device=cpu)"
