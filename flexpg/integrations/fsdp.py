@@ -34,16 +34,20 @@ def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:
         model: The model, sharded or not.
         function: Calls modules of the model.
     """
-    if not sharded_modules(model) or _running.get() is model:  # in this order: dynamo cannot trace a ContextVar
+    shards = sharded_modules(model)
+    if not shards or _running.get() is model:  # in this order: dynamo cannot trace a ContextVar
         return function()
-    if "_flexpg_call" not in vars(model):
+    root: Any = shards[0]  # a PEFT model may be a wrapper around it
+    if len(sharded_modules(root)) < len(shards):  # every layer is a root of its own
+        return function()
+    if "_flexpg_call" not in vars(root):
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        vars(model)["_flexpg_call"] = MethodType(_call, model)
-        register_fsdp_forward_method(model, "_flexpg_call")
+        vars(root)["_flexpg_call"] = MethodType(_call, root)
+        register_fsdp_forward_method(root, "_flexpg_call")
     outer = _running.set(model)
     try:
-        result: Any = vars(model)["_flexpg_call"](function)
+        result: T = vars(root)["_flexpg_call"](function)
         return result
     finally:
         _running.reset(outer)

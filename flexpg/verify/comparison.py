@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexpg.integrations import packed_logprobs
+from flexpg.integrations.fsdp import sharded_modules
 from flexpg.layer_hooks import uncompiled
 from flexpg.packing import MicroBatch
 from flexpg.verify.checked_model import ADVICE, ULPS, CheckedModel, packed_order, token_name
@@ -58,6 +59,8 @@ def baseline_backward(checked: CheckedModel, compared: Sequence[tuple[MicroBatch
 @contextmanager
 def own_gradients(model: nn.Module) -> Iterator[None]:
     """Accumulate gradients from zero inside; restore those from before on exit."""
+    for shard in sharded_modules(model):
+        shard.reshard()  # after a forward without backward the root is still gathered, with other parameters
     kept = {parameter: parameter.grad for parameter in model.parameters()}
     for parameter in kept:
         parameter.grad = None
