@@ -100,13 +100,31 @@ class Float64Norm(nn.Module):
         return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * (self.offset + self.weight)
 
 
+class Float64RoPE(nn.Module):
+    """RoPE of transformers without its round to float32, by which rotations would depend on a row's left padding."""
+
+    def __init__(self, rope: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", rope.inv_freq.double(), persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (position_ids[..., None] * self.inv_freq).repeat(1, 1, 2)  # [B, T, D]
+        return angles.cos(), angles.sin()
+
+
+FLOAT64_ROPE = [f"{family}RotaryEmbedding" for family in ("Llama", "Qwen2", "Qwen3Moe", "Granite")]
+
+
 def in_float64(model: nn.Module) -> nn.Module:
-    """Convert a model to float64, with norms that do not round to float32 as transformers' do."""
+    """Convert a model to float64, with norms and RoPE that do not round to float32 as transformers' do."""
     model.double()
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm") or type(child).__name__ == "CohereLayerNorm":
+            kind = type(child).__name__
+            if kind.endswith("RMSNorm") or kind == "CohereLayerNorm":
                 setattr(module, name, Float64Norm(child))
+            elif kind in FLOAT64_ROPE:
+                setattr(module, name, Float64RoPE(child))
     return model
 
 
