@@ -156,8 +156,8 @@ def _waves(
         samples = group_size if whole else (budget - padded[p]) // max_new_tokens
         if samples < 1:
             raise ValueError(
-                f"max_cache_tokens must be at least {padded[p] + max_new_tokens} for prompt {p}, which has {padded[p]} "
-                f"tokens and {max_new_tokens} new ones, got {max_cache_tokens}"
+                f"max_cache_tokens must be at least {padded[p] + max_new_tokens} for prompt {p} ({padded[p]} tokens, "
+                f"padding included, and {max_new_tokens} new ones), got {max_cache_tokens}"
             )
         chosen, order = order[: max(whole, 1)], order[max(whole, 1) :]
         waves += [(chosen, range(group_size)[g : g + samples]) for g in range(0, group_size, samples)]

@@ -64,30 +64,31 @@ def test_attention_after_cached_prompt_matches_baseline(backend):
             assert max(map(relative_error, grads, truth)) < 1e-13
 
 
+def out_and_grads(inputs: list[Tensor], mask: TreeBlockMask, used: slice) -> list[Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    out = attention(q[:, :, mask.first_query :], k, v, mask)[:, :, used]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return [out, *torch.autograd.grad((out * weight.to(out)).sum(), (q, k, v))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_after_cached_prompt_is_within_error_budget(device, dtype):
     for seed in range(6):
         tree, first = random_mask(seed).tree.to(device), random_mask(seed).first_query
         torch.manual_seed(seed)
-        exact = [torch.randn(1, heads, tree.padded_length, 64, device=device).to(dtype).double() for heads in (4, 2, 2)]
-        weight = torch.randn(1, 4, tree.num_tokens - first, 64, dtype=torch.float64, device=device)
-
-        def values(inputs: list[Tensor], mask: TreeBlockMask, weight=weight) -> list[Tensor]:
-            q, k, v = (x.detach().requires_grad_() for x in inputs)
-            out = attention(q[:, :, mask.first_query :], k, v, mask)
-            own = out[:, :, first - mask.first_query : tree.num_tokens - mask.first_query]
-            return [own, *torch.autograd.grad((own * weight.to(own.dtype)).sum(), (q, k, v))]
-
-        low = [x.to(dtype) for x in exact]
-        expected, whole = values(exact, block_mask(tree)), values(low, block_mask(tree))
-        for value, other, truth in zip(values(low, block_mask(tree, first_query=first)), whole, expected, strict=True):
+        low = [torch.randn(1, heads, tree.padded_length, 64, device=device).to(dtype) for heads in (4, 2, 2)]
+        used, own = slice(first, tree.num_tokens), slice(0, tree.num_tokens - first)
+        expected = out_and_grads([x.double() for x in low], block_mask(tree), used)
+        whole = out_and_grads(low, block_mask(tree), used)
+        found = out_and_grads(low, block_mask(tree, first_query=first), own)
+        for value, other, truth in zip(found, whole, expected, strict=True):
             assert relative_error(value, truth) < 1.5 * relative_error(other, truth) + 1e-7
 
 
 def test_attention_after_cached_prompt_with_other_lengths_raises():
     tree = PrefixTree.from_lengths([300], [[20, 30]])
     q = torch.randn(1, 1, 384, 8)
-    with pytest.raises(ValueError, match="q and k must have 128 and 384 tokens, .* got 384 and 384"):
+    with pytest.raises(ValueError, match=r"q and k must have 128 and 384 tokens, .* got 384 and 384"):
         attention(q, q, q, block_mask(tree, first_query=256))
 
 
