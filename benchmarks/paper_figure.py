@@ -3,8 +3,8 @@
     python -m benchmarks.paper_figure                      # everything; about five minutes on one core
     python -m benchmarks.paper_figure --picture-only       # draws docs/paper_figure.png from the last results
 
-Counted: `flexpg.analysis.flops` for the layers of Qwen2.5-7B, as the paper names no model; logits of completion tokens are the
-same work both ways, and are counted apart. Measured: seconds of a forward and backward of a small model on one core,
+Counted: `flexpg.analysis.flops` for the layers of Qwen2.5-7B, as the paper names no model; logits of completion tokens
+are the same work both ways, and are counted apart. Measured: seconds of a forward and backward of a small model on one core,
 prompts of 512 tokens, both ways by turns in one process. The unshared way is a fair one: the model's own forward on a
 batch without padding, and logits of completion tokens alone, made by the same function as the shared ones.
 Writes benchmarks/results/paper_figure_cpu.json, which docs/cost.md quotes, and the picture.
@@ -27,7 +27,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
 
 from benchmarks.record import RESULTS, save
-from flexpg.analysis.flops import Cost, ModelShape, dense_cost, shared_cost, update_flops
+from flexpg.analysis.flops import ModelShape, update_flops
 from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.integrations import torchtune as shared
 from flexpg.logprobs import token_logprobs
@@ -57,14 +57,10 @@ SMALL_PROMPT = 512
 def counted_ratio(prompt: int, ratio: float, group: int, shape: ModelShape, with_output: bool = False) -> float:
     """FLOPs of the unshared update over the shared one's, by the cost model."""
     completion = round(prompt / ratio)
-    whole = prompt + completion
-    unshared = Cost(whole, whole * (whole + 1) // 2)
-    prefix = Cost(prompt, prompt * (prompt + 1) // 2)
-    pairs = prefix.attention_pairs + group * (unshared.attention_pairs - prefix.attention_pairs)
+    tree = PrefixTree.from_lengths([prompt], [[completion] * group])
     predicted = group * completion if with_output else 0
-    before = Cost(group * unshared.tokens, group * unshared.attention_pairs)
-    after = Cost(prompt + group * completion, pairs)
-    return update_flops(before, predicted, shape).total / update_flops(after, predicted, shape).total
+    before = update_flops(tree.baseline_tokens, tree.baseline_pairs, predicted, shape)
+    return before.total / update_flops(tree.num_tokens, tree.num_pairs, predicted, shape).total
 
 
 def flops_of(update: Callable[[], object]) -> int:
@@ -112,7 +108,7 @@ def updates(
         for layer in model.layers:
             hidden = layer(hidden)
         hidden = model.norm(hidden).flatten(0, 1)  # [G * T, E]
-        return torch.nn.functional.pad(hidden, (0, 0, 0, len(apart) - len(hidden)))[None]
+        return torch.nn.functional.pad(hidden, (0, 0, 0, apart.padded_length - len(hidden)))[None]
 
     def update(hidden: Callable[[], Tensor], of: PrefixTree) -> Tensor:
         model.zero_grad()
@@ -161,14 +157,15 @@ def cell(model: TransformerDecoder, group: int, ratio: float, repeats: int) -> d
     turns += [(seconds(unshared), seconds(packed)) for _ in range((repeats if sum(turns[0]) < 1.5 else 3) - 1)]
     tree = PrefixTree.from_lengths([SMALL_PROMPT], [[completion] * group])
     shape = shape_of(model)
-    counted = [update_flops(cost(tree), group * completion, shape).total for cost in (dense_cost, shared_cost)]
+    work = ((tree.baseline_tokens, tree.baseline_pairs), (tree.num_tokens, tree.num_pairs))
+    counted = [update_flops(*each, group * completion, shape).total for each in work]
     result = {
         "group": group,
         "ratio": ratio,
         "published": PUBLISHED[group][RATIOS.index(ratio)],
         **{f"counted_{prompt}": counted_ratio(prompt, ratio, group, SHAPES[NAMED]) for prompt in PROMPTS},
         "counted_4096_with_output": counted_ratio(4096, ratio, group, SHAPES[NAMED], with_output=True),
-        "tokens": dense_cost(tree).tokens / shared_cost(tree).tokens,
+        "tokens": tree.baseline_tokens / tree.num_tokens,
         "counted_here": counted[0] / counted[1],
         "measured_flops": flops[0] / flops[1],
         "measured_seconds": statistics.median(slow / fast for slow, fast in turns),

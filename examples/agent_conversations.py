@@ -1,9 +1,9 @@
-"""Recorded conversations of an agent, what they share encoded once: one exact GRPO update.
+"""One GRPO update on recorded conversations of an agent, in which shared prefixes are encoded once.
 
 python examples/agent_conversations.py [FILE] [--model CHECKPOINT]
 
-FILE holds tau-bench's results; without one, the four conversations in examples/data. Without a checkpoint, the model is
-a small one with random weights, and its tokenizer is made from the conversations.
+FILE is a results file of tau-bench (default: four conversations in examples/data). Without a checkpoint, the model is
+small with random weights, and its tokenizer is trained on the conversations.
 """
 
 import argparse
@@ -15,9 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 import flexpg
-from flexpg import Cost, PrefixTree, Rollouts, dense_cost, shared_cost
+from flexpg import PrefixTree, Rollouts
 from flexpg.conversations import Conversation, conversation_rollouts
-from flexpg.integrations.transformers import forward, output, register
 from flexpg.training.tasks import tau_bench
 
 DATA = Path(__file__).parent / "data"
@@ -25,7 +24,7 @@ MARKS = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_res
 
 
 def trained_tokenizer(conversations: list[Conversation], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """Byte pairs of the conversations' own texts, with a chat template in the manner of Qwen's."""
+    """Train byte-pair encoding on the conversations, with a chat template like Qwen's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,8 +37,8 @@ def trained_tokenizer(conversations: list[Conversation], vocab_size: int = 4096)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
 
 
-def small_model(tokenizer: PreTrainedTokenizerFast, attention: str = "flexpg") -> torch.nn.Module:
-    """A Qwen2 of two layers, with random weights."""
+def small_model(tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    """Build a Qwen2 of two layers with random weights."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -49,56 +48,57 @@ def small_model(tokenizer: PreTrainedTokenizerFast, attention: str = "flexpg") -
         num_key_value_heads=1,
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def costs(rollouts: Rollouts, tasks: list[int]) -> dict[str, Cost]:
-    """Of the same sequences: each on its own, in one tree for each task, and in one tree over all."""
+def costs(rollouts: Rollouts, tasks: list[int]) -> dict[str, tuple[int, int]]:
+    """Return tokens and visible pairs of the baseline, of one tree per task, and of one tree."""
     order = sorted(range(len(rollouts)), key=tasks.__getitem__)
     members = [[rollouts.sequences[n] for n in own] for _, own in groupby(order, tasks.__getitem__)]
-    whole = PrefixTree.from_sequences(rollouts.sequences)
-    per_task = sum((shared_cost(PrefixTree.from_sequences(own)) for own in members), start=Cost(0, 0))
-    return {"each on its own": dense_cost(whole), "a tree per task": per_task, "one tree": shared_cost(whole)}
+    trees = [PrefixTree.from_sequences(own) for own in members]
+    whole = rollouts.tree
+    return {
+        "baseline": (whole.baseline_tokens, whole.baseline_pairs),
+        "one tree per task": (sum(tree.num_tokens for tree in trees), sum(tree.num_pairs for tree in trees)),
+        "one tree": (whole.num_tokens, whole.num_pairs),
+    }
 
 
 def update(model: torch.nn.Module, rollouts: Rollouts, tasks: torch.Tensor, max_tokens: int) -> None:
-    """Gradients of the step's loss; the trials of a task are compared with each other."""
-    advantages = flexpg.group_advantages(rollouts.rewards, tasks)
-    for batch in flexpg.pack(rollouts, max_tokens):
-        mask = batch.rollouts.trained
-        hidden = forward(model, batch.tree)
-        logprobs = flexpg.token_logprobs(
-            hidden, output(model), batch.tree, prompt_lens=batch.rollouts.prompt_lens, mask=mask
+    """Compute the gradients of the step's loss; the trials of a task are compared with each other."""
+    advantages = flexpg.group_advantages(rollouts, group_ids=tasks)
+    for batch, logprobs in flexpg.packed_logprobs(model, rollouts, max_tokens=max_tokens):
+        loss = flexpg.grpo_loss(
+            logprobs, advantages[batch.indices], batch.loss_mask, total_tokens=rollouts.num_loss_tokens
         )
-        loss, _ = flexpg.grpo_loss(logprobs, None, advantages[batch.indices], mask, normalizer=rollouts.trained.sum())
         loss.backward()
-        print(f"update: {int(batch.tree.lengths.sum()):,} tokens in {batch.tree.num_tokens:,}")
+        print(f"update: {batch.tree.baseline_tokens:,} tokens in {batch.tree.num_tokens:,}")
 
 
 def main() -> None:
-    """Counts, then updates once."""
+    """Count tokens, then compute one update."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default=DATA / "tau_bench_sample.json")
     parser.add_argument("--model", help="a checkpoint whose tokenizer has a chat template")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of a packed row")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
     args = parser.parse_args()
-    register()
     conversations = tau_bench(args.file)
     if args.model:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="flexpg")
+        model = AutoModelForCausalLM.from_pretrained(args.model)
     else:
         tokenizer = trained_tokenizer(conversations)
         model = small_model(tokenizer)
+    flexpg.enable(model)
     task_of = torch.tensor([conversation.task for conversation in conversations])
     for name, per_turn in (("a rollout per turn", True), ("a rollout per conversation", False)):
         rollouts, origin = conversation_rollouts(conversations, tokenizer, per_turn=per_turn)
         tasks = task_of[origin]
-        print(f"{name}: {len(rollouts)}, {int(rollouts.trained.sum()):,} tokens of them trained")
-        for layout, cost in (by_layout := costs(rollouts, tasks.tolist())).items():
-            unshared = by_layout["each on its own"]
-            tokens, pairs = unshared.tokens / cost.tokens, unshared.attention_pairs / cost.attention_pairs
-            print(f"  {layout:<16}{cost.tokens:>10,} tokens {tokens:>6.2f} x{pairs:>10.2f} x in attention pairs")
+        print(f"{name}: {len(rollouts)}, {rollouts.num_loss_tokens:,} tokens in the loss")
+        by_layout = costs(rollouts, tasks.tolist())
+        for layout, (tokens, pairs) in by_layout.items():
+            fewer = [before / after for before, after in zip(by_layout["baseline"], (tokens, pairs), strict=True)]
+            print(f"  {layout:<18}{tokens:>10,} tokens {fewer[0]:>6.2f}x{fewer[1]:>10.2f}x in visible pairs")
     update(model, rollouts, tasks, args.max_tokens)  # of whole conversations
     print("gradient norm", torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
 

@@ -5,15 +5,11 @@ A row is what is wrong, the call, its error, and what the message contains.
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from flexpg import Conversation, conversation_rollouts
-from flexpg.analysis.rollout_files import read_rollouts
-from flexpg.conversations import template_messages
 from flexpg.training.rewards import (
     Reward,
     RewardError,
@@ -28,29 +24,9 @@ from flexpg.training.tasks import ByteTokenizer, arithmetic, gsm8k, problems
 from flexpg.training.tasks.tau_bench import tau_bench
 
 NAN, INF = math.nan, math.inf
-PROMPTED = {"prompt": [1, 2], "completions": [[3]]}
 USER, SAID = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-CHAT = {"messages": [USER, SAID]}
-GOOD = Conversation([USER, SAID])
 TASK = {"task_id": 1, "reward": 0.0, "traj": [USER, SAID]}
 ROW, OTHER = {"q": "1+1", "a": 2}, {"q": "2+2", "a": 4}
-
-
-class Tags:
-    """A tokenizer of bytes whose chat template is `<role>content` and a zero."""
-
-    eos_token_id = 0
-
-    def apply_chat_template(self, messages, *, add_generation_prompt, **options):
-        text = "".join(f"<{message['role']}>{message.get('content')}\0" for message in messages)
-        return list((text + "<assistant>" * add_generation_prompt).encode())
-
-
-class Texts(Tags):
-    """One that gives no token ids."""
-
-    def apply_chat_template(self, messages, **options):
-        return "a text"
 
 
 def file(name, *rows):
@@ -58,23 +34,6 @@ def file(name, *rows):
     lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
     Path(name).write_bytes(b"".join(line + b"\n" for line in lines))
     return name
-
-
-def second(row, first=PROMPTED, **options):
-    """Rollouts of a file whose second line is the row."""
-    return read_rollouts(file("rollouts.jsonl", first, row), vocab_size=200, **options)
-
-
-chatted = partial(second, first=CHAT, chat=Tags())
-encoded = partial(second, encode=lambda text: [len(text)])
-
-
-def talked(*conversations):
-    return conversation_rollouts(list(conversations), Tags())
-
-
-def called(call):
-    return template_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
 
 
 def tau(text):
@@ -97,75 +56,6 @@ def matches(**options):
     return reward("format", "flexpg.training.rewards.matches", **options)
 
 
-LINES = [
-    ("no file", lambda: read_rollouts("gone.jsonl"), FileNotFoundError, "No such file or directory: 'gone.jsonl'"),
-    ("an empty file", lambda: read_rollouts(file("e.jsonl", b"")), ValueError, "e.jsonl is empty; give one JSON"),
-    ("a line cut off", lambda: second(b'{"prompt": [1],'), ValueError, "line 2: not JSON: ", " at character"),
-    ("no text", lambda: second(b"\xff\xfe"), ValueError, "rollouts.jsonl, line 2: not UTF-8: "),
-    ("deep nesting", lambda: second(b"[" * 100_000), ValueError, "line 2: not JSON that can be read: it is nested too"),
-    ("a list", lambda: second([1, 2]), ValueError, "line 2: [1, 2] is no object; give it prompt and completions"),
-    ("no keys", lambda: second({}), ValueError, "line 2: an object with the keys (none); give it prompt and"),
-    ("a prompt alone", lambda: second({"prompt": [1]}), ValueError, "line 2: an object with the keys prompt; give it"),
-    ("no prompt", lambda: second({"completions": [[1]]}), ValueError, "line 2: an object with the keys completions;"),
-    ("both", lambda: second(PROMPTED | {"completion": [1]}), ValueError, "with the keys prompt, completions,"),
-    ("an empty prompt", lambda: second(PROMPTED | {"prompt": []}), ValueError, "line 2: prompt has no token; drop it"),
-    ("an empty text", lambda: second(PROMPTED | {"prompt": ""}), ValueError, "line 2: prompt has no token; drop it"),
-    ("a prompt of null", lambda: second(PROMPTED | {"prompt": None}), ValueError, "line 2: prompt is null; give a"),
-    ("text, no tokenizer", lambda: second(PROMPTED | {"prompt": "a"}), ValueError, "and there is no tokenizer; give"),
-    ("true for an id", lambda: second(PROMPTED | {"prompt": [1, True]}), ValueError, "prompt[1] is true; a token id"),
-    ("an id below 0", lambda: second(PROMPTED | {"prompt": [1, -1]}), ValueError, "line 2: prompt[1] is -1; a token"),
-    ("an id of 1.5", lambda: second(PROMPTED | {"prompt": [1.5]}), ValueError, "line 2: prompt[0] is 1.5; a token id"),
-    ("an id of 32 bits", lambda: second(PROMPTED | {"prompt": [2**31]}), ValueError, "prompt[0] is 2147483648; a"),
-    ("an id of no model", lambda: second(PROMPTED | {"prompt": [300]}), ValueError, "token id 300 is beyond the"),
-    ("a first id too many", lambda: second({"prompt": [1], "completion": [200]}), ValueError, "id 200 is beyond the"),
-    ("no completion", lambda: second({"prompt": [1], "completion": []}), ValueError, "completion has no token; drop"),
-    ("no completions", lambda: second(PROMPTED | {"completions": []}), ValueError, "completions is []; give a list of"),
-    ("text for a list", lambda: second(PROMPTED | {"completions": "a"}), ValueError, 'completions is "a"; give a list'),
-    ("an empty one", lambda: second(PROMPTED | {"completions": [[1], []]}), ValueError, "completions[1] has no token"),
-    ("a number", lambda: second(PROMPTED | {"completions": [[1], 7]}), ValueError, "completions[1] is 7; give a text"),
-    ("half a character", lambda: encoded(PROMPTED | {"prompt": "b\ud800"}), ValueError, "has '\\ud800' at character 2"),
-    ("turns of a prompt", lambda: second(b"", per_turn=True), ValueError, "line 1: it has a prompt and no messages,"),
-    ("messages after it", lambda: second(CHAT), ValueError, "line 2: it has messages, and line 1 has a prompt; give"),
-    ("a prompt after", lambda: chatted(PROMPTED), ValueError, "line 2: it has a prompt, and line 1 has messages; give"),
-    ("no template", lambda: second(b"", first=CHAT), ValueError, "line 1: messages need a tokenizer with a chat"),
-    ("no assistant", lambda: chatted({"messages": [USER]}), ValueError, "line 2: has no assistant message, so nothing"),
-    ("messages of text", lambda: chatted({"messages": "a"}), ValueError, "line 2: messages: a str came; give a list"),
-    ("an empty message", lambda: chatted({"messages": [{"role": "user"}]}), ValueError, "0 has neither content"),
-    ("another role", lambda: chatted({"messages": [USER | {"role": "x"}]}), ValueError, "line 2: message 0 has role"),
-    ("calls of 5", lambda: chatted({"messages": [SAID | {"tool_calls": 5}]}), ValueError, "message 0 has tool_calls"),
-    ("a reward of text", lambda: chatted(CHAT | {"reward": "1"}), ValueError, 'reward is "1"; give a finite number'),
-    ("a reward of NaN", lambda: chatted(CHAT | {"reward": NAN}), ValueError, "reward is NaN; give a finite number"),
-    ("a reward of true", lambda: chatted(CHAT | {"reward": True}), ValueError, "reward is true; give a finite number"),
-    ("a reward too large", lambda: chatted(CHAT | {"reward": 10**400}), ValueError, "line 2: reward is 1000", "finite"),
-    ("tools of {}", lambda: chatted(CHAT | {"tools": {}}), ValueError, "line 2: tools is {}; give a list of JSON"),
-]
-CONVERSATIONS = [
-    ("none", lambda: talked(), ValueError, "no conversation came; give at least one"),
-    (
-        "an iterator",
-        lambda: conversation_rollouts(iter([GOOD]), Tags()),
-        TypeError,
-        "conversations is a list_",
-    ),
-    ("one alone", lambda: conversation_rollouts(GOOD, Tags()), TypeError, "conversations is a Conversation; give a"),
-    ("a dict", lambda: talked(GOOD, CHAT), TypeError, "conversation 1 of 2 is a dict; make it Conversation(messages"),
-    ("a text", lambda: talked(Conversation("hello")), TypeError, "conversation 0 of 1, messages: a str came; give a"),
-    ("no messages", lambda: talked(Conversation([])), ValueError, "conversation 0 of 1 has no assistant message, so"),
-    ("no assistant", lambda: talked(GOOD, Conversation([USER])), ValueError, "conversation 1 of 2 has no assistant"),
-    ("a message of text", lambda: talked(Conversation([USER, "b"])), ValueError, "message 1 is a str; give a dict"),
-    ("no role", lambda: talked(Conversation([{"content": "a"}])), ValueError, "message 0 has no role but ['content'];"),
-    ("a misspelt role", lambda: talked(Conversation([{"role": "assistnat"}])), ValueError, "role 'assistnat'; known"),
-    ("no content", lambda: talked(Conversation([USER, {"role": "tool"}])), ValueError, "message 1 has neither content"),
-    ("a reward of NaN", lambda: talked(Conversation([SAID], NAN)), ValueError, "conversation 0 of 1 has reward nan;"),
-    ("a reward of 1e39", lambda: talked(Conversation([SAID], 1e39)), ValueError, "has reward 1e+39; drop it or give a"),
-    ("a reward of text", lambda: talked(Conversation([SAID], "1")), ValueError, "has reward '1'; drop it or give a"),
-    ("a huge reward", lambda: talked(Conversation([SAID], 10**400)), ValueError, "conversation 0 of 1 has reward"),
-    ("calls of {}", lambda: talked(Conversation([SAID | {"tool_calls": {}}])), ValueError, "has tool_calls '{}'; give"),
-    ("no token ids", lambda: conversation_rollouts([GOOD], Texts()), TypeError, "apply_chat_template gave 'a text';"),
-    ("arguments cut off", lambda: called({"function": {"arguments": "{"}}), ValueError, "with arguments that are not"),
-    ("a call of no function", lambda: called({"name": 1}), ValueError, "has the tool call \"{'name': 1}\"; one is"),
-    ("a call as text", lambda: called("f()"), ValueError, "message 0 has the tool call 'f()'; one is {'function'"),
-]
 TAU = [
     ("no file", lambda: tau_bench("none.json"), FileNotFoundError, "no file 'none.json' (working directory /"),
     ("cut off", lambda: tau("[{"), ValueError, "tau.json is not JSON: "),
@@ -284,6 +174,6 @@ TEXTS = [
 ]
 
 DOORS = {
-    **{"rollout file": LINES, "conversations": CONVERSATIONS, "tau-bench": TAU, "tasks": PROBLEMS},
+    **{"tau-bench": TAU, "tasks": PROBLEMS},
     **{"rewards": REWARDS, "byte tokenizer": TEXTS},
 }

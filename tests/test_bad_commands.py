@@ -3,7 +3,6 @@
 The library's own doors stand in test_bad_input.py, files and texts in bad_data.py.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from benchmarks.sharing import recipe
-from flexpg.__main__ import main
 from recipes.grpo import SETUP_ERRORS, recipe_main
 
 ROOT = Path(__file__).parent.parent
@@ -235,100 +233,7 @@ def test_a_command_line_without_a_configuration_gets_the_usage(given, configs, m
     assert capsys.readouterr().err.startswith("usage: grpo.py [-h] --config CONFIG")
 
 
-BROKEN = "MODEL with "  # the tiny model with other entries in its config.json
-FLEXPG_LINES = [
-    ("no command", "lss", "invalid choice: 'lss'"),
-    ("no name", "cp", "the following arguments are required: NAME"),
-    ("another name", "cp grop", "invalid choice: 'grop' (choose from "),
-    ("a file for a folder", "cp grpo file", "Not a directory: 'file/recipes'"),
-    ("a folder not to be written", "cp grpo /proc/nowhere", "No such file or directory: '/proc/nowhere'"),
-    ("no model", "report good.jsonl", "the following arguments are required: --model"),
-    ("an unknown option", "report good.jsonl --model TINY --bogus", "unrecognized arguments: --bogus"),
-    ("no file", "report gone.jsonl --model TINY", "no file gone.jsonl; give a .jsonl file of rollouts"),
-    ("a folder for a file", "report other --model TINY", "no file other; give a .jsonl file of rollouts"),
-    ("an empty file", "report empty.jsonl --model TINY", "empty.jsonl is empty; give one JSON object on each line"),
-    ("a broken file", "report broken.jsonl --model TINY", "broken.jsonl, line 1: not JSON: "),
-    ("an id of no model", "report large.jsonl --model TINY", "large.jsonl, line 2: its token id 260 is beyond the"),
-    ("turns of prompts", "report good.jsonl --model TINY --per-turn", "line 1: it has a prompt and no messages"),
-    ("no such model", "report good.jsonl --model gone", "no file gone; give a checkpoint's folder or its config.json"),
-    ("a model beside files", "report good.jsonl --model .", "no file config.json; give a checkpoint's folder or its"),
-    ("a model below files", "report text.jsonl --model other/gone", "no file other/gone; give a checkpoint's folder"),
-    ("a model of no kind", "report good.jsonl --model other", "other/config.json: Unrecognized model"),
-    ("a model of rollouts", "report good.jsonl --model good.jsonl", "good.jsonl: Unrecognized model in good.jsonl"),
-    ("no such YAML", "report good.jsonl --model gone.yaml", "No such file or directory: ", "gone.yaml"),
-    ("a YAML of a list", "report good.jsonl --model list.yaml", "list.yaml has no `model`; give a configuration of"),
-    ("a broken YAML", "report good.jsonl --model broken.yaml", "broken.yaml is no YAML: "),
-    ("a misspelt model", "report good.jsonl --model wrong.yaml", "wrong.yaml: model: "),
-    ("a YAML of no heads", "report good.jsonl --model headless.yaml", "headless.yaml: ", "ZeroDivisionError: "),
-    ("no such tokenizer", "report good.jsonl --model TINY --tokenizer gone", "no folder gone; give one that holds a"),
-    ("an empty tokenizer", "report good.jsonl --model TINY --tokenizer other", "other holds no tokenizer that transf"),
-    ("a bad tokenizer", "report good.jsonl --model TINY --tokenizer bad", "bad holds no tokenizer that transformers"),
-    ("text, no tokenizer", "report text.jsonl --model YAML", "text.jsonl, line 1: prompt is text, and there is no"),
-    ("no picture", "report good.jsonl --model TINY --out r.txt", "--out r.txt is no picture; name a .png, .pdf, .svg"),
-    ("a picture nowhere", "report good.jsonl --model TINY --out gone/r.png", "No such file or directory: 'gone/r.png'"),
-    ("numbers nowhere", "report good.jsonl --model TINY --json gone/r", "No such file or directory: 'gone/r'"),
-    ("a width of text", f'{BROKEN}"hidden_size":"abc"', "field 'hidden_size': TypeError: Field"),
-    ("no heads", f'{BROKEN}"num_attention_heads":0', "changed: ZeroDivisionError: "),
-    ("an unknown activation", f'{BROKEN}"hidden_act":"zzz"', "changed: KeyError: 'zzz'"),
-    ("no layer", f'{BROKEN}"num_hidden_layers":0', "has no layer (num_hidden_layers is 0); give it at least"),
-    ("a pad beyond", f'{BROKEN}"pad_token_id":9999', "AssertionError: Padding_idx must be within num_embeddings"),
-    ("an unknown dtype", f'{BROKEN}"dtype":"zzz"', "changed/config.json: module 'torch' has no attribute 'zzz'"),
-    *(
-        (f"a budget of {budgets!r}", f"report f --model m --max-tokens={budgets}", "argument --max-tokens: ")
-        for budgets in ("", "0", "4096,", "-1", "1e3", "a")
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Models, tokenizers and rollouts, most of them broken."""
-    folder = tmp_path_factory.mktemp("files")
-    yaml = (ROOT / TINY).read_text()
-    for name, content in {
-        "file": "",
-        "good.jsonl": '{"prompt": [1, 2], "completions": [[3]]}\n',
-        "large.jsonl": '{"prompt": [1], "completion": [2]}\n{"prompt": [1], "completion": [260]}\n',
-        "text.jsonl": '{"prompt": "1 + 1 =", "completion": " 2"}\n',
-        "empty.jsonl": "\n \n",
-        "broken.jsonl": '{"prompt":\n',
-        "other/config.json": "{}",
-        "other/tokenizer.json": "{}",
-        "bad/tokenizer_config.json": (ASSETS / "tokenizer_config.json").read_text(),
-        "bad/tokenizer.json": '{"model": 1}',
-        "headless.yaml": yaml.replace("num_heads: 4", "num_heads: 0"),
-        "list.yaml": "- 1\n",
-        "broken.yaml": "model: [\n",
-        "wrong.yaml": "model:\n  _component_: torchtune.models.nowhere\n",
-    }.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
-    return folder
-
-
-@pytest.mark.parametrize(("given", "words"), table(FLEXPG_LINES))
-def test_a_command_of_flexpg_ends_with_one_line(given, words, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    if given.startswith(BROKEN):
-        entries = json.loads((ASSETS / "config.json").read_text()) | json.loads(f"{{{given.removeprefix(BROKEN)}}}")
-        (tmp_path / "changed").mkdir()
-        (tmp_path / "changed/config.json").write_text(json.dumps(entries))
-        given = f"report good.jsonl --model {tmp_path}/changed"
-    given = given.replace("TINY", str(ASSETS)).replace("YAML", str(ROOT / TINY))
-    with pytest.raises(SystemExit) as caught:
-        main(given.split())
-    if caught.value.code == 2:
-        usage, *_, message = capsys.readouterr().err.splitlines()
-        assert usage.startswith("usage: python -m flexpg") and ": error: " in message
-    else:
-        message = str(caught.value)
-        assert message.startswith("error: ")
-    holds(message, words)
-
-
 PROCESSES = [
-    ("flexpg report gone.jsonl --model gone", 1, "error: no file gone.jsonl; give a .jsonl file of rollouts"),
-    ("flexpg cp grop", 2, "python -m flexpg cp: error: argument NAME: invalid choice: 'grop' "),
     ("recipes.grpo --config nowhere.yaml", 1, "error: [Errno 2] No such file or directory: "),
     (f"recipes.grpo --config {TINY} loss.loss_type=ppo", 1, "error: loss: loss_type is 'ppo'; allowed are grpo, "),
 ]

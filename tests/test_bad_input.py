@@ -9,32 +9,26 @@ import bad_data
 import pytest
 import torch
 import transformers
-from torch import nn
 from baseline import MAX_SEQ_LEN, VOCAB, tiny_model
+from torch import nn
 
 from flexpg import (
     EncodedPrefix,
-    ModelShape,
     PrefixTree,
     Rollouts,
     SamplingParams,
     attention,
     block_mask,
-    dense_cost,
     dense_mask,
     group_advantages,
     group_block_mask,
-    group_cost,
     grpo_loss,
     loss_normalizer,
     pack,
-    report,
     sample,
-    shared_cost,
     token_logprobs,
     tree_mask_mod,
 )
-from flexpg.analysis import torchtune_shape, transformers_shape
 from flexpg.integrations import torchtune
 from flexpg.integrations import transformers as integration
 
@@ -62,7 +56,6 @@ def meta(tensor):
 TREE = PrefixTree.from_groups([[1, 2, 3], [4, 5]], [[[6, 7], [8]], [[9, 6]]])  # 3 sequences of 5, 4 and 4 tokens
 LENGTHS_ONLY = PrefixTree.from_lengths([3, 2], [[2, 1], [2]])
 MASK = block_mask(TREE)
-SHAPE = ModelShape(2, 8, 2, 1, 4, 16, 50, 576)
 
 
 def rollouts(**changed):
@@ -368,23 +361,6 @@ SAMPLING = [
     ("uniforms below 0", lambda: drawn(ONES(4, 2).double() * -1e-9), ValueError, "uniforms holds numbers outside [0,"),
     ("uniforms of NaN", lambda: drawn(ONES(4, 2).double() * NAN), ValueError, "uniforms holds numbers outside [0, 1)"),
 ]
-REPORTS = [
-    ("lists", lambda: report([[1, 2]], SHAPE), TypeError, "a report is made of Rollouts or a PrefixTree; list came"),
-    ("a model for its shape", lambda: report(rollouts(), nn.Linear(2, 2)), TypeError, "shape is a Linear; give a"),
-    ("a tree alone", lambda: report(TREE, SHAPE), ValueError, "a tree of 3 sequences needs prompt_lens [3]; none came"),
-    ("lengths of 1", lambda: report(TREE, SHAPE, prompt_lens=ids(3)), ValueError, "needs prompt_lens [3]; [1] came"),
-    ("lengths in a list", lambda: report(TREE, SHAPE, prompt_lens=[3]), TypeError, "prompt_lens is [3]; give an int64"),
-    ("no completion", lambda: report(TREE, SHAPE, prompt_lens=ids(5, 3, 2)), ValueError, "5 tokens, 5 of them prompt"),
-    ("lengths twice", lambda: report(rollouts(), SHAPE, prompt_lens=ids(1, 2, 1)), ValueError, "have their own; leave"),
-    ("one budget", lambda: report(rollouts(), SHAPE, max_tokens=64), TypeError, "max_tokens is 64; give a list of"),
-    ("a budget of 0", lambda: report(rollouts(), SHAPE, max_tokens=[0]), ValueError, "max_tokens has 0; give budgets"),
-    ("a budget of -8", lambda: report(rollouts(), SHAPE, max_tokens=[64, -8]), ValueError, "max_tokens has -8; give"),
-    ("a budget of 4.5", lambda: report(rollouts(), SHAPE, max_tokens=[4.5]), ValueError, "max_tokens has 4.5; give"),
-    ("a budget of true", lambda: report(rollouts(), SHAPE, max_tokens=[True]), ValueError, "max_tokens has True; give"),
-    ("the cost of rollouts", lambda: shared_cost(rollouts()), TypeError, "tree is of type Rollouts; make one with"),
-    ("the cost of a list", lambda: dense_cost([[1, 2]]), TypeError, "tree is of type list; make one with PrefixTree."),
-    ("groups of a tree", lambda: group_cost(TREE), TypeError, "rollouts is a PrefixTree; make them with"),
-]
 MODELS = [
     ("a module", lambda: tune(TREE, lambda: nn.Linear(2, 2)), TypeError, "model is a Linear; shared prefixes work in"),
     ("a list", lambda: tune([[1, 2]]), TypeError, "tree is of type list; make one with PrefixTree.from_groups("),
@@ -399,16 +375,12 @@ MODELS = [
     ("transformers, lengths", lambda: hf(LENGTHS_ONLY), ValueError, "made from lengths and has no tokens; use"),
     ("transformers, meta", lambda: hf(TREE.to("meta")), ValueError, "the tree is on meta and the model on cpu; move"),
     ("transformers, 50 ids", lambda: hf(sequences([[VOCAB]])), ValueError, "token id 50 is beyond the model's"),
-    ("a module's shape", lambda: torchtune_shape.shape_of(nn.Linear(2, 2)), TypeError, "model is a Linear; the shape"),
-    ("an adapter's shape", lambda: torchtune_shape.shape_of(tiny_model("llama3_2_lora")), TypeError, "is an adapter's"),
-    ("a decoder's shape", lambda: transformers_shape.shape_of(qwen2().model), TypeError, "Qwen2Model has no output"),
-    ("no layer", lambda: transformers_shape.shape_of(qwen2(num_hidden_layers=0)), ValueError, "has no layer"),
 ]
 
 DOORS = {
     **{"Rollouts": ROLLOUTS, "group_advantages": ADVANTAGES, "PrefixTree": TREES, "pack": PACKING, "mask": MASKS},
     **{"attention": ATTENTION, "token_logprobs": LOGPROBS, "grpo_loss": LOSSES, "sampling": SAMPLING},
-    **{"report and cost": REPORTS, "models": MODELS},
+    **{"models": MODELS},
     **bad_data.DOORS,
 }
 CASES = [

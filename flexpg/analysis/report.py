@@ -138,7 +138,7 @@ class Report:
             rows = [
                 [f"{row['group_size']:,}", short(row["rollouts"])]
                 + [_cell(row[name], "tokens") for name in ("baseline", "prompts_once", "shared")]
-                + [f"{row['shared'][f'{name}_ratio']:.1f}x" for name in ("pairs", "activation_bytes", "flops")]
+                + [_ratio(row["shared"][f"{name}_ratio"]) for name in ("pairs", "activation_bytes", "flops")]
                 for row in self.by_group_size
             ]
             tables.append(("By group size: the first G completions of every prompt", columns, rows))
@@ -146,7 +146,7 @@ class Report:
         rows = [
             [f"{row['max_tokens']:,}"]
             + [short(row[name]) for name in ("baseline_micro_batches", "micro_batches", "tokens", "recomputed_tokens")]
-            + [short_bytes(row["activation_bytes"]), f"{row['flops_ratio']:.1f}x"]
+            + [short_bytes(row["activation_bytes"]), _ratio(row["flops_ratio"])]
             if "tokens" in row
             else [f"{row['max_tokens']:,}", "does not fit"]
             for row in self.by_max_tokens
@@ -305,7 +305,11 @@ def _first_completions(rollouts: Rollouts) -> list[tuple[int, Rollouts]]:
 def _cell(work: Row, name: str) -> str:
     """Return a count, with its ratio to the baseline if it has one."""
     value = short_bytes(work[name]) if name == "activation_bytes" else short(work[name])
-    return f"{value} ({work[f'{name}_ratio']:.1f}x)" if f"{name}_ratio" in work else value
+    return f"{value} ({_ratio(work[f'{name}_ratio'])})" if f"{name}_ratio" in work else value
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ def local_model(path: Path) -> nn.Module:
     if not file.is_file():  # transformers would take the path for a name on the hub
         raise FileNotFoundError(f"no file {file}; pass a checkpoint's folder or its config.json")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(file), local_files_only=True))
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(path), local_files_only=True))
 
 
 def _local_adapter(folder: Path) -> nn.Module:

@@ -45,7 +45,7 @@ def layer_matrices(layer: nn.Module, experts_per_token: int = 0) -> list[Matrix]
 
     Args:
         layer: A decoder layer.
-        experts_per_token: How many experts of a 3-D parameter [experts, ., .] a token is routed to; 0 for none.
+        experts_per_token: How many experts of a 3-D parameter [experts, ., .] a token is routed to; 0 without experts.
 
     Raises:
         TypeError: If it is unknown what a token does with a parameter.
