@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import logging
 import re
 import shutil
 import sys
@@ -88,6 +89,7 @@ def copy_recipes(args: argparse.Namespace) -> None:
 
 def print_report(args: argparse.Namespace) -> None:
     """Print what sharing saves in an update over the rollouts, and plot it."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its C++ extensions, which a report does not need
     with _extra("report"):
         from rich.console import Console
 
