@@ -1,4 +1,4 @@
-"""The unshared baseline for torchtune models and attention, slow and easy to verify; and the tiny models of the tests.
+"""The baseline for torchtune models and attention, slow and easy to verify; and the tiny models of the tests.
 
 tiny_model(name, **changes)                          a torchtune model of BUILDERS
 in_float64(model)                                    the model in float64, norms and rotary embeddings included

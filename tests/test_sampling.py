@@ -272,13 +272,13 @@ def test_sample_kv_cache_of_finished_samples_is_freed():
     assert len({prompts for _, prompts, _ in steps}) > 1 and steps[-1][2] < steps[0][2] / 4
 
 
-def test_sample_max_cache_tokens_below_one_sample_raises_before_the_prefill():
+def test_sample_max_cache_tokens_below_one_sample_raises_before_prefill():
     model, calls = tiny_model("llama3"), []
     model.tok_embeddings.register_forward_hook(lambda *args: calls.append(args))
     with pytest.raises(ValueError, match=r"max_cache_tokens must be at least 44 for prompt 3 .* got 43"):
         draw(model, STOPPING, RAGGED, max_cache_tokens=43)
     with pytest.raises(ValueError, match=r"max_cache_tokens must be at least 142 for prompt 3 .* got 141"):
-        draw(model, STOPPING, RAGGED, max_cache_tokens=141, compiled=True)  # which pads prompts to 128 tokens
+        draw(model, STOPPING, RAGGED, max_cache_tokens=141, compiled=True)  # with prompts padded to 128 tokens
     assert not calls
 
 
