@@ -151,7 +151,8 @@ class Rollouts:
 
         Args:
             sequences: [B * G, P + T] int64, what `generate(..., num_return_sequences=G)` returned.
-            attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given.
+            attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given. If it was repeated for every
+                completion, [B * G, P], adjacent rows with the same prompt are a group.
             rewards: [B * G] float.
             eos_token_id: Ids that end a completion, as in the generation config; None if none does.
 
@@ -175,11 +176,13 @@ class Rollouts:
         before = is_stop.cumsum(1) - is_stop.long()  # stop tokens before each token
         lengths = (before == 0).sum(1).tolist()
         group_size = len(sequences) // batch
-        present = attention_mask.bool()
+        prompts = [sequences[b * group_size, :prompt_len][attention_mask[b].bool()] for b in range(batch)]
+        is_new = [b == 0 or group_size > 1 or not torch.equal(prompts[b], prompts[b - 1]) for b in range(batch)]
+        group_ids = (torch.tensor(is_new, device=sequences.device).cumsum(0) - 1).repeat_interleave(group_size)
         return cls(
-            prompts=[sequences[b * group_size, :prompt_len][present[b]] for b in range(batch)],
+            prompts=[prompt for prompt, own in zip(prompts, is_new, strict=True) if own],
             completions=[row[:length] for row, length in zip(generated, lengths, strict=True)],
-            group_ids=torch.arange(batch, device=sequences.device).repeat_interleave(group_size),
+            group_ids=group_ids,
             rewards=torch.as_tensor(rewards, dtype=torch.float32).to(sequences.device),
         )
 

@@ -185,6 +185,15 @@ def test_from_generate_one_completion_per_prompt():
     assert [s.tolist() for s in rollouts.sequences] == [[EOS, 5, PAD, 7, EOS], [PAD, EOS, 6, 6, 6, EOS]]
 
 
+def test_from_generate_repeated_attention_mask_gives_the_same_groups():
+    repeated = Rollouts.from_generate(
+        GENERATED, ATTENTION_MASK.repeat_interleave(2, 0), torch.ones(4), eos_token_id=EOS
+    )
+    once = Rollouts.from_generate(GENERATED, ATTENTION_MASK, torch.ones(4), eos_token_id=EOS)
+    assert repeated.group_ids.tolist() == once.group_ids.tolist() == [0, 0, 1, 1]
+    assert [p.tolist() for p in repeated.prompts] == [p.tolist() for p in once.prompts]
+
+
 def test_from_generate_rows_that_are_no_multiple_of_the_prompts_raise():
     for sequences, rewards in ((GENERATED[:3], [1.0] * 3), (GENERATED, [1.0] * 2), (GENERATED, torch.ones(2, 2))):
         with pytest.raises(ValueError, match="sequences and rewards must have G rows for each of 2 prompts"):
