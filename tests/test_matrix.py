@@ -18,7 +18,7 @@ import hf_models as hf
 import pytest
 import torch
 from baseline import baseline_logprobs, in_float64, relative_error, tiny_model
-from cases import MAX_TOKENS, TREES, float32_floor, rollouts_of
+from cases import MAX_TOKENS, TREES, VOCAB, float32_floor, rollouts_of
 from processes import run_processes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -336,3 +336,16 @@ def test_update_in_another_process_is_bitwise_identical():
     for again in (shared_updates(0, some_cases()), *run_processes(1, shared_updates, some_cases())):
         for tensors, others in zip(map(tree_leaves, first), map(tree_leaves, again), strict=True):
             assert all(map(torch.equal, tensors, others))
+
+
+@pytest.mark.parametrize("make", [partial(tiny_model, "llama3_2"), partial(hf.tiny_model, "llama")])
+def test_changed_completion_leaves_other_rollouts_bitwise_identical(make):
+    model, rollouts = flexpg.enable(make()), rollouts_of("groups", 0)
+    changed = [(own + 1) % VOCAB if n == 1 else own for n, own in enumerate(rollouts.completions)]
+    before, after = (
+        next(packed_logprobs(model, each, max_tokens=400))[1]
+        for each in (rollouts, replace(rollouts, completions=changed))
+    )
+    others = torch.tensor([0, 2, 3])
+    assert torch.equal(after[others], before[others])
+    assert (after[1] - before[1])[rollouts.loss_mask[1]].abs().min() > 1e-3

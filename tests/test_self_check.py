@@ -257,17 +257,20 @@ def test_wrong_layer_is_named_with_token_and_rollout(fault, layer):
         check(with_fault(fault, layer))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_model_fails_in_bfloat16(fault):
-    layers = [0, 1] if fault == "packed_window" else [0]
+@pytest.mark.parametrize(
+    ("fault", "layers", "num_layers"),
+    [
+        ("ignored_mask", [0], 2),
+        ("packed_positions", [0], 2),
+        ("dropout", [0], 2),
+        ("packed_window", [0, 1], 2),
+        ("packed_positions", range(12), 12),
+        ("packed_positions", [0], 12),
+    ],
+)
+def test_wrong_model_fails_in_bfloat16(fault, layers, num_layers):
     with pytest.raises(SelfCheckError, match="self-check failed: "):
-        check(with_fault(fault, *layers).to(torch.bfloat16))
-
-
-@pytest.mark.parametrize("layers", [range(12), range(1)], ids=["all_layers", "first_layer"])
-def test_packed_positions_fail_in_bfloat16_in_a_deep_model(layers):
-    with pytest.raises(SelfCheckError, match="self-check failed: "):
-        check(with_fault("packed_positions", *layers, num_layers=12).to(torch.bfloat16))
+        check(with_fault(fault, *layers, num_layers=num_layers).to(torch.bfloat16))
 
 
 def count_packed_tokens(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

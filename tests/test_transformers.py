@@ -134,17 +134,6 @@ def test_bfloat16_within_error_budget(name, device):
     assert relative_error(value, true_gradient) < 1.5 * relative_error(other, true_gradient)
 
 
-def test_changed_completion_leaves_other_rollouts_bitwise_identical():
-    model, prompts = flexpg.enable(hf.tiny_model("llama")), [tokens(30, 1), tokens(21, 2)]
-    completions = [[tokens(12, 3), tokens(9, 4), tokens(14, 5)], [tokens(7, 6), tokens(13, 7)]]
-    before = shared_logprobs(model, Case.from_groups(prompts, completions))
-    completions[0][1] = [(token + 1) % VOCAB for token in completions[0][1]]
-    after = shared_logprobs(model, Case.from_groups(prompts, completions))
-    others = torch.tensor([0, 2, 3, 4])
-    assert torch.equal(after[others], before[others])
-    assert (after[1, :9] - before[1, :9]).abs().min() > 1e-3
-
-
 # An oversized group, whose prompt is encoded once for several micro-batches.
 
 OVERSIZED = Rollouts.from_groups([tokens(30, 59)], [[tokens(4 + n, 60 + n) for n in range(8)]], [[0.0] * 8])
@@ -473,15 +462,10 @@ def with_virtual_tokens() -> nn.Module:
     return peft.get_peft_model(hf.tiny_model("llama"), config)
 
 
-def with_dropout() -> nn.Module:
-    model = hf.tiny_model("llama")
-    model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp, nn.Dropout(0.2))
-    return model
-
-
-def with_hidden_window() -> nn.Module:
-    model = hf.tiny_model("qwen2")
-    model.model.layers[0].self_attn.sliding_window = None  # its layer_type is still "sliding_attention"
+def changed(change: Callable[[nn.ModuleList], object], name: str = "llama") -> nn.Module:
+    """Build a model and change its layers."""
+    model = hf.tiny_model(name)
+    change(model.model.layers)
     return model
 
 
@@ -502,39 +486,44 @@ def with_position_bias() -> nn.Module:
     return model
 
 
-def with_convolution() -> nn.Module:
-    model = hf.tiny_model("llama")
-    model.model.layers[0].mixer = nn.Conv1d(32, 32, 4)
-    return model
-
-
-def with_bidirectional_layer() -> nn.Module:
-    model = hf.tiny_model("llama")
-    model.model.layers[1].self_attn.is_causal = False
-    return model
-
-
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "encoder_decoder": (encoder_decoder, TypeError, "is an encoder-decoder; prefixes can be shared in decoders only"),
     "t5": (t5, TypeError, NO_INTERFACE),
     "images": (with_images, TypeError, "takes more than text; load its language model alone"),
     "prompt_tuning": (with_virtual_tokens, ValueError, "the adapter (PROMPT_TUNING) adds virtual tokens"),
     "lora_dropout": (lambda: with_lora(hf.tiny_model("llama"), lora_dropout=0.1), ValueError, "has dropout 0.1, which"),
-    "dropout": (with_dropout, ValueError, "model.layers.1.mlp.1 has dropout 0.2, which would differ between"),
+    "alora": (
+        lambda: with_lora(hf.tiny_model("llama"), alora_invocation_tokens=[3, 4]),
+        ValueError,
+        "the adapter (LORA) depends on the whole sequence; use one that does not, like LoRA",
+    ),
+    "dropout": (
+        lambda: changed(lambda layers: setattr(layers[1], "mlp", nn.Sequential(layers[1].mlp, nn.Dropout(0.2)))),
+        ValueError,
+        "model.layers.1.mlp.1 has dropout 0.2, which would differ between",
+    ),
     "attention_dropout": (
         lambda: hf.tiny_model("llama", attention_dropout=0.3),
         ValueError,
         "self_attn has attention_dropout=0.3, which would differ between the copies of a prefix; load the model with",
     ),
     "hidden_window": (
-        with_hidden_window,
+        lambda: changed(lambda layers: setattr(layers[0].self_attn, "sliding_window", None), "qwen2"),
         TypeError,
         "Qwen2ForCausalLM has sliding_window=7, but 0 of its layers pass it to attention where 1 should",
     ),
     "own_attention": (with_own_attention, TypeError, "1 of 2 layers of LlamaForCausalLM use transformers' attention"),
     "position_bias": (with_position_bias, TypeError, "LlamaAttention adds a position bias to its scores"),
-    "convolution": (with_convolution, TypeError, "has convolutions over the sequence (state-space layers)"),
-    "bidirectional_layer": (with_bidirectional_layer, TypeError, "LlamaAttention is not causal"),
+    "convolution": (
+        lambda: changed(lambda layers: setattr(layers[0], "mixer", nn.Conv1d(32, 32, 4))),
+        TypeError,
+        "has convolutions over the sequence (state-space layers)",
+    ),
+    "bidirectional_layer": (
+        lambda: changed(lambda layers: setattr(layers[1].self_attn, "is_causal", False)),
+        TypeError,
+        "LlamaAttention is not causal",
+    ),
 }
 
 

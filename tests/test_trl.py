@@ -749,7 +749,7 @@ def row(batch: dict[str, Tensor], n: int) -> tuple[tuple[int, ...], tuple[int, .
 @pytest.mark.parametrize(
     "ours_and_trls", [(SharedPrefixGRPOTrainer, GRPOTrainer), (SharedPrefixRLOOTrainer, RLOOTrainer)]
 )
-def test_prepared_batch_draws_the_same_random_numbers_and_keeps_groups_whole(ours_and_trls, saved):
+def test_prepared_batch_keeps_groups_whole_and_random_numbers(ours_and_trls, saved):
     buffers, states = [], []
     for trainer_class in ours_and_trls:
         settings = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4}
