@@ -422,11 +422,6 @@ def test_example_agent_conversations_prints_savings(monkeypatch, capsys, tokeniz
     assert float(printed.split("gradient norm ")[1]) > 0
 
 
-def test_docs_conversations_quotes_the_committed_benchmark():
-    result = json.loads((ROOT / "benchmarks" / "results" / "conversations_cpu.json").read_text())
-    assert f"Of {result['conversations']} conversations" in DOCS
-
-
 def test_docs_conversations_snippets_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}
