@@ -102,6 +102,8 @@ def test_read_rollouts_of_broken_messages_raises_with_line_number(write):
         read(write({"messages": [USER, {"role": "assistnat", "content": "b"}]}))
     with pytest.raises(ValueError, match=r"rollouts.jsonl:1: KeyError: 'function'"):
         read(write({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}))
+    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: reward must be finite, got nan"):
+        read(write(CHAT | {"reward": float("nan")}))
     with pytest.raises(ValueError, match=r"rollouts.jsonl:1: per-turn rollouts need `messages`"):
         read(write(PROMPT))
     with pytest.raises(ValueError, match="must have at least one line"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def read_rollouts(
             else:
                 own = _read_prompt(row, encode)
                 parts = [f", completions[{i}]" if "completions" in row else "" for i in range(len(own))]
+            reward = float(row.get("reward") or 0.0)
+            if not isfinite(reward):
+                raise ValueError(f"reward must be finite, got {reward}")
             largest = max((int(tokens.max()) for tokens, _ in own), default=0)
             if vocab_size is not None and largest >= vocab_size:
                 raise ValueError(
@@ -78,7 +82,7 @@ def read_rollouts(
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{path}:{number}: {kind}{error}") from error
         sequences += own
-        rewards += [float(row.get("reward") or 0.0)] * len(own)
+        rewards += [reward] * len(own)
         names += [f"line {number}{part}" for part in parts]
     if not sequences:
         raise ValueError(f"{path} must have at least one line, a JSON object")
