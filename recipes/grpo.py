@@ -17,6 +17,7 @@ All randomness is a function of the seed and the step, so a run that is resumed 
 import logging
 import math
 import random
+import shutil
 import signal
 import sys
 import warnings
@@ -486,7 +487,13 @@ class GRPORecipe(FTRecipeInterface):
         """Save the weights and this rank's micro-batches, and raise before the optimizer step."""
         folder = self.output_dir / "nonfinite"
         norms = gradient_norms(self.model)
-        self.save_progress(folder)
+        culprits = [
+            f"{name} of rollout {int(batch.indices[(~values.isfinite()).nonzero()[0, 0]])}"
+            for batch, logprobs, _ in seen
+            for name, values in (("the log-probabilities", logprobs), ("the advantage", advantages[batch.indices]))
+            if not values.isfinite().all()
+        ]
+        culprits += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
         dump = [
             {
                 "indices": batch.indices.tolist(),
@@ -500,17 +507,17 @@ class GRPORecipe(FTRecipeInterface):
             }
             for batch, logprobs, loss in seen
         ]
-        torch.save({"micro_batches": dump, "gradient_norms": norms}, folder / f"rank_{self.world.rank}.pt")
-        culprits = [
-            f"{name} of rollout {int(batch.indices[(~values.isfinite()).nonzero()[0, 0]])}"
-            for batch, logprobs, _ in seen
-            for name, values in (("the log-probabilities", logprobs), ("the advantage", advantages[batch.indices]))
-            if not values.isfinite().all()
-        ]
-        culprits += [f"the gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)]
+        if self.world.is_first:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        self.world.barrier()
+        try:
+            self.save_progress(folder)
+            torch.save({"micro_batches": dump, "gradient_norms": norms}, folder / f"rank_{self.world.rank}.pt")
+            saved = f"its weights and the micro-batches of each rank are in {folder}"
+        except (CheckpointError, OSError, RuntimeError) as error:  # RuntimeError is torch.save's for a full disk
+            saved = f"its weights and micro-batches could not be saved: {one_line(error)}"
         raise FloatingPointError(
-            f"{what}, first in {(culprits or ['the loss'])[0]}. The model was not updated; its weights and the "
-            f"micro-batches of each rank are in {folder}"
+            f"{what}, first in {(culprits or ['the loss'])[0]}. The model was not updated; {saved}"
         )
 
 

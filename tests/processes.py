@@ -1,6 +1,11 @@
-"""A function on several processes at once, as torchrun would start them.
+"""Functions and commands in several processes, as torchrun would start them.
 
-The processes are forked from a server that has imported what takes seconds, once per test session. It computes nothing
+run_processes(count, function, *args)       call a function on `count` ranks and return their results
+start_process(function, *args)              start one process
+start_command(main, arguments, printed)     start a command line
+wait_until(condition, process, printed)     wait for something that a started command does
+
+Processes are forked from a server that has imported what takes seconds, once per test session. It computes nothing
 itself, so no thread is lost in the fork.
 """
 
@@ -26,30 +31,30 @@ PRELOAD = ["pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.sta
 
 
 def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """What `function(rank, *args)` returns in each of `count` processes, which can join one process group.
+    """Return what `function(rank, *args)` returns on each of `count` ranks, which can form one process group.
 
     Args:
-        count: processes to start; each has torchrun's variables in its environment, beside the caller's.
-        function: of a test file, not of a function in it; its arguments and results are pickled.
-        args: the same for every process.
-        timeout_s: seconds until all must be done.
+        count: Number of ranks.
+        function: A module-level function; its arguments and results are pickled.
+        args: The same for every rank.
+        timeout_s: Seconds until all must be done.
 
     Raises:
-        BaseException: what the first process to fail has raised, SystemExit too, with its traceback as the cause.
-        RuntimeError: a process died without a word.
-        TimeoutError: a process was not done in time.
+        BaseException: What the first rank to fail raised, SystemExit too, with its traceback as the cause.
+        RuntimeError: If a process was killed.
+        TimeoutError: If a rank was not done in time.
     """
-    # As torchrun does, the store stands here: with one at rank 0, its port could be taken before it listens there.
+    # As in torchrun, the store is in the parent: at rank 0, another process could take its port first.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     address |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RESTART_COUNT": "0"}
     children, pipes = [], []
     try:
         for rank in range(count):
-            pipe, its_pipe = multiprocessing.Pipe()
+            pipe, child_pipe = multiprocessing.Pipe()
             variables = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(start_process(_report, its_pipe, variables, function, rank, args))
-            its_pipe.close()
+            children.append(start_process(_report, child_pipe, variables, function, rank, args))
+            child_pipe.close()
             pipes.append(pipe)
         results = _results(children, pipes, timeout_s)
         for pipe in pipes:
@@ -64,7 +69,7 @@ def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout_
 
 
 def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """A process that has started on `function(*args)`, with this one's environment and with one thread for tensors."""
+    """Start `function(*args)` in a process with this environment and one thread for tensors."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_run, args=(dict(os.environ), function, args), daemon=True)
@@ -73,17 +78,26 @@ def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
 
 
 def start_command(main: Callable[[], None], arguments: Sequence[str], printed: Path) -> BaseProcess:
-    """A process that has started on `main()` as its command line does, with what it prints in a file.
+    """Start `main()` as its command line would.
 
     Args:
-        main: of a module; it reads `sys.argv`.
-        arguments: those after the command's own name.
-        printed: of stdout and stderr.
+        main: A module-level function that reads `sys.argv`.
+        arguments: Those after the name of the command.
+        printed: The file for stdout and stderr.
     """
-    return start_process(_as_command, main, arguments, printed)
+    return start_process(_run_command, main, arguments, printed)
 
 
-def _as_command(main: Callable[[], None], arguments: Sequence[str], printed: Path) -> None:
+def wait_until(condition: Callable[[], bool], process: BaseProcess, printed: Path, timeout_s: float = 120) -> None:
+    """Wait for a condition that a running command brings about, and fail with its output if it ends before."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.is_alive(), printed.read_text()
+        assert time.monotonic() < end, printed.read_text()
+        time.sleep(0.02)
+
+
+def _run_command(main: Callable[[], None], arguments: Sequence[str], printed: Path) -> None:
     with printed.open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -99,9 +113,9 @@ def _run(environment: dict[str, str], function: Callable[..., Any], args: Sequen
 
 
 def _report(pipe: Connection, variables: dict[str, str], function: Callable[..., Any], rank: int, args: Any) -> None:
-    """Sends what the function returned or raised, and stays until the caller has heard from all.
+    """Send what the function returned or raised, and stay until the caller has heard from all ranks.
 
-    So a process that fails does not make others fail of its absence, before the reason is known.
+    Otherwise a rank that fails would make others fail because of its absence, before the reason is known.
     """
     os.environ.update(variables)
     try:
@@ -117,7 +131,7 @@ def _pickled_error(error: BaseException) -> bytes:
     text = "".join(traceback.format_exception(error))
     try:
         report = pickle.dumps((None, error, text))
-        pickle.loads(report)  # an exception with arguments of its own may be pickled and not come back
+        pickle.loads(report)  # exceptions with other arguments than a message can be pickled, but not all unpickled
     except Exception:
         report = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), text))
     return report
@@ -131,22 +145,22 @@ def _results(children: list[BaseProcess], pipes: list[Connection], timeout_s: fl
         ready = wait([pipes[rank] for rank in missing], timeout=max(0.0, end - time.monotonic()))
         if not ready:
             names = ", ".join(map(str, missing))
-            raise TimeoutError(f"process {names} of {len(pipes)} (from 0) was not done after {timeout_s:g} seconds")
+            raise TimeoutError(f"ranks {names} of {len(pipes)} were not done after {timeout_s:g} seconds")
         for rank in missing:
             if pipes[rank] not in ready:
                 continue
             try:
                 results[rank], error, text = pickle.loads(pipes[rank].recv_bytes())
             except EOFError:
-                raise _death(children, rank) from None
+                raise _crash(children, rank) from None
             if error is not None:
                 others = {children[other].sentinel: other for other in missing if other != rank}
-                if dead := wait(list(others), timeout=1.0):  # it may have failed of a death that is not known yet
-                    raise _death(children, others[dead[0]])
-                raise error from RuntimeError(f"in process {rank} of {len(pipes)} (from 0):\n{text}")
+                if dead := wait(list(others), timeout=1.0):  # the error may be due to a crash that is not known yet
+                    raise _crash(children, others[dead[0]])
+                raise error from RuntimeError(f"on rank {rank} of {len(pipes)}:\n{text}")
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _death(children: list[BaseProcess], rank: int) -> RuntimeError:
+def _crash(children: list[BaseProcess], rank: int) -> RuntimeError:
     children[rank].join()
-    return RuntimeError(f"process {rank} of {len(children)} (from 0) died with exit code {children[rank].exitcode}")
+    return RuntimeError(f"rank {rank} of {len(children)} died with exit code {children[rank].exitcode}")

@@ -1,4 +1,4 @@
-"""The numbers of a step are the ones that a hand would count."""
+"""Tests of the metrics of a step, compared with counts made by hand."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ from processes import run_processes
 from flexpg.analysis.flops import ModelShape
 from flexpg.packing import MicroBatch, pack
 from flexpg.rollouts import Rollouts
-from flexpg.training.metrics import cost_metrics, peak_memory_gib, rates, rollout_metrics, sharing_pays, summary
+from flexpg.training.metrics import (
+    cost_metrics,
+    flop_ratio,
+    format_summary,
+    peak_memory_gib,
+    rates,
+    rollout_metrics,
+)
+
+SHAPE = ModelShape(2, 8, 2, 1, 4, 16, vocab_size=10, layer_weights=600)
 
 
-def rollouts_of(prompts: list[list[int]], completions: list[list[int]], groups: list[int], rewards: list[float]):
+def make_rollouts(prompts: list[list[int]], completions: list[list[int]], groups: list[int], rewards: list[float]):
     prompts, completions = ([torch.tensor(tokens) for tokens in texts] for texts in (prompts, completions))
     return Rollouts(prompts, completions, torch.tensor(groups), torch.tensor(rewards))
 
 
-def test_rewards_and_lengths_are_counted_per_group_and_a_group_of_one_has_no_spread():
+def costs(minibatches: list[list[MicroBatch]], is_shared: bool = True, keep_padding: bool = True) -> dict[str, float]:
+    return cost_metrics(minibatches, is_shared, SHAPE, keep_padding)
+
+
+def test_rollout_metrics_are_means_over_rollouts_and_groups():
     completions = [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
-    rollouts = rollouts_of([[9]] * 3, completions, [1, 0, 0, 1, 2], [3.0, 2.0, 2.0, 1.0, 5.0])
+    rollouts = make_rollouts([[9]] * 3, completions, [1, 0, 0, 1, 2], [3.0, 2.0, 2.0, 1.0, 5.0])
     metrics = rollout_metrics(rollouts, torch.tensor([True, False, True, True, True]))
     assert metrics == pytest.approx(
         {
             "reward": 13 / 5,
-            "reward_std": 2**0.5 / 3,  # groups 0 and 2 have none, that of 3 and 1 is unbiased
+            "reward_std": 2**0.5 / 3,  # 0 in groups 0 and 2; that of 3 and 1 is unbiased
             "groups_without_spread": 2 / 3,
             "completion_tokens": 3.0,
             "truncated": 0.2,
@@ -35,111 +48,95 @@ def test_rewards_and_lengths_are_counted_per_group_and_a_group_of_one_has_no_spr
     )
 
 
-# Groups 0 and 1 have prompts of 5 and 3 tokens; 0 has completions of 2 and 4 that begin alike, 1 has one of 6.
+# Groups 0 and 1 have prompts of 5 and 3 tokens; 0 has completions of 2 and 4 that start alike, 1 has one of 6.
 TWO_GROUPS = ([[1, 2, 3, 4, 5], [1, 2, 3]], [[7, 8], [7, 9, 9, 9], [6, 6, 6, 6, 6, 6]], [0, 0, 1], [1.0, 0.0, 1.0])
 
 
-SHAPE = ModelShape(2, 8, 2, 1, 4, 16, vocab_size=10, layer_weights=600)
-
-
-def test_costs_are_counted_with_and_without_sharing():
-    batches = pack(rollouts_of(*TWO_GROUPS), 100)
-    counted = {"tokens_unshared": 7 + 9 + 9, "tokens_prompts_once": 5 + 2 + 4 + 3 + 6, "tokens_recomputed": 0}
-    trained = 5 + 1 + 1 + 3 + 6  # the row has both completions' 7 once, and the prompts' 1, 2, 3 too
-    shared, unshared = (cost_metrics([batches], sharing, SHAPE) for sharing in (True, False))
+def test_costs_with_sharing_and_of_the_baseline():
+    batches = pack(make_rollouts(*TWO_GROUPS), 100)
+    counted = {"tokens_baseline": 7 + 9 + 9, "tokens_prompts_once": 5 + 2 + 4 + 3 + 6, "tokens_recomputed": 0}
+    encoded = 5 + 1 + 1 + 3 + 6  # both completions' 7 is encoded once, and so are both prompts' 1, 2, 3
+    shared, baseline = costs([batches]), costs([batches], is_shared=False)
     ratio = shared.pop("flop_ratio")
-    # A row is 256 tokens long at least.
-    assert shared == counted | {"tokens_trained": trained, "pads": 256 - trained}
-    assert unshared == counted | {"tokens_trained": 25, "pads": 3 * 9 - 25, "flop_ratio": 1.0}
+    assert shared == counted | {"tokens_encoded": encoded, "padding": 256 - encoded}  # at least 256 tokens
+    assert costs([batches], keep_padding=False)["padding"] == 0
+    assert baseline == counted | {"tokens_encoded": 25, "padding": 3 * 9 - 25, "flop_ratio": 1.0}
     pairs = sum(n + 1 for length in (7, 9, 9) for n in range(length))
     packed_pairs = sum(range(1, 6)) + 6 + 7 + (7 + 8 + 9) + sum(range(4, 10))
-    assert ratio == pytest.approx((25 * 2 * 600 + pairs * 2 * 16) / (trained * 2 * 600 + packed_pairs * 2 * 16))
+    assert ratio == pytest.approx((25 * 2 * 600 + pairs * 2 * 16) / (encoded * 2 * 600 + packed_pairs * 2 * 16))
 
 
-def test_a_prompt_that_a_run_encodes_once_is_counted_once():
-    prompt, completions = list(range(10, 40)), [[n] * 5 for n in range(4)]
-    rollouts = rollouts_of([prompt], completions, [0] * 4, [1.0] * 4)
+def test_cached_prompt_is_counted_once():
+    rollouts = make_rollouts([list(range(10, 40))], [[n] * 5 for n in range(4)], [0] * 4, [1.0] * 4)
     batches = pack(rollouts, 41)
-    assert [(len(batch.indices), batch.prefix_tokens) for batch in batches] == [(2, 30), (2, 30)]
-    metrics = cost_metrics([batches], True, SHAPE)
-    assert (metrics["tokens_trained"], metrics["tokens_recomputed"]) == (30 + 4 * 5, 0)
-    assert metrics["pads"] == 3 * 256 - 50  # the prompt's row, and one for each micro-batch's completions
-    assert metrics["flop_ratio"] == pytest.approx(cost_metrics([pack(rollouts, 100)], True, SHAPE)["flop_ratio"])
-    apart = [replace(batch, prefix_tokens=0, run=n) for n, batch in enumerate(batches)]
-    metrics = cost_metrics([apart], True, SHAPE)
-    assert (metrics["tokens_trained"], metrics["tokens_recomputed"], metrics["pads"]) == (80, 30, 2 * 256 - 80)
+    assert [(len(batch.indices), batch.cached_tokens) for batch in batches] == [(2, 30), (2, 30)]
+    metrics = costs([batches])
+    assert (metrics["tokens_encoded"], metrics["tokens_recomputed"]) == (30 + 4 * 5, 0)
+    assert metrics["padding"] == 3 * 256 - 50  # the prompt's own sequence, and one for each micro-batch's completions
+    assert costs([batches], keep_padding=False)["padding"] == 256 - 30
+    assert metrics["flop_ratio"] == pytest.approx(costs([pack(rollouts, 100)])["flop_ratio"])
+    separate = [replace(batch, cached_tokens=0, cache_id=n) for n, batch in enumerate(batches)]
+    metrics = costs([separate])
+    assert (metrics["tokens_encoded"], metrics["tokens_recomputed"], metrics["padding"]) == (80, 30, 2 * 256 - 80)
 
 
-def test_rows_without_pads_count_those_of_a_prompt_alone():
-    rollouts = rollouts_of([list(range(10, 40))], [[n] * 5 for n in range(4)], [0] * 4, [1.0] * 4)
-    for budget, pads in ((100, 0), (41, 256 - 30)):
-        assert cost_metrics([pack(rollouts, budget)], True, SHAPE, padded=False)["pads"] == pads
-
-
-def test_a_run_without_a_prompt_on_this_process_encodes_an_idle_row():
-    batches = pack(rollouts_of(*TWO_GROUPS), 100)
-    run = [replace(batches[0], rank=rank, run=0) for rank in (0, 0, 1, 1)]
-    trained = 4 * batches[0].tree.num_tokens
-    assert cost_metrics([run], True, SHAPE)["pads"] == 4 * 256 + 2 * 256 - trained
-
-
-def test_idle_micro_batches_count_in_what_is_encoded_alone():
-    busy, idle = pack(rollouts_of([[1, 2, 3]], [[4, 4], [5]], [0, 0], [1.0, 0.0]), 100, world_size=2)
+def test_idle_micro_batch_counts_in_what_is_encoded_only():
+    busy, idle = pack(make_rollouts([[1, 2, 3]], [[4, 4], [5]], [0, 0], [1.0, 0.0]), 100, world_size=2)
     assert idle.is_idle and not busy.is_idle
-    metrics = cost_metrics([[busy, idle]], True, SHAPE)
+    metrics = costs([[busy, idle]])
     assert metrics.pop("flop_ratio") == pytest.approx((9 * 1200 + 25 * 32) / (8 * 1200 + (19 + 3) * 32))
     assert metrics == {
-        "tokens_unshared": 9,
+        "tokens_baseline": 9,
         "tokens_prompts_once": 6,
-        "tokens_trained": 6 + 2,
+        "tokens_encoded": 6 + 2,
         "tokens_recomputed": 0,
-        "pads": 2 * 256 - 8,
+        "padding": 2 * 256 - 8,
     }
 
 
-def test_mini_batches_cost_what_each_does_alone_even_if_each_is_one_run():
+def test_costs_of_minibatches_add_up():
     prompt, completions = list(range(10, 40)), [[n] * 5 for n in range(8)]
-    rollouts = rollouts_of([prompt, prompt[1:]], completions, [0] * 4 + [1] * 4, [1.0] * 8)
+    rollouts = make_rollouts([prompt, prompt[1:]], completions, [0] * 4 + [1] * 4, [1.0] * 8)
     minibatches = [pack(rollouts, 41, indices=range(first, first + 4)) for first in (0, 4)]
-    both, *alone = (cost_metrics(each, True, SHAPE) for each in (minibatches, *([part] for part in minibatches)))
+    both, *single = (costs(each) for each in (minibatches, minibatches[:1], minibatches[1:]))
     for name in set(both) - {"flop_ratio"}:
-        assert both[name] == alone[0][name] + alone[1][name], name
-    assert both["tokens_trained"] == both["tokens_prompts_once"] == 30 + 29 + 8 * 5
-    assert min(each["flop_ratio"] for each in alone) < both["flop_ratio"] < max(each["flop_ratio"] for each in alone)
+        assert both[name] == single[0][name] + single[1][name], name
+    assert both["tokens_encoded"] == both["tokens_prompts_once"] == 30 + 29 + 8 * 5
+    ratios = sorted(each["flop_ratio"] for each in single)
+    assert ratios[0] < both["flop_ratio"] < ratios[1]
 
 
-def test_sharing_pays_by_what_it_saves():
-    long = pack(rollouts_of([[1] * 40], [[2, 3], [4]], [0, 0], [1.0, 0.0]), 100)
-    assert sharing_pays([long], SHAPE)[0] and "1.9 times fewer FLOPs" in sharing_pays([long], SHAPE)[1]
-    short = pack(rollouts_of([[1]], [[2] * 30, [4] * 30], [0, 0], [1.0, 0.0]), 100)
-    pays, why = sharing_pays([short], SHAPE)
-    assert not pays and why.endswith("sharing would save only 1.2%")
+def test_flop_ratio_is_large_for_long_prompts_and_near_1_for_short_ones():
+    long = make_rollouts([[1] * 40], [[2, 3], [4]], [0, 0], [1.0, 0.0])
+    short = make_rollouts([[1]], [[2] * 30, [4] * 30], [0, 0], [1.0, 0.0])
+    assert flop_ratio([pack(long, 100)], SHAPE) == pytest.approx(1.9, abs=0.05)
+    assert flop_ratio([pack(short, 100)], SHAPE) == pytest.approx(1.012, abs=5e-4)
 
 
 def random_batches(rng: random.Random, world_size: int) -> list[MicroBatch]:
     groups = [group for group in range(6) for _ in range(rng.randint(1, 5))]
     completions = [[rng.randrange(50) for _ in range(rng.randint(1, 9))] for _ in groups]
     prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 20))] for _ in range(6)]
-    return pack(rollouts_of(prompts, completions, groups, [1.0] * len(groups)), 80, world_size)
+    return pack(make_rollouts(prompts, completions, groups, [1.0] * len(groups)), 80, world_size=world_size)
 
 
-def test_any_number_of_processes_has_the_same_work_beside_what_is_encoded_again():
+def test_work_on_several_ranks_differs_only_by_what_is_recomputed_or_idle():
     differ = 0
     for seed in range(50):
-        alone = cost_metrics([random_batches(random.Random(seed), 1)], True, SHAPE)
+        single = costs([random_batches(random.Random(seed), 1)])
         for world_size in (2, 3, 4):
             batches = random_batches(random.Random(seed), world_size)
-            metrics, idle = cost_metrics([batches], True, SHAPE), sum(batch.is_idle for batch in batches)
-            for name in ("tokens_unshared", "tokens_prompts_once"):  # no group is over the budget
-                assert metrics[name] == alone[name]
-            again = metrics["tokens_recomputed"] - alone["tokens_recomputed"]
-            assert metrics["tokens_trained"] - alone["tokens_trained"] == again + 2 * idle
+            metrics, idle = costs([batches]), sum(batch.is_idle for batch in batches)
+            for name in ("tokens_baseline", "tokens_prompts_once"):  # no group exceeds the budget
+                assert metrics[name] == single[name]
+            again = metrics["tokens_recomputed"] - single["tokens_recomputed"]
+            assert metrics["tokens_encoded"] - single["tokens_encoded"] == again + 2 * idle
             differ += again > 0
-    assert differ > 10  # fewer tokens are merged
+    assert differ > 10  # ranks merge fewer tokens
 
 
-def peaks(rank: int, device: str) -> list[float]:
-    """GiB at first, with a quarter of one allocated, and with that freed."""
+def measure_peaks(rank: int, device: str) -> list[float]:
+    """Return the peak before a quarter of a GiB is allocated, with it, and after it is freed."""
     device = torch.device(device)
     values = [peak_memory_gib(device)]
     quarter = torch.ones(2**26, device=device)
@@ -148,54 +145,40 @@ def peaks(rank: int, device: str) -> list[float]:
     return [*values, peak_memory_gib(device)]
 
 
-def test_the_peak_grows_by_what_is_allocated_and_does_not_fall(device):
-    ((before, within, after),) = run_processes(1, peaks, device)
+def test_peak_memory_grows_by_what_is_allocated_and_stays(device):
+    ((before, within, after),) = run_processes(1, measure_peaks, device)
     assert 0.24 < within - before < 0.3 and within <= after < within + 0.05
     assert before < 4
 
 
-STEP = {
-    "reward": 0.25,
-    "completion_tokens": 20.0,
-    "sample_s": 1.0,
-    "score_s": 0.5,
-    "train_s": 2.0,
-    "tokens_unshared": 3000.0,
-    "tokens_prompts_once": 1200.0,
-    "tokens_trained": 1000.0,
-    "peak_memory_gib": 1.5,
-}
-LATER = {
-    "reward": 0.75,
-    "completion_tokens": 30.0,
-    "sample_s": 3.0,
-    "score_s": 1.5,
-    "train_s": 4.0,
-    "tokens_unshared": 5000.0,
-    "tokens_prompts_once": 1300.0,
-    "tokens_trained": 600.0,
-    "peak_memory_gib": 1.25,
-}
+def step_metrics(reward: float, tokens: float, seconds: list[float], counts: list[float], peak: float):
+    names = ("sample_s", "score_s", "train_s", "tokens_baseline", "tokens_prompts_once", "tokens_encoded")
+    values = dict(zip(names, [*seconds, *counts], strict=True))
+    return {"reward": reward, "completion_tokens": tokens, "peak_memory_gib": peak} | values
 
 
-def test_the_summary_has_every_evaluation_means_of_times_and_tokens_and_the_highest_peak():
-    history = [STEP, LATER]
-    assert summary(history, {0: 0.1, 2: 0.6, 1: 0.9}).splitlines() == [
+def test_summary_has_every_evaluation_mean_costs_and_the_highest_peak():
+    history = [
+        step_metrics(0.25, 20.0, [1.0, 0.5, 2.0], [3000.0, 1200.0, 1000.0], 1.5),
+        step_metrics(0.75, 30.0, [3.0, 1.5, 4.0], [5000.0, 1300.0, 600.0], 1.25),
+    ]
+    assert format_summary(history, {0: 0.1, 2: 0.6, 1: 0.9}).splitlines() == [
         "  step   held-out accuracy   reward   completion tokens",
         "     0               0.100",
         "     1               0.900    0.250                20.0",
         "     2               0.600    0.750                30.0",
         "seconds per step    6.00: sample 2.00, score 1.00, train 3.00",
-        "tokens per step     4,000 with every prompt once per completion",
-        "                    1,250 with every prompt once (3.2 x fewer)",
-        "                    800 is what this run trained on (5.0 x fewer)",
+        "tokens per step     4,000 with every prompt once per completion (baseline)",
+        "                    1,250 with every prompt once (3.2x fewer)",
+        "                    800 encoded in this run (5.0x fewer)",
         "peak memory         1.50 GiB",
     ]
-    last = summary(history, {0: 0.1, 2: 0.6}).splitlines()[2]
+    last = format_summary(history, {0: 0.1, 2: 0.6}).splitlines()[2]
     assert last == "     2               0.600    0.500                25.0"  # means over both steps
 
 
-def test_rates_are_shares_and_ratios_of_the_sums():
-    sums = {"tokens_unshared": 1000, "tokens_trained": 250, "pads": 50, "sample_s": 3.0, "score_s": 1.0, "train_s": 1.0}
-    expected = {"sample_fraction": 0.6, "token_ratio": 4.0, "tokens_per_s": 200.0, "pad_waste": 50 / 300}
-    assert rates(sums) == pytest.approx(expected)
+def test_rates_are_ratios_of_sums():
+    sums = {"tokens_baseline": 1000, "tokens_encoded": 250, "padding": 50}
+    seconds = {"sample_s": 3.0, "score_s": 1.0, "train_s": 1.0}
+    expected = {"sample_fraction": 0.6, "token_ratio": 4.0, "tokens_per_s": 200.0, "padding_fraction": 50 / 300}
+    assert rates(sums | seconds) == pytest.approx(expected)

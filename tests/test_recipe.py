@@ -1,136 +1,135 @@
-"""The recipe as its user runs it: it learns nothing new by sharing, it is faster, and it refuses what cannot work."""
+"""Tests of recipes/grpo.py in one process: its updates are exact, resumable, and abort before anything is spoiled."""
 
+from __future__ import annotations
+
+import io
+import math
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from processes import run_processes
+from recipe_runs import DIFFERENT, GSM8K, LORA, ROOT, SMALL, TINY, flat, make, nan_gradient, nan_loss, train
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 
-from benchmarks.sharing import parameter_difference, recipe, run_both, token_ratio
-from flexpg import group_advantages, grpo_loss
-from flexpg.integrations.torchtune import baseline_logprobs
-from flexpg.training.rewards import RewardError
+from flexpg import Rollouts, group_advantages, grpo_loss
+from flexpg.training.errors import out_of_memory_hint
+from flexpg.verify import SelfCheckError, baseline_logprobs
+from recipes import grpo_minimal
 from recipes.grpo import GRPORecipe
 
-ROOT = Path(__file__).parent.parent
-TINY, GSM8K = "recipes/configs/tiny_cpu.yaml", "recipes/configs/gsm8k_bytes_cpu.yaml"
-LORA = [
-    "model._component_=torchtune.models.qwen2.lora_qwen2",
-    "model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",
-    "model.apply_lora_to_mlp=true",
-    "model.lora_rank=16",
-    "model.lora_alpha=32",
-]
-SMALL = ["prompts_per_step=2", "group_size=4", "train_problems.size=64", "test_problems.size=8", "self_check=false"]
+
+def difference(runs: list[GRPORecipe], name: str) -> list[float]:
+    """Return how far a metric of two runs is apart at every step, relative to the larger, or to 0.01 if it is small."""
+    pairs = zip(*([metrics[name] for metrics in run.history] for run in runs), strict=True)
+    return [abs(a - b) / max(abs(a), abs(b), 0.01) for a, b in pairs]
 
 
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def parameter_difference(runs: list[GRPORecipe]) -> float:
+    ours, theirs = (flat(run.model.parameters()) for run in runs)
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def both(config, tmp_path, overrides, num_steps):
-    runs = [recipe(config, sharing, tmp_path / str(sharing), overrides) for sharing in (True, False)]
-    return runs, run_both(*runs, num_steps)
+# The update.
+
+# Adam's first steps would turn the rounding of nearly zero gradients into full steps.
+GENTLE = ["optimizer.eps=1e-4", "optimizer.lr=5e-5"]
 
 
 @pytest.mark.slow
-def test_shared_and_unshared_runs_stay_together_for_20_steps_and_the_shared_one_is_faster(tmp_path, capsys):
-    runs, pairs = both(TINY, tmp_path, SMALL, 20)
-    assert max(pair.difference("loss") for pair in pairs) < 1e-4
-    assert max(pair.difference("grad_norm") for pair in pairs) < 1e-4
-    assert parameter_difference(*runs) < 1e-4
-    assert sum(abs(pair.shared["loss"]) for pair in pairs) > 0.1  # they did train
-    tokens = token_ratio(pairs, "trained")
-    seconds = sum(p.unshared["train_s"] for p in pairs) / sum(p.shared["train_s"] for p in pairs)
-    with capsys.disabled():
-        print(f"\nshared against unshared: {tokens:.1f} x fewer tokens, {seconds:.1f} x faster training")
-    assert seconds > 1.5
+def test_shared_and_baseline_runs_agree_for_20_steps_and_sharing_is_faster(tmp_path):
+    runs = [train(make(tmp_path / own, *SMALL, f"sharing={own}", "num_steps=20")) for own in ("true", "false")]
+    assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < 1e-4
+    assert parameter_difference(runs) < 1e-4
+    assert sum(abs(metrics["loss"]) for metrics in runs[0].history) > 0.1  # something was learned
+    seconds, tokens = ([[m[name] for m in run.history] for run in runs] for name in ("train_s", "tokens_encoded"))
+    assert sum(seconds[1]) > 1.5 * sum(seconds[0]) and sum(tokens[1]) > 3 * sum(tokens[0])
 
 
-def test_a_step_is_the_update_written_out_by_hand(tmp_path):
-    """Shared and unshared runs would agree on a temperature, a reference or a gradient that the recipe forgot."""
-    options = ["sampling.temperature=1.5", "loss.beta=0.5", "num_iterations=2", "scale_rewards=batch"]
-    run = recipe(TINY, True, tmp_path, [*SMALL, *options, "clip_grad_norm=0.1"])
-    policy, reference, sample, drawn = deepcopy(run.model), deepcopy(run.model), run.sample, []
-    run.sample = lambda number: drawn.append(sample(number)) or drawn[-1]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0.0)
-    for number in (1, 2, 3):
-        run.step(number)
-        rollouts = drawn[-1][0]
-        with torch.no_grad():
-            old, ref = (baseline_logprobs(model, rollouts, 1.5)[0] for model in (policy, reference))
-        advantages = group_advantages(rollouts.rewards, rollouts.group_ids, "batch")
-        for _ in range(2):
+def test_gsm8k_prompts_give_the_same_update_with_sharing_and_in_the_baseline(tmp_path):
+    options = ("group_size=3", "num_steps=1", "test_problems.size=1", "self_check=false")
+    runs = [train(make(tmp_path / own, *options, f"sharing={own}", config=GSM8K)) for own in ("true", "false")]
+    assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
+    assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < 1e-4
+    assert runs[0].history[0]["grad_norm"] > 1e-4
+
+
+def record_rollouts(run: GRPORecipe) -> list[Rollouts]:
+    """Return the list to which the rollouts of every step are added."""
+    recorded, score = [], run.score
+
+    def score_and_record(*args: Any) -> tuple[Rollouts, dict[str, float]]:
+        rollouts, metrics = score(*args)
+        recorded.append(rollouts)
+        return rollouts, metrics
+
+    run.score = score_and_record
+    return recorded
+
+
+UPDATES = {
+    "kl": ["loss.beta=0.5", "num_iterations=2", "scale_rewards=batch"],
+    "minibatches": ["minibatches=2", "num_iterations=2"],
+    "lora kl": [*LORA, "loss.beta=0.5", "minibatches=2"],
+}
+
+
+@pytest.mark.parametrize("options", UPDATES)
+def test_step_equals_the_update_written_out_by_hand(tmp_path, options):
+    """Shared and baseline runs would agree on a temperature, a reference or rollouts that the recipe forgets."""
+    common = [*SMALL, "sampling.temperature=1.5", "clip_grad_norm=0.1", "num_steps=3"]
+    run = make(tmp_path, *common, *UPDATES[options])
+    policy, reference = deepcopy(run.model), deepcopy(run.model)
+    recorded = record_rollouts(run)
+    train(run)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    for rollouts in recorded:
+        advantages = group_advantages(rollouts, run.cfg.scale_rewards)
+        minibatches = []
+        for rows in torch.arange(8).chunk(run.cfg.minibatches):
+            own = rollouts.select(rows)
+            with torch.no_grad():
+                old, ref = (baseline_logprobs(model, own, temperature=1.5)[0] for model in (policy, reference))
+            minibatches.append((own, advantages[rows], old, ref))
+        for own, advantage, old, ref in minibatches * run.cfg.num_iterations:
             optimizer.zero_grad()
-            logprobs, _ = baseline_logprobs(policy, rollouts, 1.5)
-            kwargs = {"ref_logprobs": ref, "beta": 0.5, "epsilon_high": 0.28}
-            grpo_loss(logprobs, old, advantages, rollouts.trained, **kwargs)[0].backward()
-            clip_grad_norm_(policy.parameters(), 0.1)
+            (logprobs,) = baseline_logprobs(policy, own, temperature=1.5)
+            options = {"old_logprobs": old, "ref_logprobs": ref, "beta": run.cfg.loss.beta, "epsilon_high": 0.28}
+            grpo_loss(logprobs, advantage, own.loss_mask, **options).backward()
+            clip_grad_norm_(trained, 0.1)
             optimizer.step()
-    ours, by_hand, start = (
-        torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (run.model, policy, reference)
-    )
+    ours, by_hand, start = (flat(model.parameters()) for model in (run.model, policy, reference))
     assert (ours - by_hand).norm() < 1e-3 * (ours - start).norm()
 
 
-def test_mini_batches_are_updates_one_after_the_other_each_divided_by_its_own_tokens(tmp_path):
-    """Runs of one process and of many would agree on rollouts that the recipe forgot."""
-    options = ["minibatches=2", "num_iterations=2", "sampling.temperature=1.5", "clip_grad_norm=0.1"]
-    run = recipe(TINY, True, tmp_path, [*SMALL, *options])
-    policy, start, sample, drawn = deepcopy(run.model), deepcopy(run.model), run.sample, []
-    run.sample = lambda number: drawn.append(sample(number)) or drawn[-1]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0.0)
-    for number in (1, 2, 3):
-        run.step(number)
-        rollouts = drawn[-1][0]
-        advantages = group_advantages(rollouts.rewards, rollouts.group_ids)
-        halves = [(rollouts.select(rows), advantages[rows]) for rows in torch.arange(8).split(4)]
-        with torch.no_grad():
-            olds = [baseline_logprobs(policy, half, 1.5)[0] for half, _ in halves]
-        for _ in range(2):
-            for (half, own), old in zip(halves, olds, strict=True):
-                optimizer.zero_grad()
-                logprobs, _ = baseline_logprobs(policy, half, 1.5)
-                grpo_loss(logprobs, old, own, half.trained, epsilon_high=0.28)[0].backward()
-                clip_grad_norm_(policy.parameters(), 0.1)
-                optimizer.step()
-    ours, by_hand, before = (
-        torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (run.model, policy, start)
-    )
-    assert (ours - by_hand).norm() < 1e-3 * (ours - before).norm()
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_oversized_groups_with_every_loss_option_agree_with_the_baseline(tmp_path, loss_type):
+    options = [*SMALL, f"loss.loss_type={loss_type}", "loss.beta=0.1", "loss.importance_sampling_level=sequence"]
+    options += ["num_iterations=2", "max_tokens=352", DIFFERENT, "scale_rewards=batch", "num_steps=2", *GENTLE]
+    runs = [train(make(tmp_path / own, *options, f"sharing={own}")) for own in ("true", "false")]
+    for name in ("loss", "grad_norm", "kl", "entropy", "ratio"):
+        assert max(difference(runs, name)) < 1e-4, name
+    assert runs[0].history[1]["kl"] > 0 and runs[0].history[1]["ratio"] != 1
+    assert parameter_difference(runs) < 1e-4
 
 
-def test_a_run_with_another_seed_does_not_stay_together(tmp_path):
-    runs = [recipe(TINY, True, tmp_path / str(seed), [*SMALL, f"seed={seed}"]) for seed in (0, 1)]
-    pairs = run_both(*runs, 3)
-    assert max(pair.difference("loss") for pair in pairs) > 1e-2
+TWO_STEPS = [*SMALL, DIFFERENT, "num_steps=2", *GENTLE]
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo"])
-def test_every_option_of_a_step_agrees_with_the_unshared_path(tmp_path, loss):
-    overrides = [
-        *SMALL,
-        f"loss.loss_type={loss}",
-        "loss.beta=0.1",
-        "loss.importance_sampling_level=sequence",
-        "num_iterations=2",
-        *("max_tokens=352", "sampling.temperature=2.0"),  # a group of four in several micro-batches
-        "scale_rewards=batch",
-    ]
-    runs, pairs = both(TINY, tmp_path, overrides, 2)
-    for metric in ("loss", "grad_norm", "kl", "entropy", "ratio"):
-        differences = [pair.difference(metric) for pair in pairs]
-        assert differences[0] < 1e-4 and differences[1] < 1e-3, (metric, differences)  # Adam divides by small numbers
-    assert pairs[1].shared["kl"] > 0 and pairs[1].shared["ratio"] != 1
-    assert parameter_difference(*runs) < 1e-4
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    return train(make(tmp_path_factory.mktemp("plain"), *TWO_STEPS))
 
 
 @pytest.mark.parametrize(
@@ -143,188 +142,259 @@ def test_every_option_of_a_step_agrees_with_the_unshared_path(tmp_path, loss):
         pytest.param("compile=true", marks=pytest.mark.slow),
     ],
 )
-def test_what_changes_memory_or_speed_does_not_change_the_update(tmp_path, option):
-    common = [*SMALL, "sampling.temperature=2.0"]  # completions that differ, so that groups are over the budget
-    plain, other = (recipe(TINY, True, tmp_path / str(n), [*common, *more]) for n, more in enumerate(([], [option])))
-    pairs = run_both(other, plain, 2)
-    for metric in ("reward", "loss", "grad_norm", "entropy"):
-        assert max(pair.difference(metric) for pair in pairs) < 1e-4, metric
-    assert pairs[1].unshared["grad_norm"] > 1e-3
+def test_option_for_memory_or_speed_does_not_change_the_update(tmp_path, plain_run, option):
+    runs = [train(make(tmp_path, *TWO_STEPS, option)), plain_run]
+    for name in ("reward", "loss", "grad_norm", "entropy"):
+        assert max(difference(runs, name)) < 1e-4, name
+    assert plain_run.history[1]["grad_norm"] > 1e-3
 
 
-def test_bf16_computes_nearly_the_same_and_keeps_parameters_in_float32(tmp_path):
-    runs = [
-        recipe(TINY, True, tmp_path / dtype, [*SMALL, f"dtype={dtype}", "self_check=true"])
-        for dtype in ("bf16", "fp32")
-    ]
-    rollouts = runs[1].sample(1)[0]
-    low, full = (next(run.logprobs(run.model, run.packed(rollouts)[0][0]))[0] for run in runs)
+@pytest.mark.parametrize(("min_speedup", "is_shared"), [(1.05, True), (1e9, False)])
+def test_sharing_auto_shares_if_the_cost_model_says_that_it_pays(tmp_path, monkeypatch, min_speedup, is_shared):
+    monkeypatch.setattr("recipes.grpo.MIN_SPEEDUP", min_speedup)
+    metrics = train(make(tmp_path, *SMALL, "sharing=auto", "num_steps=1")).history[0]
+    assert (metrics["tokens_encoded"] < metrics["tokens_baseline"]) == is_shared
+    assert metrics["flop_ratio"] > 2 if is_shared else metrics["flop_ratio"] == 1
+
+
+def test_bf16_changes_log_probabilities_little_and_keeps_fp32_parameters(tmp_path):
+    runs = [make(tmp_path / own, *SMALL, f"dtype={own}", "self_check=true", "num_steps=1") for own in ("bf16", "fp32")]
+    rollouts, _ = runs[1].score(*runs[1].generate(1))
+    low, full = (next(run.logprobs(run.model, run.pack(rollouts).minibatches[0], True))[1] for run in runs)
     assert low.dtype == torch.float32
     assert 0 < (low - full).abs().mean() < 0.02
-    assert {p.dtype for p in runs[0].model.parameters()} == {torch.float32}
-    runs[0].step(1)
-    assert all(p.grad.dtype == torch.float32 for p in runs[0].trained)
+    train(runs[0])
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in runs[0].trained)
 
 
 @pytest.mark.parametrize(("option", "bound"), [("compile=false", 1e-3), ("compile=true", 1e-3), ("dtype=bf16", 0.1)])
-def test_on_a_gpu_shared_and_unshared_runs_stay_together(cuda, tmp_path, option, bound):
-    _, pairs = both(TINY, tmp_path, [*SMALL, f"device={cuda}", option], 3)
-    for metric in ("loss", "grad_norm"):
-        assert max(pair.difference(metric) for pair in pairs) < bound, metric
-    assert pairs[1].shared["grad_norm"] > 1e-3
+def test_shared_and_baseline_runs_agree_on_cuda(cuda, tmp_path, option, bound):
+    options = [*SMALL, f"device={cuda}", option, "num_steps=3"]
+    runs = [train(make(tmp_path / own, *options, f"sharing={own}")) for own in ("true", "false")]
+    assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < bound
+    assert runs[0].history[1]["grad_norm"] > 1e-3
 
 
-def test_every_problem_is_asked_once_before_any_is_asked_again(tmp_path):
-    run = recipe(TINY, True, tmp_path, [*SMALL, "train_problems.size=5", "prompts_per_step=3"])
-    asked = [problem for number in range(1, 11) for problem in run.chosen(number)]
-    rounds = [asked[i : i + 5] for i in range(0, 30, 5)]
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in rounds)
-    assert len({tuple(order) for order in rounds}) > 1
-    assert run.chosen(7) == asked[18:21]  # whatever was asked before
-
-
-def test_a_resumed_run_takes_bitwise_the_steps_of_one_left_alone(tmp_path):
-    overrides = [*SMALL, "num_steps=4", "eval_every_n_steps=2", "minibatches=2", "num_iterations=2"]
-    overrides += ["lr_scheduler.factor=0.5", "lr_scheduler.total_iters=3"]  # half of the rate for three steps
-    alone = recipe(TINY, True, tmp_path / "alone", overrides)
-    alone.train()
-    stopped = recipe(TINY, True, tmp_path / "run", [*overrides, "checkpoint_every_n_steps=1"])
-    update = stopped.update
-    stopped.update = lambda *args: setattr(stopped, "is_told_to_stop", stopped.steps_done == 1) or update(*args)
-    stopped.train()
-    assert stopped.steps_done == 2
-    resumed = recipe(TINY, True, tmp_path / "run", [*overrides, "resume=true"])
-    resumed.train()
-    for name in ("loss", "grad_norm", "reward", "entropy", "lr"):
-        assert [metrics[name] for metrics in resumed.history] == [metrics[name] for metrics in alone.history]
-    assert resumed.accuracies == alone.accuracies
-    for ours, theirs in zip(resumed.model.parameters(), alone.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([], r"holds .*step_000001 of an earlier run; set resume=true or another output_dir"),
-        (["resume=true", "seed=3"], r"step_000001 was made with seed=0; resume with that, or start anew"),
-        (["resume=true", "prompts_per_step=4"], r"was made with prompts_per_step=2; resume with that"),
-        (["resume=true", *LORA], r"step_000001 was made with model="),
-        (["resume=true", "optimizer.lr=1"], r"step_000001 was made with optimizer=.*'lr': 0.0002.*; resume with that"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, overrides, message):
-    run = recipe(TINY, True, tmp_path, [*SMALL, "num_steps=2", "checkpoint_every_n_steps=1"])
-    run.steps_done = 1
-    run.save_progress(run.checkpoint_dir)
-    with pytest.raises(ValueError, match=message):
-        recipe(TINY, True, tmp_path, [*SMALL, *overrides])
-
-
-def test_a_finished_run_that_is_resumed_has_nothing_to_do_and_says_what_it_was(tmp_path, capsys):
-    overrides = [*SMALL, "num_steps=2", "checkpoint_every_n_steps=2"]
-    recipe(TINY, True, tmp_path, overrides).train()
-    again = recipe(TINY, True, tmp_path, [*overrides, "resume=true"])
-    again.train()
-    again.report()
-    assert len(again.history) == 2 and again.is_finished()
-    assert "going on after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
-    with pytest.raises(ValueError, match=r"step_000002 is beyond num_steps=1; raise num_steps"):
-        recipe(TINY, True, tmp_path, [*overrides, "num_steps=1", "resume=true"])
-
-
-def test_compiled_layers_are_not_left_to_eager_by_what_sampling_and_adapters_ask_of_them(tmp_path, monkeypatch):
-    """torch gives up at a limit of graphs, in silence; here that is an error, and sampling leaves them alone."""
+def test_compiled_layers_do_not_exceed_the_recompile_limit(tmp_path, monkeypatch):
+    """At the limit, torch silently runs a layer in eager mode. Sampling and disabled adapters must not count."""
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
     torch._dynamo.reset()
-    overrides = [*SMALL, *LORA, "loss.beta=0.1", "minibatches=2", "activation_checkpointing=true", "self_check=true"]
-    run, plain = (recipe(TINY, True, tmp_path / c, [*overrides, f"compile={c}"]) for c in ("true", "false"))
-    pairs = run_both(run, plain, 3)
-    assert max(pair.difference(metric) for pair in pairs for metric in ("loss", "grad_norm", "kl")) < 1e-4
+    options = [*SMALL, *LORA, "loss.beta=0.1", "minibatches=2", "activation_checkpointing=true", "self_check=true"]
+    runs = [train(make(tmp_path / own, *options, "num_steps=3", f"compile={own}")) for own in ("true", "false")]
+    assert max(max(difference(runs, name)) for name in ("loss", "grad_norm", "kl")) < 1e-4
     graphs = [len(count) for count in torch._dynamo.utils.guard_failures.values()]
     assert max(graphs, default=0) < 8
 
 
-def test_the_docs_explain_every_metric(tmp_path):
-    metrics = recipe(TINY, True, tmp_path, [*SMALL, "loss.beta=0.1"]).step(1)
-    table = (ROOT / "docs/recipes.md").read_text().partition("## Metrics")[2]
-    explained = {
-        name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", row)
-    }
-    assert {"reward/NAME" if name.startswith("reward/") else name for name in metrics} == explained - {
-        "held_out_accuracy"
-    }
+# Steps, resumption and logs.
 
 
-def test_gsm8k_questions_give_the_same_loss_and_gradient_norm_shared_and_unshared(tmp_path):
-    runs, pairs = both(GSM8K, tmp_path, ["group_size=3"], 1)
-    assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
-    for pair in pairs:
-        assert pair.difference("loss") < 1e-4 and pair.difference("grad_norm") < 1e-4
-        assert pair.shared["grad_norm"] > 1e-4  # a step that trains something
+def test_every_problem_is_asked_once_before_any_is_asked_again(tmp_path):
+    run = make(tmp_path, *SMALL, "train_problems.size=5", "prompts_per_step=3")
+    asked = [problem for step in range(1, 11) for problem in run.choose_problems(step)]
+    rounds = [asked[i : i + 5] for i in range(0, 30, 5)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+    assert run.choose_problems(7) == asked[18:21]  # whatever was asked before
+    samples, other = (run.sample(run.prompts[:1], 4, [run.seed(f"samples 0 of step {n}")]) for n in (1, 2))
+    assert [own.tolist() for own in samples.completions] != [own.tolist() for own in other.completions]
 
 
-def test_tune_run_trains_draws_and_saves_what_transformers_loads(tmp_path):
-    overrides = [f"output_dir={tmp_path}", *SMALL, "num_steps=2", "eval_every_n_steps=1", "prompts_per_step=6"]
-    command = [
-        Path(sys.executable).parent / "tune",
-        "run",
-        "--nproc_per_node",
-        "1",
-        "recipes/grpo.py",
-        "--config",
-        TINY,
+def test_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(tmp_path):
+    options = [*SMALL, "num_steps=4", "eval_every_n_steps=2", "minibatches=2", "num_iterations=2"]
+    options += ["lr_scheduler.factor=0.5", "lr_scheduler.total_iters=3"]
+    uninterrupted = train(make(tmp_path / "uninterrupted", *options))
+    stopped = make(tmp_path / "stopped", *options, "checkpoint_every_n_steps=3")
+    log = stopped.log
+    stopped.log = lambda metrics: log(metrics) or (stopped.steps_done == 2 and stopped.request_stop(signal.SIGTERM, 0))
+    assert train(stopped).steps_done == 2 and not stopped.is_finished()
+    resumed = train(make(tmp_path / "stopped", *options, "resume=true"))
+    assert resumed.is_finished()
+    for name in ("loss", "grad_norm", "reward", "entropy", "lr"):
+        assert [metrics[name] for metrics in resumed.history] == [metrics[name] for metrics in uninterrupted.history]
+    assert resumed.accuracies == uninterrupted.accuracies and len(resumed.accuracies) == 3
+    assert torch.equal(flat(resumed.model.parameters()), flat(uninterrupted.model.parameters()))
+
+
+def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_path, capsys):
+    options = [*SMALL, "num_steps=2", "checkpoint_every_n_steps=2"]
+    train(make(tmp_path, *options))
+    mistakes = [
+        ([], r"holds .*step_000002 of an earlier run; set resume=true or another output_dir"),
+        (["resume=true", "seed=3"], r"seed must be 0 to resume from .*step_000002, got 3; use that, or start"),
+        (["resume=true", "prompts_per_step=4"], r"prompts_per_step must be 2 to resume from"),
+        (["resume=true", "optimizer.lr=1"], r"optimizer must be .*'lr': 0.0002.* to resume from"),
+        (["resume=true", *LORA], r"model must be "),
+        (["resume=true", "num_steps=1"], r"num_steps must be at least 2 to resume from .*step_000002"),
     ]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, env=os.environ, timeout=240)
+    for more, message in mistakes:
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, *options, *more)
+    again = train(make(tmp_path, *options, "resume=true"))
+    again.report()
+    assert len(again.history) == 2 and again.is_finished()
+    assert "resuming after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
+
+
+def test_docs_explain_every_metric(tmp_path):
+    metrics = train(make(tmp_path, *SMALL, "loss.beta=0.1", "num_steps=1")).history[0]
+    rows = re.findall(
+        r"^\| (`.*?`) \|", (ROOT / "docs/recipes.md").read_text().partition("## Metrics")[2], re.MULTILINE
+    )
+    explained = {name for row in rows for name in re.findall("`(.*?)`", row)} - {"held_out_accuracy"}
+    assert {"reward/NAME" if name.startswith("reward/") else name for name in metrics} == explained
+
+
+def test_self_check_runs_once_before_the_first_update_and_is_timed_separately(tmp_path, capsys):
+    run = make(tmp_path, *SMALL, "self_check=true", "num_steps=2")
+    before = flat(run.trained)
+    attn = run.model.layers[2].attn
+    project = attn.q_proj.forward
+    attn.q_proj.forward = lambda x: project(x.roll(1, 1))  # uses the neighbour in the packed sequence
+    with pytest.raises(SelfCheckError, match=r"self-check failed: token \d+ of the .* of rollout \d+ .* layers\.2"):
+        train(run)
+    assert torch.equal(before, flat(run.trained))
+    del attn.q_proj.forward
+    train(run)
+    assert capsys.readouterr().out.count("self-check passed: ") == 1
+    assert run.history[0]["self_check_s"] > 10 * run.history[0]["score_s"] > 0
+    assert run.history[1]["self_check_s"] == 0
+
+
+# Commands.
+
+
+def run_module(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=240)
+
+
+def test_tune_run_trains_plots_and_saves_a_model_that_transformers_loads(tmp_path):
+    options = [*SMALL, f"output_dir={tmp_path}", "num_steps=2", "eval_every_n_steps=1", "prompts_per_step=6"]
+    command = ["run", "--nproc_per_node", "1", "recipes/grpo.py", "--config", TINY]
+    done = run_module("torchtune._cli.tune", *command, *options)
     assert done.returncode == 0, done.stderr
     for line in ("step    2  held-out accuracy", "seconds per step", "x fewer", "reward,mask,savings"):
         assert line in done.stdout
-    noise = [line for line in done.stderr.splitlines() if "torchao" not in line]  # tune imports it before we can speak
-    assert not noise, noise
-    for picture in ("reward.png", "mask.png", "savings.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert not [line for line in done.stderr.splitlines() if "torchao" not in line], done.stderr
+    for plot in ("reward.png", "mask.png", "savings.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
     assert "Step 2 | reward:" in next((tmp_path / "logs").iterdir()).read_text()
     saved = tmp_path / "epoch_0"
-    cfg = OmegaConf.merge(OmegaConf.load(TINY), {"checkpointer": {"checkpoint_dir": str(saved)}})
-    cfg.checkpointer.checkpoint_files = [file.name for file in saved.glob("*.safetensors")]
-    cfg.output_dir = str(tmp_path / "again")
-    OmegaConf.resolve(cfg)
-    trained = GRPORecipe(cfg)
-    trained.setup()
+    names = ",".join(file.name for file in saved.glob("*.safetensors"))
+    place = [f"checkpointer.checkpoint_dir={saved}", f"checkpointer.checkpoint_files=[{names}]"]
+    trained, before = (make(tmp_path / str(n), *SMALL, *own) for n, own in enumerate((place, [])))
     tokens = trained.test_prompts[0][None]
     theirs = Qwen2ForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(trained.model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
-    before = recipe(TINY, True, tmp_path / "before", SMALL)
     assert not torch.equal(before.model.tok_embeddings.weight, trained.model.tok_embeddings.weight)
 
 
-def not_a_number(completion: str, answer: str) -> float:
-    return float("nan")
+def test_reward_that_raises_shows_its_traceback_under_a_line_that_names_the_rollout(tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def broken(completion, answer):\n    return len(completion) / 0\n")
+    options = [*SMALL, f"output_dir={tmp_path}/out", "rewards.correct._component_=my_rewards.broken"]
+    done = run_module("recipes.grpo", "--config", TINY, *options, PYTHONPATH=str(tmp_path))
+    lines = done.stderr.splitlines()
+    context = [n for n, line in enumerate(lines) if line.startswith("error: reward 'correct', rollout 0, completion '")]
+    assert done.returncode == 1 and len(context) == 1
+    assert lines[context[0] + 1] == "Traceback (most recent call last):"
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert f'File "{tmp_path}/my_rewards.py", line 2, in broken' in done.stderr
 
 
-def test_a_reward_that_is_not_a_number_stops_the_run_before_the_update(tmp_path):
-    run = recipe(TINY, True, tmp_path, [*SMALL, "rewards.correct.function=tests.test_recipe.not_a_number"])
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    with pytest.raises(RewardError, match="rollout 0 of 8"):
-        run.step(1)
-    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+def test_mistake_in_the_options_ends_with_one_line_and_no_traceback(tmp_path):
+    done = run_module("recipes.grpo", "--config", TINY, f"output_dir={tmp_path}/out", "minibatches=3")
+    assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: prompts_per_step must be a multiple of minibatches")
 
 
-@pytest.mark.parametrize(
-    ("pays", "says"), [(1.05, "prompts are shared, for"), (1e9, "every prompt is encoded once per")]
-)
-def test_auto_shares_where_it_pays_says_so_once_and_logs_the_ratio(tmp_path, capsys, monkeypatch, pays, says):
-    monkeypatch.setattr("flexpg.training.metrics.PAYS", pays)
-    shared = str(pays < 2).lower()
-    runs = [recipe(TINY, True, tmp_path / name, [*SMALL, f"sharing={name}"]) for name in ("auto", shared)]
-    pairs = run_both(*runs, 2)
-    assert capsys.readouterr().out.count("sharing=auto: " + says) == 1
-    for auto, told in ((pair.shared, pair.unshared) for pair in pairs):
-        assert {name: auto[name] for name in ("loss", "tokens_trained", "flop_ratio")} == {
-            name: told[name] for name in ("loss", "tokens_trained", "flop_ratio")
-        }
-        assert auto["flop_ratio"] > 2 if pays < 2 else auto["flop_ratio"] == 1
+@pytest.mark.slow
+def test_minimal_recipe_takes_steps(capsys):
+    accuracy = grpo_minimal.main(["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--device", "cpu"])
+    assert 0 <= accuracy <= 1
+    found = re.findall(r"step +\d+ +reward ([\d.]+) +loss ([-+.\d]+) +([\d.]+)x fewer", capsys.readouterr().out)
+    assert len(found) == 2 and all(math.isfinite(float(loss)) and float(fewer) > 2 for _, loss, fewer in found)
 
 
-def test_the_recipe_stays_short_enough_to_be_read():
-    assert len((ROOT / "recipes/grpo.py").read_text().splitlines()) < 450
+# NaN, Inf and out of memory.
+
+
+NONFINITE = {
+    "loss": (nan_loss, r"step 2: loss nan, gradient norm [0-9.e-]+, first in the loss\."),
+    "gradient": (nan_gradient, r"step 2: loss -?[0-9.e-]+, gradient norm nan, first in the gradient of "),
+}
+
+
+@pytest.mark.parametrize("what", NONFINITE)
+def test_nan_aborts_before_the_optimizer_step_and_dumps_the_micro_batches(tmp_path, monkeypatch, what):
+    loss, message = NONFINITE[what]
+    train(make(tmp_path, *SMALL, "num_steps=1", "checkpoint_every_n_steps=1"))
+    (tmp_path / "nonfinite/of an earlier run").mkdir(parents=True)
+    run = make(tmp_path, *SMALL, "num_steps=2", "resume=true")
+    before = flat(run.model.parameters())
+    moments = [state["exp_avg"].clone() for state in run.optimizer.state.values()]
+    monkeypatch.setattr("recipes.grpo.grpo_loss", loss)
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(run)
+    assert str(caught.value).endswith(f"micro-batches of each rank are in {tmp_path}/nonfinite")
+    assert torch.equal(flat(run.model.parameters()), before)
+    assert all(map(torch.equal, moments, (state["exp_avg"] for state in run.optimizer.state.values())))
+    assert {path.name for path in (tmp_path / "nonfinite").iterdir()} == {"step_000001", "rank_0.pt"}
+    dump = torch.load(tmp_path / "nonfinite/rank_0.pt", weights_only=True)
+    assert sorted(n for batch in dump["micro_batches"] for n in batch["indices"]) == list(range(8))
+    for batch in dump["micro_batches"]:
+        assert batch["logprobs"].isfinite().all()
+        assert len(batch["completions"]) == len(batch["advantages"]) == len(batch["logprobs"])
+    assert any(map(math.isnan, dump["gradient_norms"].values())) == (what == "gradient")
+
+
+def test_nan_abort_says_so_if_nothing_can_be_saved(tmp_path, monkeypatch):
+    run = make(tmp_path, *SMALL)
+    (tmp_path / "nonfinite").touch()  # not a folder
+    monkeypatch.setattr("recipes.grpo.grpo_loss", nan_gradient)
+    with pytest.raises(FloatingPointError, match=r"norm nan, .* was not updated; .* could not be saved: "):
+        train(run)
+
+
+def starve(rank: int, output_dir: Path, stage: str) -> tuple[str, str]:
+    """Return stderr and the error of a stage that gets no more memory."""
+    run = make(output_dir, *SMALL, "prompts_per_step=32")
+    rollouts, _ = run.score(*run.generate(1))
+    packed, advantages = run.pack(rollouts), group_advantages(rollouts)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**21, resource.RLIM_INFINITY))
+    run.cfg.group_size = 256  # of generate
+    with redirect_stderr(io.StringIO()) as printed, pytest.raises((RuntimeError, MemoryError)) as caught:
+        run.generate(2) if stage == "generate" else run.update(1, rollouts, packed, advantages)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return printed.getvalue(), str(caught.value)
+
+
+HINTS = {
+    "generate": "error: out of memory; lower max_cache_tokens (now 65536)\n",
+    "update": "error: out of memory; lower max_tokens (now 8192) or set activation_checkpointing=true\n",
+}
+
+
+@pytest.mark.parametrize("stage", HINTS)
+def test_oom_names_the_budget_to_lower_above_torchs_traceback(tmp_path, stage):
+    ((printed, error),) = run_processes(1, starve, tmp_path, stage)
+    assert printed == HINTS[stage]
+    assert "can't allocate memory" in error
+
+
+OOM = ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling", "you can't allocate memory"]
+ERRORS = [
+    *((error, True) for error in (torch.OutOfMemoryError("of its own type"), MemoryError(), *map(RuntimeError, OOM))),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    (ValueError("can't allocate memory"), False),
+]
+
+
+@pytest.mark.parametrize(("error", "is_oom"), ERRORS, ids=repr)
+def test_oom_hint_is_printed_for_oom_errors_only(capsys, error, is_oom):
+    with pytest.raises(type(error)) as caught, out_of_memory_hint("lower max_tokens"):
+        raise error
+    assert caught.value is error
+    assert capsys.readouterr().err == "error: out of memory; lower max_tokens\n" * is_oom

@@ -168,6 +168,9 @@ def load_config(given: DictConfig) -> Any:
         ValueError: If an option is unknown, missing, of the wrong type or out of range.
     """
     schema = OmegaConf.structured(GRPOConfig)
+    for name, value in OmegaConf.to_container(given).items():  # OmegaConf's errors would not name these options
+        if name in (*COMPONENTS, "rewards", "sampling", "loss") and isinstance(value, list | int | float):
+            raise ValueError(f"{name} must be a mapping, got {value}")
     for name in COMPONENTS:
         if isinstance(given.get(name), str):  # `optimizer=torch.optim.SGD` on the command line
             given[name] = {"_component_": given[name]}

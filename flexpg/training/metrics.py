@@ -88,9 +88,10 @@ def flop_ratio(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -
         shape: Of the model.
     """
     batches = [batch for own in minibatches for batch in own if not batch.is_idle]
-    baseline = sum(batch.tree.baseline_tokens for batch in batches), sum(batch.tree.baseline_pairs for batch in batches)
-    encoded = torch.tensor([encoded_work(own) for own in minibatches]).sum(0).tolist()
-    return update_flops(*baseline, 0, shape).total / update_flops(*encoded, 0, shape).total
+    baseline_tokens = sum(batch.tree.baseline_tokens for batch in batches)
+    baseline_pairs = sum(batch.tree.baseline_pairs for batch in batches)
+    tokens, pairs = torch.tensor([encoded_work(own) for own in minibatches]).sum(0).tolist()
+    return update_flops(baseline_tokens, baseline_pairs, 0, shape).total / update_flops(tokens, pairs, 0, shape).total
 
 
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:

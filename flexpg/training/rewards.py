@@ -59,15 +59,20 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
     for name, options in described.items():
         own = {key: value for key, value in options.items() if key not in ("_component_", "weight")}
         try:
+            weight = float(options.get("weight", 1.0))
             found = _get_component_from_path(options["_component_"])
-            function = found(**own) if isinstance(found, type) else partial(found, **own)
-            inspect.signature(function).bind("", "")
+            if isinstance(found, type):
+                function = found(**own)
+                inspect.signature(function).bind("", "")
+            else:
+                inspect.signature(found).bind("", "", **own)
+                function = partial(found, **own)
         except (KeyError, TypeError, ValueError, InstantiationError) as error:
             raise ValueError(
                 f"reward {name!r} must be a function (completion, answer) -> float with options {own}, got "
                 f"{options.get('_component_')!r}: {error}"
             ) from error
-        rewards.append(Reward(name, function, float(options.get("weight", 1.0))))
+        rewards.append(Reward(name, function, weight))
     return rewards
 
 
@@ -147,7 +152,8 @@ def number_closeness(completion: str, answer: str, until: str | None = None) -> 
 def math_correct(completion: str, answer: str) -> float:
     r"""Return 1.0 if a completion's final expression equals the answer mathematically, else 0.0.
 
-    Expressions are extracted and compared by math-verify: `\boxed{...}` first, then LaTeX and plain numbers.
+    Expressions are extracted and compared by math-verify: `\boxed{...}` first, then LaTeX and plain numbers. It reads
+    several boxes as a set in most cases.
 
     Raises:
         ImportError: If math-verify is not installed.

@@ -108,9 +108,7 @@ def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[s
     else:
         arguments = {"path": str(path) if path.is_dir() else source, "name": subset}
     try:
-        loaded = datasets.load_dataset(**arguments, split=split)
+        rows = datasets.load_dataset(**arguments, split=split).to_list()  # broken UTF-8 is found by to_list
     except Exception as error:  # of many kinds
         raise ValueError(f"could not load {source!r}, split {split!r}: {error.__cause__ or error}") from error
-    return [
-        (n, {name: value for name, value in row.items() if value is not None}) for n, row in enumerate(loaded.to_list())
-    ]
+    return [(n, {name: value for name, value in row.items() if value is not None}) for n, row in enumerate(rows)]

@@ -1,0 +1,92 @@
+"""Small runs of recipes/grpo.py in the tests, a reward that configurations name, and losses that are NaN.
+
+load(config, output_dir, *overrides)    the configuration, as the recipe would get it
+make(output_dir, *overrides)            a recipe after setup
+train(recipe)                           train it and return it
+
+Paths in configurations are relative to the repository, in which the tests run.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from flexpg import grpo_loss
+from flexpg.training.checkpoints import checkpoints
+from flexpg.training.config import load_config
+from recipes.grpo import GRPORecipe
+
+ROOT = Path(__file__).parent.parent
+TINY, GSM8K = "recipes/configs/tiny_cpu.yaml", "recipes/configs/gsm8k_bytes_cpu.yaml"
+SMALL = (
+    *("prompts_per_step=2", "group_size=4", "train_problems.size=64", "test_problems.size=8", "self_check=false"),
+    *("eval_every_n_steps=100", "sharing=true"),
+)
+LORA = (
+    "model._component_=torchtune.models.qwen2.lora_qwen2",
+    "model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",
+    "model.apply_lora_to_mlp=true",
+    "model.lora_rank=16",
+    "model.lora_alpha=32",
+)
+DIFFERENT = "sampling.temperature=2.0"  # completions share little, so that groups exceed a small budget
+
+
+def load(config: str, output_dir: Path, *overrides: str) -> Any:
+    given = OmegaConf.merge(OmegaConf.load(config), {"output_dir": str(output_dir)})
+    return load_config(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))))
+
+
+def make(output_dir: Path, *overrides: str, config: str = TINY) -> GRPORecipe:
+    recipe = GRPORecipe(load(config, output_dir, *overrides))
+    recipe.setup()
+    return recipe
+
+
+def train(recipe: GRPORecipe) -> GRPORecipe:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        recipe.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return recipe
+
+
+def newest(output_dir: Path) -> int:
+    """Return the step of the newest checkpoint, 0 if there is none."""
+    found = checkpoints(output_dir / "checkpoints")
+    return int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def flat(parameters: Iterable[Tensor]) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+def spread_reward(completion: str, answer: str) -> float:
+    """Return a number that random text gets more or less of."""
+    return zlib.crc32(completion.encode()) % 7
+
+
+# Losses, in place of recipes.grpo.grpo_loss.
+
+
+def nan_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """Return GRPO's loss with one rollout's log-probability NaN."""
+    logprobs = args[0].clone()
+    logprobs[2, 0] = math.nan
+    return grpo_loss(logprobs, *args[1:], **kwargs)
+
+
+def nan_gradient(*args: Any, **kwargs: Any) -> Tensor:
+    """Return GRPO's loss plus a term that is 0 and has gradient NaN."""
+    return grpo_loss(*args, **kwargs) + (0 * args[0].sum()).sqrt()
