@@ -224,9 +224,7 @@ class GRPORecipe(FTRecipeInterface):
             if cfg.checkpoint_every_n_steps and step % cfg.checkpoint_every_n_steps == 0:
                 self.save_progress(self.checkpoint_dir)
             if step == 1 and self.world.is_first:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                plot_mask(first_groups(rollouts, 2)).savefig(self.output_dir / "mask.png", dpi=200)
-                plot_savings(rollouts).savefig(self.output_dir / "savings.png", dpi=200)
+                self.plot(rollouts)
         if not self.is_finished():
             self.save_progress(self.checkpoint_dir)
 
@@ -435,6 +433,12 @@ class GRPORecipe(FTRecipeInterface):
     def save_checkpoint(self) -> None:
         """Save the trained weights in the format that the checkpointer loaded."""
         save_weights(self.model, self.cfg, self.checkpointer, self.world)
+
+    def plot(self, rollouts: Rollouts) -> None:
+        """Plot the mask of the first groups, and what sharing saves."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        plot_mask(first_groups(rollouts, 2)).savefig(self.output_dir / "mask.png", dpi=200)
+        plot_savings(rollouts).savefig(self.output_dir / "savings.png", dpi=200)
 
     def report(self) -> None:
         """Print what was learned and what sharing saved, and plot the reward."""

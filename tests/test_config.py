@@ -36,7 +36,7 @@ every_gpu_config = pytest.mark.parametrize("name", GPU_CONFIGS)
 
 
 def table(rows: list[tuple[str, ...]]) -> list[Any]:
-    return [pytest.param(given, words, id=given or "nothing") for given, *words in rows]
+    return [pytest.param(given, words, id=given) for given, *words in rows]
 
 
 def assert_one_line(message: str, words: list[str]) -> None:
@@ -49,22 +49,16 @@ OPTION_ERRORS = [
     ("groupsize=4", "groupsize: ", "Did you mean: 'group_size'?"),
     ("sampling.temprature=1", "sampling.temprature: ", "Did you mean: 'temperature'?"),
     ("loss.epsilonn=0.1", "loss.epsilonn: ", "Did you mean one of: 'epsilon', 'epsilon_high'?"),
-    ("sampling.stop_tokens=[5]", "sampling.stop_tokens: Key 'stop_tokens' not in"),
     ("num_steps=ten", "num_steps: Value 'ten' of type 'str' could not be converted to Integer"),
-    ("num_steps=1e3", "num_steps: Value '1000.0' of type 'float' could not be converted to Integer"),
-    ("num_steps=true", "num_steps: Value 'True' of type 'bool' could not be converted to Integer"),
     ("num_steps=null", "num_steps: Incompatible value 'None'"),
-    ("resume=maybe", "resume: Value 'maybe' is not a valid bool"),
     ("sharing=maybe", "sharing: Invalid value 'maybe', expected one of ['auto', True, False]"),
-    ("dtype=fp12", "dtype: Invalid value 'fp12', expected one of ['fp32', 'bf16']"),
     ("loss.loss_type=ppo", "loss.loss_type: Invalid value 'ppo', expected one of ['grpo', "),
     ("seed=${nowhere}", "Interpolation key 'nowhere' not found"),
     ("rewards=null", "rewards: field 'rewards' is not Optional"),
     ("rewards.correct=1", "rewards.correct: Value 1 (int) is incompatible with"),
-    ("model=null", "model: field 'model' is not Optional"),
+    ("model=5", "model must be a mapping, got 5"),
     ("model._component_=null", "model must have a _component_, got {'_component_': None, "),
     ("num_steps=0", "num_steps must be at least 1, got 0"),
-    ("eval_every_n_steps=0", "eval_every_n_steps must be at least 1, got 0"),
     ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints at least 1, got 0 and 0"),
     ("group_size=1", "group_size must be at least 2, got 1: a group of one has no advantage"),
     ("clip_grad_norm=-1", "clip_grad_norm must be positive (.inf for no clipping), got -1.0"),
@@ -130,13 +124,11 @@ SETUP_MISTAKES = [
     ("checkpointer.checkpoint_dir=recipes/nowhere", "checkpointer: ", "recipes/nowhere"),
     ("output_dir=README.md", "checkpointer: ", "File exists: 'README.md'"),
     ("model._component_=torchtune.models.no_such_model", "model: ", "no_such_model"),
-    ("model._component_=torch.nn.Identity", "model must build a torchtune TransformerDecoder, got Identity"),
     (
         "model.embed_dim=64",
         "does not fit `model`: ",
         "is [260, 128] in it and [260, 64] in the model",
     ),
-    ("model.num_heads=0", "model: ZeroDivisionError: "),
     ("model.num_heads=8 model.num_kv_heads=4", "it has (4, 2) query and key/value heads, the model (8, 4)"),
     ("model.attn_dropout=0.1", "dropout must be 0, got 0.1"),
     (f"{' '.join(LORA)} model.use_dora=true", "model must not have use_dora or quantize_base"),
@@ -148,7 +140,6 @@ SETUP_MISTAKES = [
     ("train_problems.size=5", "train_problems must have at least 8 problems, got 5"),
     ("train_problems.splitt=train", "train_problems: ", "unexpected keyword argument 'splitt'"),
     ("tokenizer._component_=torchtune.models.llama3.llama3_tokenizer tokenizer.path=/no", "tokenizer: ", "/no"),
-    ("optimizer._component_=torch.optim.Adamm", "optimizer: ", "torch.optim.Adamm"),
     ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
     ("lr_scheduler.factorr=2", "lr_scheduler: ", "factorr"),
     ("dtype=fp32 param_dtype=bf16", "param_dtype must not be bf16 if dtype is fp32"),
@@ -174,7 +165,6 @@ def test_cuda_device_without_a_gpu_is_reported(tmp_path):
 
 COMMAND_ERRORS = [
     ("--config nowhere.yaml", "No such file or directory: ", "nowhere.yaml"),
-    ("--config .", "Is a directory: "),
     ("--config broken.yaml", "while parsing a flow ", "broken.yaml", "line 2"),
     ("--config list.yaml", "--config must be a YAML mapping"),
     (
@@ -185,10 +175,8 @@ COMMAND_ERRORS = [
         " train_problems",
     ),
     ("--config TINY output_dir", "key=value"),
-    ("--config TINY seed=[1", "while parsing a flow sequence"),
     ("--config TINY --seed 3", "Additional flag arguments not supported: ['--seed']"),
     ("--config TINY ~sampling", "missing option sampling.max_new_tokens"),
-    ("--config TINY ~nokey", "Could not find key nokey in yaml config to remove"),
     ("--config TINY groupsize=4", "groupsize: ", "Did you mean: 'group_size'?"),
     ("--config TINY minibatches=3", "prompts_per_step must be a multiple of minibatches"),
 ]
@@ -282,7 +270,7 @@ def test_config_header_names_the_commands_of_this_file(name):
         cfg = resolved(name)
         (download,) = [line for line in header(name) if line.startswith("tune download")]
         assert f"--output-dir {cfg.checkpointer.checkpoint_dir}" in download
-        assert all(str(cfg.tokenizer[key]).startswith(cfg.checkpointer.checkpoint_dir) for key in ("path",))
+        assert cfg.tokenizer.path.startswith(cfg.checkpointer.checkpoint_dir)
 
 
 @every_gpu_config
@@ -301,16 +289,12 @@ def test_learning_rate_warms_up_and_stays(name):
 
 
 @every_gpu_config
-def test_reward_of_a_config_prefers_a_correct_answer_in_a_box(name):
+def test_reward_prefers_a_correct_answer_in_a_box(name):
     rewards = build_rewards(resolved(name).rewards)
-
-    def total(completion: str) -> float:
-        return sum(reward.weight * reward.function(completion, "72") for reward in rewards)
-
-    assert total("48 / 2 = 24, and 48 + 24 is \\boxed{72}.") == pytest.approx(1.1)
-    assert total("so it is 72") == 1.0
-    assert total("so it is \\boxed{71}") == pytest.approx(0.1)
-    assert total("I do not know") == 0.0
+    values = {"48 + 24 is \\boxed{72}.": 1.1, "so it is 72": 1.0, "so it is \\boxed{71}": 0.1, "I do not know": 0.0}
+    for completion, value in values.items():
+        total = sum(reward.weight * reward.function(completion, "72") for reward in rewards)
+        assert total == pytest.approx(value)
 
 
 @pytest.mark.parametrize("size", PARAMETERS)

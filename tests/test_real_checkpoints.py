@@ -210,15 +210,12 @@ def test_loaded_model_equals_that_of_transformers(folders, tmp_path, name):
     assert error(logits(make_recipe(folders[name], name, tmp_path).model), expected) < EXACT
 
 
-def test_transformers_loads_trained_weights_in_float32(full):
+def test_transformers_loads_saved_weights_config_and_tokenizer(full):
     assert len(files(full.saved)) == len(files(full.folder))
     loaded = load(full.saved)
     assert {value.dtype for value in loaded.parameters()} == {torch.float32}
     assert error(logits(loaded), logits(full.run.model)) < EXACT
     assert all(not torch.equal(value, full.end[name]) for name, value in full.start.items())
-
-
-def test_saved_folder_has_the_tokenizer_and_a_config_with_the_trained_dtype(full):
     saved, published = (json.loads((folder / "config.json").read_text()) for folder in (full.saved, full.folder))
     assert saved == published | {"torch_dtype": "float32"}
     assert (full.saved / "tokenizer.json").read_text() == "{}"
@@ -352,12 +349,8 @@ def test_hostile_pickle_for_weights_runs_no_code(folders, tmp_path, is_zip):
     assert not created.exists()
 
 
-def truncate(name: str) -> Callable[[Path, str], None]:
-    def damage(folder: Path, shard: str) -> None:
-        file = folder / name.format(shard=shard)
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-    return damage
+def truncate(folder: Path, shard: str) -> None:
+    (folder / shard).write_bytes((folder / shard).read_bytes()[:-1000])
 
 
 def flip_bit(part: bytes) -> Callable[[Path, str], None]:
@@ -373,12 +366,10 @@ def flip_bit(part: bytes) -> Callable[[Path, str], None]:
 
 DAMAGES = {
     "missing shard": (lambda folder, shard: (folder / shard).unlink(), [], "{shard}"),
-    "truncated shard": (truncate("{shard}"), [], "{shard}"),
-    "empty shard": (lambda folder, shard: (folder / shard).write_bytes(b""), [], "{shard}"),
+    "truncated shard": (truncate, [], "{shard}"),
     "bit of a length": (flip_bit(b""), [], "{shard}"),
     "bit of a header": (flip_bit(b'{"'), [], "{shard}"),
     "bit of a name": (flip_bit(b"weight"), [], r'unexpected key: "\S+\.veight"'),
-    "truncated config": (truncate("config.json"), [], "checkpointer: "),
     "missing config": (lambda folder, shard: (folder / "config.json").unlink(), [], r"config\.json"),
     "shard left out": (
         lambda *_: None,

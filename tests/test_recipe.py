@@ -196,8 +196,15 @@ def test_every_problem_is_asked_once_before_any_is_asked_again(tmp_path):
     assert all(sorted(order) == [0, 1, 2, 3, 4] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 1
     assert run.choose_problems(7) == asked[18:21]  # whatever was asked before
-    samples, other = (run.sample(run.prompts[:1], 4, [run.seed(f"samples 0 of step {n}")]) for n in (1, 2))
-    assert [own.tolist() for own in samples.completions] != [own.tolist() for own in other.completions]
+
+
+def test_samples_are_a_function_of_seed_and_step(tmp_path):
+    runs = [make(tmp_path / own, *SMALL, f"seed={own}") for own in ("0", "0", "1")]
+    found = []
+    for run, step in ((runs[0], 1), (runs[1], 2), (runs[1], 1), (runs[2], 1)):
+        run.choose_problems = lambda step: [0, 1]
+        found.append([tokens.tolist() for tokens in run.generate(step)[0].completions])
+    assert found[0] == found[2] and found[0] not in (found[1], found[3])
 
 
 def test_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(tmp_path):
@@ -315,6 +322,11 @@ def test_minimal_recipe_takes_steps(capsys):
     assert 0 <= accuracy <= 1
     found = re.findall(r"step +\d+ +reward ([\d.]+) +loss ([-+.\d]+) +([\d.]+)x fewer", capsys.readouterr().out)
     assert len(found) == 2 and all(math.isfinite(float(loss)) and float(fewer) > 2 for _, loss, fewer in found)
+
+
+@pytest.mark.distributed  # a minute
+def test_minimal_recipe_learns_addition_to_over_0_9():
+    assert grpo_minimal.main(["--device", "cpu"]) > 0.9
 
 
 # NaN, Inf and out of memory.

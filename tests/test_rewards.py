@@ -18,12 +18,10 @@ from omegaconf import OmegaConf
 from flexpg.training.rewards import (
     Reward,
     build_rewards,
-    matches,
     math_correct,
     number_closeness,
     number_correct,
     score,
-    short_enough,
 )
 
 PAGE = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
@@ -108,20 +106,6 @@ def test_answer_without_a_number_raises(function):
 )
 def test_math_correct_compares_expressions_and_prefers_the_box(completion, answer, value):
     assert math_correct(completion, answer) == value
-
-
-# Format and length.
-
-
-def test_matches_finds_a_pattern_anywhere_and_across_lines():
-    assert matches("a\n#### 5\nb", "5", pattern=r"#### -?\d+") == 1.0
-    assert matches("a\nb", "5", pattern="a.b") == 1.0
-    assert matches("a\nb", "5", pattern="^b") == 0.0
-
-
-def test_short_enough_falls_to_0_at_twice_the_limit():
-    values = [short_enough("x" * length, "", max_chars=10) for length in (0, 10, 15, 20, 1000)]
-    assert values == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 
 # Components.

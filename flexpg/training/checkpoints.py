@@ -65,6 +65,7 @@ def save_checkpoint(
         "model": get_model_state_dict(model, options=options),
         # An optimizer without state would be given one by a step of size zero, which would count as a step.
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else None,
+        "groups": [{**group, "params": len(group["params"])} for group in optimizer.param_groups],
     }
     try:
         with world.raise_on_all_ranks(OSError, RuntimeError):  # RuntimeError is torch.save's for a full disk
@@ -125,20 +126,22 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     own: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     trained = {name: list(weight.shape) for name, weight in own.items()}
     groups = [len(group["params"]) for group in optimizer.param_groups]
-    state: dict[str, Any] = {"model": {}, "optimizer": {}}
+    state: dict[str, Any] = {"model": {}, "optimizer": {}, "groups": []}
     try:
         with world.raise_on_all_ranks(OSError, ValueError, RuntimeError, pickle.UnpicklingError):
             if world.is_first:
                 state = _read(checkpoint, trained, groups)
     except ValueError as error:
         raise _load_error(checkpoint, str(error)) from error
-    has_state = world.all_reduce_max(float(bool(state["optimizer"]))) > 0
+    has_state, saved_groups = world.all_gather([(bool(state["optimizer"]), state["groups"])])[0]  # of rank 0
     options = _options(world, load=True)
     set_model_state_dict(model, state["model"], options=options)
     if has_state:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     else:
         optimizer.state.clear()
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):  # the learning rate among them
+            group.update({name: value for name, value in saved.items() if name != "params"})
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -186,7 +189,7 @@ def _read(checkpoint: Path, trained: Mapping[str, Sequence[int]], groups: Sequen
     wrong = differences({name: weight.shape for name, weight in state["model"].items()}, trained)
     if wrong:
         raise ValueError(f"{wrong[0]} ({len(wrong)} differences)")
-    if state["optimizer"] and [len(group["params"]) for group in state["optimizer"]["param_groups"]] != groups:
+    if [group["params"] for group in state["groups"]] != groups:
         raise ValueError("its optimizer has other parameter groups")
     return state
 

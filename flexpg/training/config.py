@@ -168,7 +168,8 @@ def load_config(given: DictConfig) -> Any:
         ValueError: If an option is unknown, missing, of the wrong type or out of range.
     """
     schema = OmegaConf.structured(GRPOConfig)
-    for name, value in OmegaConf.to_container(given).items():  # OmegaConf's errors would not name these options
+    options: Any = OmegaConf.to_container(given)
+    for name, value in options.items():  # OmegaConf's errors would not name these options
         if name in (*COMPONENTS, "rewards", "sampling", "loss") and isinstance(value, list | int | float):
             raise ValueError(f"{name} must be a mapping, got {value}")
     for name in COMPONENTS:
