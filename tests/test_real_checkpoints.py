@@ -26,64 +26,27 @@ from flexpg import Rollouts
 from flexpg.training.config import SETUP_ERRORS
 from recipes.grpo import GRPORecipe
 
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "tie_word_embeddings": True,
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "vocab_size": 260, "tie_word_embeddings": True}
+PUBLISHED = {  # the other keys in config.json of Qwen/Qwen2.5-0.5B-Instruct and meta-llama/Llama-3.2-3B-Instruct
+    "qwen2": """{"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "max_position_embeddings": 32768,
+        "max_window_layers": 21, "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "torch_dtype": "float32", "use_sliding_window": false}""",
+    "llama3_2": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "head_dim": 16,
+        "hidden_act": "silu", "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}}""",
 }
-CONFIGS = {  # the other keys are those of Qwen/Qwen2.5-0.5B-Instruct and meta-llama/Llama-3.2-3B-Instruct
-    "qwen2": {
-        **SHAPE,
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "max_window_layers": 21,
-        "model_type": "qwen2",
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "torch_dtype": "float32",
-        "use_sliding_window": False,
-    },
-    "llama3_2": {
-        **SHAPE,
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "torch_dtype": "bfloat16",
-    },
-}
-SIZES = {
-    **{"vocab_size": 260, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 96},
-    **{"max_seq_len": 1024, "tie_word_embeddings": True},
-}
+CONFIGS = {name: SHAPE | json.loads(text) for name, text in PUBLISHED.items()}
+SIZES = {"vocab_size": 260, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}
+SIZES |= {"intermediate_dim": 96, "max_seq_len": 1024, "tie_word_embeddings": True}
 OWN = {  # what torchtune's builder of the published model passes; Llama's scale factor of 32 is its default
     "qwen2": {"norm_eps": 1e-6, "rope_base": 1e6},
     "llama3_2": {"norm_eps": 1e-5, "rope_base": 500_000},
 }
-LORA = {
-    "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
-    "apply_lora_to_mlp": True,
-    "lora_rank": 4,
-    "lora_alpha": 12,
-}
+LORA = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True}
+LORA |= {"lora_rank": 4, "lora_alpha": 12}
 SMALL = (
     *("num_steps=2", "prompts_per_step=2", "group_size=4", "sampling.max_new_tokens=6", "train_problems.size=8"),
     *("test_problems.size=2", "optimizer.lr=0.01", "self_check=false", "sharing=true"),

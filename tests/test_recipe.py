@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 
 from flexpg import Rollouts, group_advantages, grpo_loss
+from flexpg.training.config import component
 from flexpg.training.errors import out_of_memory_hint
 from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
@@ -57,7 +58,7 @@ def test_shared_and_baseline_runs_agree_for_20_steps_and_sharing_is_faster(tmp_p
 
 
 def test_gsm8k_prompts_give_the_same_update_with_sharing_and_in_the_baseline(tmp_path):
-    options = ("group_size=3", "num_steps=1", "test_problems.size=1", "self_check=false")
+    options = ("prompts_per_step=1", "num_steps=1", "test_problems.size=1", "self_check=false")
     runs = [train(make(tmp_path / own, *options, f"sharing={own}", config=GSM8K)) for own in ("true", "false")]
     assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
     assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < 1e-4
@@ -77,9 +78,10 @@ def record_rollouts(run: GRPORecipe) -> list[Rollouts]:
     return recorded
 
 
+SGD = ["optimizer._component_=torch.optim.SGD", "optimizer.lr=0.1", "clip_grad_norm=.inf"]  # shows a wrong scale
 UPDATES = {
     "kl": ["loss.beta=0.5", "num_iterations=2", "scale_rewards=batch"],
-    "minibatches": ["minibatches=2", "num_iterations=2"],
+    "minibatches": ["minibatches=2", "num_iterations=2", *SGD],
     "lora kl": [*LORA, "loss.beta=0.5", "minibatches=2"],
 }
 
@@ -93,7 +95,7 @@ def test_step_equals_the_update_written_out_by_hand(tmp_path, options):
     recorded = record_rollouts(run)
     train(run)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    optimizer = component(run.cfg, "optimizer", trained)
     for rollouts in recorded:
         advantages = group_advantages(rollouts, run.cfg.scale_rewards)
         minibatches = []
@@ -107,7 +109,7 @@ def test_step_equals_the_update_written_out_by_hand(tmp_path, options):
             (logprobs,) = baseline_logprobs(policy, own, temperature=1.5)
             options = {"old_logprobs": old, "ref_logprobs": ref, "beta": run.cfg.loss.beta, "epsilon_high": 0.28}
             grpo_loss(logprobs, advantage, own.loss_mask, **options).backward()
-            clip_grad_norm_(trained, 0.1)
+            clip_grad_norm_(trained, run.cfg.clip_grad_norm)
             optimizer.step()
     ours, by_hand, start = (flat(model.parameters()) for model in (run.model, policy, reference))
     assert (ours - by_hand).norm() < 1e-3 * (ours - start).norm()
