@@ -399,7 +399,7 @@ def test_sigkill_at_any_moment_leaves_complete_checkpoints(tmp_path):
         newest = steps[-1]
 
 
-def test_leftovers_of_a_kill_are_no_checkpoints_and_are_deleted_by_the_next_save(tmp_path):
+def test_leftovers_of_a_kill_are_ignored_and_deleted_by_the_next_save(tmp_path):
     model, optimizer = linear_model(seed=0)
     save_checkpoint(tmp_path, 1, model, optimizer, {}, 3, SINGLE)
     for name in ("step_000099.unfinished", "step_000002.unfinished", "step_000000.deleted"):

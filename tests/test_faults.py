@@ -123,7 +123,7 @@ class Launched:
 
 @pytest.mark.parametrize("is_other_stopped", [False, pytest.param(True, marks=pytest.mark.proof)])
 def test_killed_rank_is_named_and_ends_the_others(tmp_path, is_other_stopped):
-    """A stopped rank is like one that waits in a collective of NCCL: the launcher kills it after 30 seconds."""
+    """A stopped rank, like a rank that is blocked in an NCCL collective, is ended by the launcher after 30 seconds."""
     run = Launched(tmp_path)
     run.wait_until(run.has_trained)
     if is_other_stopped:
@@ -195,7 +195,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.proof)])
-def test_run_killed_and_resumed_is_bitwise_identical_to_an_uninterrupted_one(tmp_path, kills):
+def test_run_killed_and_resumed_is_bitwise_identical(tmp_path, kills):
     rng, killed, uninterrupted, halves = random.Random(kills), tmp_path / "killed", tmp_path / "uninterrupted", 0
     killed.mkdir()
     uninterrupted.mkdir()

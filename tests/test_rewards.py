@@ -52,7 +52,7 @@ def test_number_correct_compares_the_number_after_the_last_mark(completion, answ
     assert number_correct(completion, answer, until="\nQuestion:") == value
 
 
-def test_number_closeness_falls_with_the_relative_distance_of_the_last_number():
+def test_number_closeness_falls_with_the_distance_of_the_last_number():
     assert number_closeness("100", "100") == number_closeness("1 + 99 = 100.", "100") == 1.0
     assert number_closeness("50", "100") == number_closeness("150", "100") == 2 / 3
     assert number_closeness("1", "0") == 0.5  # near 0 the distance itself counts

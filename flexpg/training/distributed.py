@@ -82,7 +82,7 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self, *errors: type[Exception]) -> Iterator[None]:
-        """Re-raise an error of any rank on all ranks, so that no rank hangs in a collective. No collectives inside.
+        """Re-raise an error of any rank on all ranks, so that no rank blocks in a collective. No collectives inside.
 
         Args:
             errors: What is re-raised; any other error ends its own rank at once.

@@ -185,7 +185,7 @@ def hf_tokenizer() -> Tokenizer:
         *range(33, 127),
         *range(161, 173),
         *range(174, 256),
-    }  # in GPT-2's alphabet, these bytes stand for themselves
+    }  # in GPT-2's alphabet, these bytes represent themselves
     others = iter(range(256, 512))
     vocab = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
