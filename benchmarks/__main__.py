@@ -1,11 +1,12 @@
-"""Every benchmark, or those that are named, one after the other; then the tables and the picture of README and docs.
+"""Run all benchmarks, or those that are named, then write the tables and figures of README and docs.
 
     python -m benchmarks                        # CPU: an hour on two quiet cores
     python -m benchmarks --device cuda
-    python -m benchmarks update mask            # these alone
-    python -m benchmarks --tiny                 # two minutes, to see that all work
+    python -m benchmarks update mask            # only these
+    python -m benchmarks --tiny                 # two minutes, as a test
 
-Each runs in a process of its own and writes its file in benchmarks/results. One that fails does not stop the others.
+Each runs in its own process and writes a file in benchmarks/results. One that fails does not stop the others.
+`python -m benchmarks.conversations` is not among them, because it needs recorded conversations.
 """
 
 from __future__ import annotations
@@ -14,53 +15,42 @@ import argparse
 import subprocess
 import sys
 
-# In order; on CUDA with what each wants there.
-CPU: dict[str, list[str]] = {
-    "update": [],
-    "attention": [],
-    "pieces": [],
-    "mask": [],
-    "shapes": [],
-    "memory": [],
-    "scaling": [],
-    "sharing": [],
-    "trl_update": [],
-    "paper_figure": [],
-}
-CUDA: dict[str, list[str]] = {
-    "update": ["--device", "cuda"],
-    "attention": ["--device", "cuda"],
-    "kernels": ["--device", "cuda"],
-    "mask": ["--device", "cuda"],
-    "shapes": ["--device", "cuda"],
-    "memory": ["--device", "cuda"],
-    "scaling": ["--device", "cuda"],
-    "sharing": ["device=cuda", "dtype=bf16"],
-    "trl_update": ["--device", "cuda"],
-}
-TINY = {
-    name: ["--tiny"] for name in ("update", "attention", "pieces", "kernels", "mask", "shapes", "memory", "scaling")
+CUDA = ["--device", "cuda"]
+BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of run
+    "update": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "attention": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "split_parts": {"cpu": [], "tiny": ["--tiny"]},
+    "kernels": {"cuda": CUDA, "tiny": ["--tiny"]},
+    "mask": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "shapes": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "memory": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "scaling": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "sharing": {"cpu": [], "cuda": ["device=cuda", "dtype=bf16"]},
+    "trl_update": {"cpu": [], "cuda": CUDA},
+    "paper_figure": {"cpu": []},
 }
 
 
 def main() -> None:
-    """Runs them; the exit status is that of the worst."""
+    """Run the benchmarks; the exit status is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join({**CPU, **CUDA})}; all if none")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none for all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    benchmarks = TINY if args.tiny else {"cpu": CPU, "cuda": CUDA}[args.device]
-    if unknown := [name for name in args.names if name not in benchmarks]:
-        parser.error(f"no benchmark {', '.join(unknown)} there; choose of {', '.join(benchmarks)}")
+    kind = "tiny" if args.tiny else args.device
+    commands = {name: kinds[kind] for name, kinds in BENCHMARKS.items() if kind in kinds}
+    if unknown := [name for name in args.names if name not in commands]:
+        parser.error(f"NAME must be one of {', '.join(commands)}, got {', '.join(unknown)}")
     failed = []
-    for name in args.names or benchmarks:
-        command = [sys.executable, "-m", f"benchmarks.{name}", *benchmarks[name]]
+    for name in args.names or commands:
+        command = [sys.executable, "-m", f"benchmarks.{name}", *commands[name]]
         print("==", *command[1:], flush=True)
         if subprocess.run(command).returncode:
             failed.append(name)
-    if not args.tiny:
+    if kind == "cpu":
         subprocess.run([sys.executable, "-m", "benchmarks.tables"], check=True)
+        subprocess.run([sys.executable, "-m", "docs.figures", "update", "paper_figure"], check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,28 +1,27 @@
-"""The attention operator alone, forward and backward, over the masks that GRPO makes, by turns in one process.
+"""The attention operator, forward and backward, with the masks of GRPO.
 
-    python -m benchmarks.attention                    # CPU, fp32
-    python -m benchmarks.attention --device cuda      # bf16
-    python -m benchmarks.attention --tiny             # seconds, to see that it works; flex is not compiled then
+    python -m benchmarks.attention                    # CPU, float32
+    python -m benchmarks.attention --device cuda      # bfloat16
+    python -m benchmarks.attention --tiny             # seconds, as a test; flex is not compiled
 
-q is [1, Hq, S, D], k and v are [1, Hkv, S, D]. Over the packed row of the case:
+q is [1, Hq, S, D], k and v are [1, Hkv, S, D]. On the packed sequence of a case:
 
-- flex: flexpg.backends.dispatch's compiled FlexAttention. Its mask_mod reads one number for a pair: end[kv].
-- flex_torch_tables: the same with the tables that torch's create_block_mask makes of the same mask_mod.
-- flex_3_loads, flex_5_loads, flex_6_loads: the same with flexpg's tables, but a mask_mod as they are written elsewhere,
-  which reads so many numbers for a pair; of prompts and completions alone, not of deeper trees. Each is checked to be
-  the same mask.
-- split, on CPU: flexpg.backends.dispatch's way to train there.
+- flex: flexpg's compiled FlexAttention, whose mask_mod loads one number per score: end[kv].
+- flex_create_block_mask: the same with the tables of torch's create_block_mask.
+- flex_3_loads, flex_5_loads, flex_6_loads: the same with flexpg's tables and a mask_mod as other libraries write it,
+  which loads that many numbers per score and knows prompts and completions only. Each is verified to be the same mask.
+- split, on CPU: flexpg's backend for training there.
 - sdpa_dense, on CPU: torch's SDPA with the whole mask.
-- prefix_grouper, on CPU: the two calls of the package of that name, of prompts and completions alone.
+- prefix_grouper, on CPU: the two calls of that package, for prompts and completions only.
 
-Over one causal sequence of another length, with as many visible pairs as the row (its length is a multiple of 128):
+On one causal sequence with as many visible pairs (its length is a multiple of 128):
 
-- flex_causal: compiled FlexAttention; its mask_mod reads nothing.
-- sdpa_causal: SDPA, by FlashAttention.
+- flex_causal: compiled FlexAttention; its mask_mod loads nothing.
+- sdpa_causal: SDPA by FlashAttention.
 
-Lengths differ, so times are compared per visible pair: `times_per_pair` is a way's time per visible pair over flexpg's,
-flex where the way is a flex or the device is CUDA, and split else. Pads are in the time and not in the pairs. On CPU,
-FlexAttention has no backward, and is timed without gradients.
+Lengths differ, so times are compared per visible pair: `times_per_pair` is relative to flexpg's, which is flex for
+other flex kernels and on CUDA, and split otherwise. Padding costs time and is not a pair. FlexAttention has no backward
+on CPU and is timed there without gradients.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.record import run
-from benchmarks.turns import by_turns, median, ratio
+from benchmarks.timing import Times, alternate, paired_ratio, quartiles
 from benchmarks.update import prefix_grouper_attention, uneven
-from flexpg import PrefixTree, attention, block_mask, dense_mask, shared_cost
+from flexpg import PrefixTree, attention, block_mask, dense_mask
 from flexpg.backends.flex import RECOMPILE_LIMIT, packed_flex_attention
 from flexpg.masks import MaskMod
 from flexpg.tree import BLOCK, MIN_BLOCKS
@@ -51,7 +50,7 @@ from flexpg.tree import BLOCK, MIN_BLOCKS
 
 @dataclass(frozen=True)
 class Case:
-    """A packed row, lengths in tokens: equal groups, behind a system prompt where it has a length."""
+    """A packed sequence of equal groups, after a system prompt if it has a length; lengths in tokens."""
 
     kind: str
     prompt: int
@@ -61,7 +60,7 @@ class Case:
     heads: int = 16
     kv_heads: int = 2
     head_dim: int = 128
-    flex: bool = True  # a compilation for each of its masks takes 15 s on CPU
+    flex: bool = True  # compiling each of its masks takes 15 s on CPU
     compiled: bool = True
 
 
@@ -106,25 +105,23 @@ CASES = {
     ],
 }
 
-FLOPS = {"forward": 4, "backward": 8, "both": 12}  # of a visible pair, a head, and an entry of a head
+FLOPS = {"forward": 4, "backward": 8, "both": 12}  # per visible pair, head, and entry of a head
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]  # q [1, Hq, S, D], k and v [1, Hkv, S, D]
 
 
 @dataclass(frozen=True)
-class Way:
-    """An attention, its inputs, and how many pairs it has to compute for each head.
+class Implementation:
+    """An attention function, its inputs, and its visible pairs per head; without gradients it is a forward only."""
 
-    Inputs that require no gradient make it a forward alone.
-    """
-
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Attend
     inputs: Inputs
     pairs: int
 
 
-def tree_of(case: Case) -> PrefixTree:
-    """Its segments stand in the order of the case: every one repeats a token of its own, larger than those before."""
+def build_tree(case: Case) -> PrefixTree:
+    """Return a tree whose segments are in the order of the case: each repeats a token larger than those before it."""
     system = [0] * case.system
     prompts = [[*system, *[1 + g] * case.prompt] for g in range(case.groups)]
     first = 1 + case.groups
@@ -133,8 +130,8 @@ def tree_of(case: Case) -> PrefixTree:
     )
 
 
-def inputs_of(case: Case, length: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Random q, k and v that require gradients."""
+def random_inputs(case: Case, length: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Return random q, k and v that require gradients."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, length, case.head_dim, generator=generator).to(device, dtype).requires_grad_()
@@ -144,23 +141,23 @@ def inputs_of(case: Case, length: int, device: torch.device, dtype: torch.dtype)
 
 
 def causal_length(pairs: int) -> int:
-    """Tokens of a causal sequence with about so many visible pairs: a multiple of 128."""
+    """Return the length, a multiple of 128, of a causal sequence with about that many visible pairs."""
     return max(MIN_BLOCKS, round(isqrt(2 * pairs) / BLOCK)) * BLOCK
 
 
 def causal_pairs(length: int) -> int:
-    """Visible pairs of a causal sequence."""
+    """Return the visible pairs of a causal sequence."""
     return length * (length + 1) // 2
 
 
 def causal_mask(length: int, device: torch.device) -> BlockMask:
-    """FlexAttention's plain causal mask."""
+    """Return FlexAttention's plain causal mask."""
     chain = PrefixTree.from_sequences([torch.zeros(length, dtype=torch.int64)]).to(device)
     return with_mask_mod(block_mask(chain), lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
 
 
 def with_mask_mod(mask: BlockMask, mask_mod: MaskMod) -> BlockMask:
-    """The same tables with another mask_mod of the same mask, so that kernels differ in nothing else."""
+    """Return the same tables with another mask_mod of the same mask, so that kernels differ in nothing else."""
     return BlockMask(
         mask.seq_lengths,
         mask.kv_num_blocks,
@@ -176,191 +173,195 @@ def with_mask_mod(mask: BlockMask, mask_mod: MaskMod) -> BlockMask:
     )
 
 
-def torch_mask(tree: PrefixTree) -> BlockMask:
-    """The tree's mask with tables by torch; compiled on CUDA, or it would hold the whole mask in int64."""
-    device, mask_mod = tree.end.device, block_mask(tree).mask_mod
-    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+def torch_block_mask(tree: PrefixTree) -> BlockMask:
+    """Return the mask with torch's tables; compiled on CUDA, where it would need the whole mask in int64."""
+    device, mask_mod, size = tree.end.device, block_mask(tree).mask_mod, tree.padded_length
+    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return make(mask_mod, 1, 1, len(tree), len(tree), device=device)
+        return create(mask_mod, 1, 1, size, size, device=device)
 
 
 def mask_mods_by_loads(tree: PrefixTree) -> dict[int, MaskMod]:
-    """The mask of prompts and completions as others write it, by the numbers that it reads for a pair.
+    """Return the mask of prompts and completions as other libraries write it, by the numbers that it loads per score.
 
-    Three: the segment of either, and the prompt's of the query. Five: group and segment of either, and whether the key
-    is of a prompt. Six: group, completion (0 in a prompt) and position of either.
+    Three: the segments of query and key, and the query's prompt. Five: group and segment of both, and whether the key
+    is in a prompt. Six: group, completion (0 in a prompt) and position of both.
     """
     starts, stops, _ = tree.segments.unbind(1)
     is_prompt = tree.position_ids[starts] == 0  # [K]
     group = is_prompt.cumsum(0) - 1
-    pads = torch.arange(len(tree) - tree.num_tokens, device=starts.device) + len(starts)  # a pad is a group of its own
+    # A padding token is a group of its own.
+    padding = torch.arange(tree.padded_length - tree.num_tokens, device=starts.device) + len(starts)
 
-    def by_token(of_segments: Tensor, of_pads: Tensor) -> Tensor:
-        return torch.cat([of_segments.repeat_interleave(stops - starts), of_pads]).to(torch.int32)
+    def by_token(of_segments: Tensor, of_padding: Tensor) -> Tensor:
+        return torch.cat([of_segments.repeat_interleave(stops - starts), of_padding]).to(torch.int32)
 
     number = torch.arange(len(starts), device=starts.device)
-    segment = by_token(number, pads)
-    prompt_segment = by_token(number[is_prompt][group], pads)
-    group_id = by_token(group, pads)
-    completion = by_token(torch.where(is_prompt, 0, number), pads)
-    in_prompt = by_token(is_prompt, torch.zeros_like(pads)).bool()
+    segment = by_token(number, padding)
+    prompt_segment = by_token(number[is_prompt][group], padding)
+    group_id = by_token(group, padding)
+    completion = by_token(torch.where(is_prompt, 0, number), padding)
+    in_prompt = by_token(is_prompt, torch.zeros_like(padding)).bool()
     position = tree.position_ids.to(torch.int32)
 
     def three(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        of_key = segment[kv]
-        return (kv <= q) & ((of_key == segment[q]) | (of_key == prompt_segment[q]))
+        key_segment = segment[kv]
+        return (kv <= q) & ((key_segment == segment[q]) | (key_segment == prompt_segment[q]))
 
     def five(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv <= q) & (group_id[q] == group_id[kv]) & ((segment[q] == segment[kv]) | in_prompt[kv])
 
     def six(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        of_key = completion[kv]
-        is_own = (of_key == 0) | (of_key == completion[q])
+        key_completion = completion[kv]
+        is_own = (key_completion == 0) | (key_completion == completion[q])
         return (position[kv] <= position[q]) & (group_id[q] == group_id[kv]) & is_own
 
     return {3: three, 5: five, 6: six}
 
 
-def check(tree: PrefixTree, mask: BlockMask) -> None:
-    """Fails where a mask_mod is not the tree's mask, for any pair."""
-    index = torch.arange(len(tree), device=tree.end.device)
-    nothing = index.new_zeros(())
-    assert torch.equal(mask.mask_mod(nothing, nothing, index[:, None], index[None, :]), dense_mask(tree.end))
+def check_mask(tree: PrefixTree, mask: BlockMask) -> None:
+    """Raise if a mask_mod is not the tree's mask."""
+    index = torch.arange(tree.padded_length, device=tree.end.device)
+    zero = index.new_zeros(())
+    assert torch.equal(mask.mask_mod(zero, zero, index[:, None], index[None, :]), dense_mask(tree.end))
 
 
-def flex_ways(case: Case, tree: PrefixTree, inputs: Inputs, causal_inputs: Inputs) -> dict[str, Way]:
-    """Compiled FlexAttention by every mask; all go through the same call of it."""
-    mask, scale, pairs = block_mask(tree), case.head_dim**-0.5, shared_cost(tree).attention_pairs
+def flex_implementations(
+    case: Case, tree: PrefixTree, inputs: Inputs, causal_inputs: Inputs
+) -> dict[str, Implementation]:
+    """Return compiled FlexAttention with each mask, all through the same function."""
+    mask, scale, pairs = block_mask(tree), case.head_dim**-0.5, tree.num_pairs
     length, device = causal_inputs[0].shape[2], tree.end.device
-    others = {"flex_torch_tables": torch_mask(tree)}
+    others = {"flex_create_block_mask": torch_block_mask(tree)}
     if not case.system:
         for loads, mask_mod in mask_mods_by_loads(tree).items():
             others[f"flex_{loads}_loads"] = with_mask_mod(mask, mask_mod)
     for other in others.values():
-        check(tree, other)
+        check_mask(tree, other)
 
-    def by(other: BlockMask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def flex(other: BlockMask) -> Attend:
         return lambda q, k, v: packed_flex_attention(q, k, v, other, scale, None)
 
     if device.type == "cpu":
         inputs, causal_inputs = (tuple(x.detach() for x in each) for each in (inputs, causal_inputs))
     return {
-        "flex": Way(lambda q, k, v: attention(q, k, v, mask, backend="flex"), inputs, pairs),
-        **{name: Way(by(other), inputs, pairs) for name, other in others.items()},
-        "flex_causal": Way(by(causal_mask(length, device)), causal_inputs, causal_pairs(length)),
+        "flex": Implementation(lambda q, k, v: attention(q, k, v, mask, backend="flex"), inputs, pairs),
+        **{name: Implementation(flex(other), inputs, pairs) for name, other in others.items()},
+        "flex_causal": Implementation(flex(causal_mask(length, device)), causal_inputs, causal_pairs(length)),
     }
 
 
-def cpu_ways(case: Case, tree: PrefixTree, inputs: Inputs) -> dict[str, Way]:
-    """What trains on a CPU."""
-    mask, visible, pairs = block_mask(tree), dense_mask(tree.end), shared_cost(tree).attention_pairs
-    ways = {
-        "split": Way(lambda q, k, v: attention(q, k, v, mask, backend="split"), inputs, pairs),
-        "sdpa_dense": Way(lambda q, k, v: sdpa(q, k, v, attn_mask=visible, enable_gqa=True), inputs, pairs),
+def cpu_implementations(case: Case, tree: PrefixTree, inputs: Inputs) -> dict[str, Implementation]:
+    """Return what has a backward on a CPU."""
+    mask, visible, pairs = block_mask(tree), dense_mask(tree.end), tree.num_pairs
+    found = {
+        "split": Implementation(lambda q, k, v: attention(q, k, v, mask, backend="split"), inputs, pairs),
+        "sdpa_dense": Implementation(lambda q, k, v: sdpa(q, k, v, attn_mask=visible, enable_gqa=True), inputs, pairs),
     }
     if case.completions and not case.system:
-        ways["prefix_grouper"] = Way(_grouped(case, tree), inputs, pairs)
-    return ways
+        found["prefix_grouper"] = Implementation(_grouped_attention(case, tree), inputs, pairs)
+    return found
 
 
-def _grouped(case: Case, tree: PrefixTree) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """PrefixGrouper's attention, a group for a batch entry; [1, Hq, tokens, D], without the row's pads."""
-    by_group = prefix_grouper_attention(PrefixGrouper([[case.prompt, *case.completions]] * case.groups), expanded=False)
+def _grouped_attention(case: Case, tree: PrefixTree) -> Attend:
+    """Return PrefixGrouper's attention with a batch entry per group; [1, Hq, tokens, D] without the padding."""
+    attend = prefix_grouper_attention(PrefixGrouper([[case.prompt, *case.completions]] * case.groups), expanded=False)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch = (x[0, :, : tree.num_tokens].unflatten(1, (case.groups, -1)).transpose(0, 1) for x in (q, k, v))
-        return by_group(*batch).flatten(0, 1).transpose(0, 1)[None]
+        return attend(*batch).flatten(0, 1).transpose(0, 1)[None]
 
-    return attend
+    return grouped
 
 
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA of one causal sequence, by FlashAttention, or not at all."""
+    """Compute SDPA of one causal sequence by FlashAttention, or raise."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def passes(ways: Mapping[str, Way]) -> dict[str, Callable[[], object]]:
-    """Each way's forward, under its name, and where it has a backward, both, as NAME+backward; gradients are new."""
+def passes(implementations: Mapping[str, Implementation]) -> dict[str, Callable[[], object]]:
+    """Return each forward, and as NAME+backward both passes where there is a backward."""
 
-    def forward(way: Way) -> Callable[[], object]:
-        return lambda: way.attend(*way.inputs)
+    def forward(own: Implementation) -> Callable[[], object]:
+        return lambda: own.attend(*own.inputs)
 
-    def both(way: Way) -> Callable[[], object]:
-        grad = torch.randn_like(way.attend(*way.inputs).detach())  # with gradients, or it would be compiled once more
-        return lambda: torch.autograd.grad(way.attend(*way.inputs), way.inputs, grad)
+    def both(own: Implementation) -> Callable[[], object]:
+        grad = torch.randn_like(own.attend(*own.inputs).detach())  # with gradients, or it would compile once more
+        return lambda: torch.autograd.grad(own.attend(*own.inputs), own.inputs, grad)
 
-    trained = {f"{name}+backward": both(way) for name, way in ways.items() if way.inputs[0].requires_grad}
-    return {name: forward(way) for name, way in ways.items()} | trained
+    trained = {name: own for name, own in implementations.items() if own.inputs[0].requires_grad}
+    return {name: forward(own) for name, own in implementations.items()} | {
+        f"{name}+backward": both(own) for name, own in trained.items()
+    }
 
 
-def by_pass(name: str, times: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """A way's turns; its backward is the time of both less that of the forward in the same turn."""
+def times_by_pass(name: str, times: Times) -> dict[str, list[float]]:
+    """Return an implementation's times; the backward is both passes minus the forward of the same repeat."""
     if f"{name}+backward" not in times:
         return {"forward": times[name]}
     forward, both = times[name], times[f"{name}+backward"]
     return {"forward": forward, "backward": [b - f for b, f in zip(both, forward, strict=True)], "both": both}
 
 
-def numbers(
-    ways: Mapping[str, Way], times: Mapping[str, list[float]], case: Case, reference: Callable[[str], str]
+def summarize(
+    implementations: Mapping[str, Implementation], times: Times, case: Case, reference: Callable[[str], str]
 ) -> dict[str, Any]:
-    """Of each way that did not run out of memory, and of its passes: how long, how long per pair, and how fast."""
-    turns = {name: by_pass(name, times) for name in ways if name in times}
-    per_pair = {  # ms of a million
-        name: {which: [ms / ways[name].pairs * 1e6 for ms in values] for which, values in passes.items()}
-        for name, passes in turns.items()
+    """Return times, times per pair and rates of each implementation that did not run out of memory, by pass."""
+    by_name = {name: times_by_pass(name, times) for name in implementations if name in times}
+    per_pair = {  # ms per million
+        name: {which: [ms / implementations[name].pairs * 1e6 for ms in values] for which, values in own_passes.items()}
+        for name, own_passes in by_name.items()
     }
     result = {}
-    for name, passes in turns.items():
-        row = result[name] = {"visible_pairs": ways[name].pairs}
+    for name, own_passes in by_name.items():
+        row = result[name] = {"visible_pairs": implementations[name].pairs}
         other = per_pair[reference(name)]
-        for which, values in passes.items():
-            flops = FLOPS[which] * case.head_dim * case.heads * ways[name].pairs
-            row[f"{which}_ms"] = median(values)
-            row[f"{which}_ms_per_million_pairs"] = median(per_pair[name][which])
-            row[f"{which}_tflop_per_s"] = median([flops / ms / 1e9 for ms in values])
+        for which, values in own_passes.items():
+            flops = FLOPS[which] * case.head_dim * case.heads * implementations[name].pairs
+            row[f"{which}_ms"] = quartiles(values)
+            row[f"{which}_ms_per_million_pairs"] = quartiles(per_pair[name][which])
+            row[f"{which}_tflop_per_s"] = quartiles([flops / ms / 1e9 for ms in values])
             if reference(name) != name and which in other:
-                row[f"{which}_times_per_pair"] = ratio(per_pair[name][which], other[which])
+                row[f"{which}_times_per_pair"] = paired_ratio(per_pair[name][which], other[which])
     return result
 
 
-def difference(ways: Mapping[str, Way], names: list[str], num_tokens: int) -> float:
-    """The largest of the outputs of ways over the same row, from the first one's."""
-    first, *others = (ways[name].attend(*ways[name].inputs).detach()[:, :, :num_tokens] for name in names)
+def largest_difference(implementations: Sequence[Implementation], num_tokens: int) -> float:
+    """Return the largest difference of outputs on the same packed sequence to the first one's."""
+    first, *others = (own.attend(*own.inputs).detach()[:, :, :num_tokens] for own in implementations)
     return max((other.float() - first.float()).abs().max().item() for other in others)
 
 
-def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """All ways that the case and the device have."""
+def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the results of all implementations of the case and the device."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tree = tree_of(case).to(device)
-    length = causal_length(shared_cost(tree).attention_pairs)
-    inputs, causal_inputs = (inputs_of(case, size, device, dtype) for size in (len(tree), length))
+    tree = build_tree(case).to(device)
+    length = causal_length(tree.num_pairs)
+    inputs, causal_inputs = (random_inputs(case, size, device, dtype) for size in (tree.padded_length, length))
     if device.type == "cuda":
-        torch._dynamo.reset()  # what other shapes of heads have compiled would count towards torch's limit
+        torch._dynamo.reset()  # what was compiled for other heads would count towards torch's limit
     with nullcontext() if case.compiled else torch.compiler.set_stance("force_eager"):
-        ways = flex_ways(case, tree, inputs, causal_inputs) if case.flex else {}
+        found = flex_implementations(case, tree, inputs, causal_inputs) if case.flex else {}
         if device.type == "cpu":
-            ways |= cpu_ways(case, tree, inputs)
-        same_row = [name for name in ways if name != "flex_causal"]
-        largest = difference(ways, same_row, tree.num_tokens)
-        ways["sdpa_causal"] = Way(sdpa_causal, causal_inputs, causal_pairs(length))
+            found |= cpu_implementations(case, tree, inputs)
+        difference = largest_difference([own for name, own in found.items() if name != "flex_causal"], tree.num_tokens)
+        found["sdpa_causal"] = Implementation(sdpa_causal, causal_inputs, causal_pairs(length))
         calls = 10 if device.type == "cuda" else 1  # some take a fraction of a millisecond there
-        times = by_turns(passes(ways), turns, device, calls)
+        times = alternate(passes(found), repeats, device, calls)
     trained = "split" if device.type == "cpu" else "flex"
     return {
-        "packed_tokens": len(tree),
+        "packed_tokens": tree.padded_length,
         "causal_tokens": length,
         "dtype": str(dtype).removeprefix("torch."),
-        "largest_difference": largest,
-        "ways": numbers(ways, times, case, lambda name: "flex" if name.startswith("flex") else trained),
+        "largest_difference": difference,
+        "implementations": summarize(found, times, case, lambda name: "flex" if name.startswith("flex") else trained),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    run("attention", __doc__, CASES, measured, argv)
+    """Run, print and save."""
+    run("attention", __doc__, CASES, measure, argv)
 
 
 if __name__ == "__main__":

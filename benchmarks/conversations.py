@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import flexpg
-from benchmarks.record import save
+from benchmarks.record import commit, save
 from examples.agent_conversations import costs, small_model, trained_tokenizer
 from flexpg import Rollouts, group_advantages, grpo_loss, pack, packed_logprobs
 from flexpg.conversations import Conversation, conversation_rollouts
@@ -84,15 +84,15 @@ def compared(models: list[nn.Module], rollouts: Rollouts, tasks: Tensor, max_tok
     advantages = group_advantages(rollouts, group_ids=tasks)
     seconds, tables = [], []
     for _ in range(repeats):
-        turn, tables = [], []
+        pair, tables = [], []
         for model, step in zip(models, (baseline_logprobs, shared_logprobs), strict=True):
             model.zero_grad()
             budget = (max_tokens,) if step is shared_logprobs else ()
             start = time.process_time()
             tables.append(step(model, rollouts, advantages, *budget))
-            turn.append(time.process_time() - start)
-        seconds.append(turn)
-        print("CPU seconds, baseline and shared:", turn, flush=True)
+            pair.append(time.process_time() - start)
+        seconds.append(pair)
+        print("CPU seconds, baseline and shared:", pair, flush=True)
     batches = pack(rollouts, max_tokens)
     expected, shared = map(gradient, models)
     counted = seconds[1:] or seconds
@@ -101,10 +101,10 @@ def compared(models: list[nn.Module], rollouts: Rollouts, tasks: Tensor, max_tok
         "tokens": sum(map(len, rollouts.sequences)),
         "packed_tokens": sum(batch.tree.num_tokens for batch in batches),
         "micro_batches": len(batches),
-        "turns_timed": len(counted),
-        "update_cpu_s_unshared": statistics.median(turn[0] for turn in counted),
-        "update_cpu_s_shared": statistics.median(turn[1] for turn in counted),
-        "speedup": statistics.median(turn[0] / turn[1] for turn in counted),
+        "repeats_timed": len(counted),
+        "update_cpu_s_baseline": statistics.median(pair[0] for pair in counted),
+        "update_cpu_s_shared": statistics.median(pair[1] for pair in counted),
+        "speedup": statistics.median(pair[0] / pair[1] for pair in counted),
         "logprob_difference": (tables[0] - tables[1]).abs().max().item(),
         "gradient_difference": ((expected - shared).norm() / expected.norm()).item(),
     }
@@ -120,7 +120,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8, help="repetitions in float32; the first is not timed")
     args = parser.parse_args()
     if not args.file.is_file():
-        parser.error(f"{args.file} is not there; give tau-bench's historical_trajectories/gpt-4o-airline.json")
+        parser.error(
+            f"FILE must exist, got {args.file}; it is historical_trajectories/gpt-4o-airline.json of tau-bench"
+        )
+    commit()
     torch.set_num_threads(1)  # threads that wait for each other would count as work
     conversations = sorted(tau_bench(args.file), key=lambda conversation: conversation.task)
     tokenizer = trained_tokenizer(conversations)
@@ -161,10 +164,10 @@ def counted(rollouts: Rollouts, tasks: Tensor) -> dict:
     """Return sequences, tokens and ratios."""
     layouts = costs(rollouts, tasks.tolist())
     baseline = layouts["baseline"]
-    numbers = {"sequences": len(rollouts), "trained_tokens": rollouts.num_loss_tokens, "tokens": baseline[0]}
+    numbers = {"sequences": len(rollouts), "loss_tokens": rollouts.num_loss_tokens, "tokens": baseline[0]}
     for name, layout in (("tree_per_task", "one tree per task"), ("one_tree", "one tree")):
         tokens, pairs = layouts[layout]
-        ratios = {"token_ratio": baseline[0] / tokens, "attention_pair_ratio": baseline[1] / pairs}
+        ratios = {"token_ratio": baseline[0] / tokens, "pair_ratio": baseline[1] / pairs}
         numbers[name] = {"tokens": tokens, **ratios}
     return numbers
 

@@ -1,16 +1,16 @@
-"""Attention of a packed row by FlashAttention-2's kernels for sequences of varying lengths: an experiment.
+"""Attention of a prefix tree by FlashAttention-2's kernels for sequences of varying lengths: an experiment.
 
-The scheme of flexpg/backends/split.py, with as few calls as the tree allows:
+The scheme of flexpg/backends/split.py with as few kernel calls as the tree allows:
 
-    own       every segment with itself, causally: they stand one behind the other, so one call takes them all
-    level l   all that hangs under a segment with l ancestors attends to the whole of it: a dense rectangle. Those of
-              one level have no token in common, so one call takes them all
+    own       every segment with itself, causally: one call, because segments are adjacent
+    level l   everything below a segment with l ancestors attends to all of that segment: a dense rectangle. Rectangles
+              of one level have no token in common, so one call computes them all
 
-The pieces of a query's softmax are merged by their logsumexp, and in the backward each piece is given the merged output
+The parts of a query's softmax are merged by their logsumexp, and in the backward each part is given the merged output
 and logsumexp. (`torch.nn.attention.varlen.varlen_attn` would not do: it drops the gradient of its logsumexp.)
 
-The CUDA kernels themselves have not been run: no GPU was at hand. Everything around them is, on CPU, with `REFERENCE`
-in place of `FLASH`: `largest_difference` compares it with flexpg.backends.dispatch, and benchmarks.kernels asks for it on CPU.
+The CUDA kernels have not been run, for lack of a GPU. Everything around them is tested on CPU with `REFERENCE` instead
+of `FLASH`: `largest_difference` compares it with flexpg's dense attention, and benchmarks.kernels calls it on CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from flexpg import PrefixTree, attention, block_mask
 
-Range = tuple[int, int]  # packed tokens: first, and one past the last
+Range = tuple[int, int]  # packed indices: first, and one past the last
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Call:
     """One call of a kernel: B sequences of queries, each with its keys.
 
     Attributes:
-        rows: the packed tokens that are queries, sequence after sequence; a slice where they are one range.
-        columns: those that are keys.
+        rows: Packed indices of the queries, sequence after sequence; a slice if they are one range.
+        columns: Those of the keys.
         row_starts: [B + 1] int32, where each sequence begins among the queries, and their number.
-        column_starts: [B + 1] int32, the same of the keys.
-        longest_rows: queries of the longest sequence.
-        longest_columns: keys of the longest one.
-        is_causal: queries and keys are the same tokens, under a causal mask.
+        column_starts: [B + 1] int32, the same for the keys.
+        longest_rows: Queries of the longest sequence.
+        longest_columns: Keys of the longest sequence.
+        is_causal: Whether queries and keys are the same tokens with a causal mask.
     """
 
     rows: slice | Tensor
@@ -54,22 +54,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two operators, on q [rows, Hq, D], k and v [columns, Hkv, D]; a logsumexp is [Hq, rows].
+    """Two operators on q [rows, Hq, D], k and v [columns, Hkv, D]; a logsumexp is [Hq, rows].
 
     Attributes:
-        forward: q, k, v, call, scale -> out [rows, Hq, D] and its logsumexp.
-        backward: gradient of out, q, k, v, out, logsumexp, call, scale -> gradients of q, k and v.
+        forward: (q, k, v, call, scale) -> out [rows, Hq, D] and its logsumexp.
+        backward: (gradient of out, q, k, v, out, logsumexp, call, scale) -> gradients of q, k and v.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Call, float], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Call, float], tuple[Tensor, Tensor, Tensor]]
 
 
-def calls(tree: PrefixTree) -> list[Call]:
-    """The segments with themselves, then a call for each level of the tree; made once for all layers."""
+def plan_calls(tree: PrefixTree) -> list[Call]:
+    """Return a call for the segments with themselves and one for each level of the tree; the same for all layers."""
     own: list[Range] = []
     below: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
-    ancestors: list[int] = []  # ends of the subtrees that are open
+    ancestors: list[int] = []  # ends of the open subtrees
     for start, stop, subtree_end in tree.segments.tolist():
         while ancestors and ancestors[-1] <= start:
             ancestors.pop()
@@ -87,18 +87,18 @@ def calls(tree: PrefixTree) -> list[Call]:
 def flash_split_attention(
     q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, plan: Sequence[Call], kernels: Kernels
 ) -> Tensor:
-    """What `flexpg.backends.dispatch` gives, by `calls(tree)`.
+    """Compute what `flexpg.attention` computes.
 
     Args:
         q: [1, Hq, S, D].
         k: [1, Hkv, S, D].
         v: [1, Hkv, S, D].
-        tree: the packed row.
-        plan: its calls.
-        kernels: FLASH on CUDA (bf16 or fp16), REFERENCE anywhere.
+        tree: The packed sequence.
+        plan: `plan_calls(tree)`.
+        kernels: FLASH on CUDA (bfloat16 or float16), REFERENCE anywhere.
 
     Returns:
-        [1, Hq, S, D] in q's dtype.
+        [1, Hq, S, D] in the dtype of q.
     """
     return _FlashSplit.apply(q, k, v, tree.num_tokens, plan, kernels)
 
@@ -113,14 +113,14 @@ class _FlashSplit(torch.autograd.Function):
         lse = out.new_empty(q.shape[1], q.shape[2])
         for call in plan:
             rows = call.rows
-            piece, piece_lse = kernels.forward(queries[rows], keys[call.columns], values[call.columns], call, scale)
-            if call.is_causal:  # the first of its queries' pieces
-                out[rows], lse[:, rows] = piece.to(merged), piece_lse
+            part, part_lse = kernels.forward(queries[rows], keys[call.columns], values[call.columns], call, scale)
+            if call.is_causal:  # the first part of its queries
+                out[rows], lse[:, rows] = part.to(merged), part_lse
                 continue
-            share = torch.sigmoid(piece_lse - lse[:, rows])  # of the softmax, that this piece holds
-            out[rows] = out[rows].lerp(piece.to(merged), share.T[..., None])
-            lse[:, rows] = torch.logaddexp(lse[:, rows], piece_lse)
-        out[num_tokens:] = _expanded(values[num_tokens:], q.shape[1])  # a pad sees itself alone
+            weight = torch.sigmoid(part_lse - lse[:, rows])  # this part's share of the merged softmax
+            out[rows] = out[rows].lerp(part.to(merged), weight.T[..., None])
+            lse[:, rows] = torch.logaddexp(lse[:, rows], part_lse)
+        out[num_tokens:] = _expand_heads(values[num_tokens:], q.shape[1])  # a padding token sees only itself
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.num_tokens, ctx.plan, ctx.kernels, ctx.scale = num_tokens, plan, kernels, scale
@@ -135,20 +135,20 @@ class _FlashSplit(torch.autograd.Function):
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (queries, keys, values)]
         for call in ctx.plan:
             rows, columns = call.rows, call.columns
-            pieces = ctx.kernels.backward(
+            parts = ctx.kernels.backward(
                 grad_out[rows],
                 queries[rows],
                 keys[columns],
                 values[columns],
                 out[rows],
-                lse[:, rows].contiguous(),  # CUDA's kernels read it by its address, as [Hq, rows]
+                lse[:, rows].contiguous(),  # CUDA kernels read [Hq, rows] by its address
                 call,
                 ctx.scale,
             )
-            for total, piece, where in zip(grads, pieces, (rows, columns, columns), strict=True):
-                total[where] += piece
-        pads = grad_out[ctx.num_tokens :].to(lse.dtype)
-        grads[2][ctx.num_tokens :] += _summed(pads, v.shape[1])
+            for total, part, where in zip(grads, parts, (rows, columns, columns), strict=True):
+                total[where] += part
+        padding = grad_out[ctx.num_tokens :].to(lse.dtype)
+        grads[2][ctx.num_tokens :] += _sum_heads(padding, v.shape[1])
         grad_q, grad_k, grad_v = (x.to(q.dtype).transpose(0, 1)[None] for x in grads)
         return grad_q, grad_k, grad_v, None, None, None
 
@@ -184,7 +184,7 @@ def _flash_backward(
         call.column_starts,
         call.longest_rows,
         call.longest_columns,
-        0.0,  # dropout: without it the state of the random numbers is not read, and varlen_attn gives the same two
+        0.0,  # dropout: without it the state of the random numbers is not read, and varlen_attn passes the same two
         call.is_causal,
         torch.zeros(2, dtype=torch.uint64, device=q.device),
         torch.empty(0, device=q.device),
@@ -200,7 +200,7 @@ def _dense_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) ->
     for rows, columns in _sequences(call):
         scores = _scores(q[rows], k[columns], call.is_causal, scale)  # [Hq, rows, columns]
         lse[:, rows] = scores.logsumexp(-1)
-        out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), _expanded(v[columns], q.shape[1]))
+        out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), _expand_heads(v[columns], q.shape[1]))
     return out, lse
 
 
@@ -210,12 +210,12 @@ def _dense_backward(
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     for rows, columns in _sequences(call):
         probs = (_scores(q[rows], k[columns], call.is_causal, scale) - lse[:, rows, None]).exp()
-        of_probs = torch.einsum("qhd,khd->hqk", grad[rows], _expanded(v[columns], q.shape[1]))
+        of_probs = torch.einsum("qhd,khd->hqk", grad[rows], _expand_heads(v[columns], q.shape[1]))
         delta = (grad[rows] * out[rows]).sum(-1).T[..., None]  # [Hq, rows, 1]
         of_scores = probs * (of_probs - delta) * scale
-        grad_q[rows] = torch.einsum("hqk,khd->qhd", of_scores, _expanded(k[columns], q.shape[1]))
-        grad_k[columns] = _summed(torch.einsum("hqk,qhd->khd", of_scores, q[rows]), k.shape[1])
-        grad_v[columns] = _summed(torch.einsum("hqk,qhd->khd", probs, grad[rows]), v.shape[1])
+        grad_q[rows] = torch.einsum("hqk,khd->qhd", of_scores, _expand_heads(k[columns], q.shape[1]))
+        grad_k[columns] = _sum_heads(torch.einsum("hqk,qhd->khd", of_scores, q[rows]), k.shape[1])
+        grad_v[columns] = _sum_heads(torch.einsum("hqk,qhd->khd", probs, grad[rows]), v.shape[1])
     return grad_q, grad_k, grad_v
 
 
@@ -223,12 +223,12 @@ REFERENCE = Kernels(_dense_forward, _dense_backward)
 
 
 def largest_difference(tree: PrefixTree, heads: int, kv_heads: int, head_dim: int) -> float:
-    """Between `REFERENCE`, merged, and flexpg's dense attention, in float64 on CPU: of the output and all gradients."""
+    """Compare merged `REFERENCE` with flexpg's dense attention, in float64 on CPU: output and all gradients."""
     torch.manual_seed(0)
-    q, grad = torch.randn(2, 1, heads, len(tree), head_dim, dtype=torch.float64)
-    k, v = torch.randn(2, 1, kv_heads, len(tree), head_dim, dtype=torch.float64)
+    q, grad = torch.randn(2, 1, heads, tree.padded_length, head_dim, dtype=torch.float64)
+    k, v = torch.randn(2, 1, kv_heads, tree.padded_length, head_dim, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    split = flash_split_attention(*leaves, tree, calls(tree), REFERENCE)
+    split = flash_split_attention(*leaves, tree, plan_calls(tree), REFERENCE)
     dense = attention(*leaves, block_mask(tree), backend="dense")
     pairs = [(split, dense)]
     pairs += zip(torch.autograd.grad(split, leaves, grad), torch.autograd.grad(dense, leaves, grad), strict=True)
@@ -259,7 +259,7 @@ def _starts(lens: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _by_token(*heads_first: Tensor) -> list[Tensor]:
-    """[1, H, S, D] -> [S, H, D]: views, whose last dimension has stride 1, as the kernels read it."""
+    """Return [1, H, S, D] as [S, H, D]: views whose last dimension has stride 1, as the kernels need."""
     return [x[0].transpose(0, 1) if x.stride(-1) == 1 else x[0].transpose(0, 1).contiguous() for x in heads_first]
 
 
@@ -270,16 +270,16 @@ def _sequences(call: Call) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
-    scores = torch.einsum("qhd,khd->hqk", q, _expanded(k, q.shape[1])) * scale
+    scores = torch.einsum("qhd,khd->hqk", q, _expand_heads(k, q.shape[1])) * scale
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(hidden, float("-inf")) if is_causal else scores
 
 
-def _expanded(x: Tensor, heads: int) -> Tensor:
-    """[n, Hkv, D] -> [n, heads, D]: query head h reads key/value head h // (heads / Hkv)."""
+def _expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Return [n, Hkv, D] as [n, heads, D]: query head h reads key/value head h // (heads / Hkv)."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _summed(x: Tensor, kv_heads: int) -> Tensor:
-    """[n, Hq, D] -> [n, Hkv, D], over the query heads of each key/value head."""
+def _sum_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """Sum [n, Hq, D] over the query heads of each key/value head, to [n, Hkv, D]."""
     return x.unflatten(1, (kv_heads, -1)).sum(2)

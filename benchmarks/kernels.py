@@ -1,40 +1,37 @@
-"""Trials of FlexAttention's kernels: options, layouts and orders that might be faster than what flexpg asks for.
+"""Options of FlexAttention's kernels, layouts and orders that might be faster than what flexpg uses.
 
-    python -m benchmarks.kernels --device cuda      # bf16; a compilation for each trial and head shape
-    python -m benchmarks.kernels --tiny             # seconds on CPU, to see that it works; nothing is compiled then
+    python -m benchmarks.kernels --device cuda      # bfloat16; a compilation for each trial and head shape
+    python -m benchmarks.kernels --tiny             # seconds on CPU, as a test; nothing is compiled
 
-Each trial computes attention of the same packed row, forward and backward, by turns with `default`, which is
-flexpg.backends.dispatch's flex:
+Each trial computes attention of the same packed sequence, forward and backward, alternating with `default`, flexpg's
+flex backend:
 
-- blocks_of_128: q, k and v as [1, H, S / 128, 128, D], flattened in the compiled function: the kernels then know that
-  the length is a multiple of 128, and may drop the checks at its end.
-- static_length: compiled for this length alone, where nothing is left to know about it.
-- max_autotune: torch's own search among tiles.
-- forward_..., backward_...: tiles (queries, keys), stages and warps; a backward's tiles for dK and dV, the same swapped
-  for dQ. torch's choices for an H100 in bf16 are among them (128, 128 forward for heads of 64, 128, 64 for those of
-  128; 64, 128 backward).
-- tma: Hopper's tensor memory accelerator; where the compiler cannot use it, it leaves it out in silence, and the ratio
-  is 1.
+- blocks_of_128: q, k and v as [1, H, S / 128, 128, D], flattened in the compiled function, so that kernels know that
+  the length is a multiple of 128 and may drop boundary checks.
+- static_length: compiled for this length only.
+- max_autotune: torch's own search over tiles.
+- forward_..., backward_...: tiles (queries, keys), stages and warps; tiles of the backward for dK and dV, swapped for
+  dQ. torch's choices for an H100 in bfloat16 are among them (forward 128, 128 for heads of 64 and 128, 64 for heads of
+  128; backward 64, 128).
+- tma: Hopper's tensor memory accelerator; where the compiler cannot use it, it ignores the option, and the ratio is 1.
 - expanded_heads: keys and values copied for each query head.
-- short_first, long_first: where completions differ in length, their order in the row.
+- short_first, long_first: the order of completions of different lengths.
 - flash_split: segment by segment, see flash_split.py.
-- cute: torch's BACKEND="FLASH", if the package it needs is there. On Hopper its gradients have been wrong
+- cute: torch's BACKEND="FLASH", if its package is installed. On Hopper its gradients have been wrong
   (Dao-AILab/flash-attention#2623).
-- causal: of one plain causal sequence with as many visible pairs; the others are compared to it per visible pair. The
-  work on dK and dV is parallel over blocks of keys and key/value heads, and a prompt's columns are far longer than a
+- causal: one plain causal sequence with as many visible pairs; the others are compared with it per visible pair. The
+  work on dK and dV is parallel over blocks of keys and key/value heads, and a prompt's columns are much longer than a
   completion's: a short prompt with many completions and few key/value heads shows what that costs.
 
-A trial's outcome is "measured"; "refused", with the error; or "wrong", and then it is not timed, where its output or a
-gradient is further from the default's than the tolerance. Differences are relative to the largest entry of the
-default's, the largest of the four is given. `times_per_pair` is time over the default's.
-
-On CPU, whose FlexAttention has no backward, trials are a forward alone, but for flash_split, which is compared in
-float64 too.
+The outcome of a trial is "measured"; "refused", with the error; or "wrong", and then not timed, if its output or a
+gradient differs from the default's by more than the tolerance, relative to the largest entry. `times_per_pair` is the
+time relative to the default's. On CPU, where FlexAttention has no backward, trials are forwards only, except for
+flash_split, which is also compared in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,22 +44,23 @@ from benchmarks.attention import (
     QWEN_05B,
     QWEN_3B,
     TINY,
+    Attend,
     Case,
+    Implementation,
     Inputs,
-    Way,
+    build_tree,
     causal_length,
     causal_mask,
     causal_pairs,
-    inputs_of,
-    numbers,
     passes,
-    tree_of,
+    random_inputs,
+    summarize,
 )
-from benchmarks.flash_split import FLASH, REFERENCE, calls, flash_split_attention, largest_difference
+from benchmarks.flash_split import FLASH, REFERENCE, flash_split_attention, largest_difference, plan_calls
 from benchmarks.record import run
-from benchmarks.turns import by_turns
+from benchmarks.timing import alternate
 from benchmarks.update import uneven
-from flexpg import PrefixTree, attention, block_mask, shared_cost
+from flexpg import PrefixTree, attention, block_mask
 from flexpg.backends.flex import RECOMPILE_LIMIT
 from flexpg.tree import BLOCK
 
@@ -78,14 +76,14 @@ CASES = {
         Case("system", 40, (16, 9), groups=3, system=70, **TINY),
     ],
 }
-TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 2**-16}  # 4 and 128 times the rounding of the largest entry
-EXACT = 1e-12  # of flash_split in float64
+TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 2**-16}  # 4 and 128 roundings of the largest entry
+EXACT = 1e-12  # for flash_split in float64
 
 Options = dict[str, int | bool | str]
 
 
 def backward_tiles(rows: int, columns: int) -> Options:
-    """For dK and dV, and the same swapped for dQ, as torch's own configurations have them."""
+    """Return tiles for dK and dV, and the same swapped for dQ, as in torch's own configurations."""
     return {"bwd_BLOCK_M1": rows, "bwd_BLOCK_N1": columns, "bwd_BLOCK_M2": columns, "bwd_BLOCK_N2": rows}
 
 
@@ -105,21 +103,23 @@ OPTIONS: dict[str, Options] = {
     "tma": {"USE_TMA": True},
 }
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, ImportError)  # of torch or its compiler
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A way, and [S] which packed token of the default's row stands at each place of its own; None: the same one."""
+    """An implementation, and [S] the default's packed index of each of its tokens; None if they are the same."""
 
-    way: Way
-    tokens: Tensor | None = None
+    implementation: Implementation
+    order: Tensor | None = None
 
 
-def compiled(mask: BlockMask, options: Options | None = None, mode: str | None = None, dynamic: bool = True) -> Attend:
-    """FlexAttention as flexpg compiles it, with kernel options, a mode of the compiler, or for one length alone.
+def compile_flex(
+    mask: BlockMask, options: Options | None = None, mode: str | None = None, dynamic: bool = True
+) -> Attend:
+    """Compile FlexAttention as flexpg does, with kernel options, a mode of the compiler, or for one length only.
 
-    q, k and v may be [1, H, S / 128, 128, D] as well.
+    q, k and v may also be [1, H, S / 128, 128, D].
     """
 
     def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -140,113 +140,108 @@ def compiled(mask: BlockMask, options: Options | None = None, mode: str | None =
     return attend
 
 
-def by_blocks(attend: Attend) -> Attend:
-    """The same, which is given [1, H, S / 128, 128, D]."""
+def in_blocks(attend: Attend) -> Attend:
+    """Pass q, k and v as [1, H, S / 128, 128, D]."""
     return lambda *qkv: attend(*(x.unflatten(2, (-1, BLOCK)) for x in qkv))
 
 
-def expanded(attend: Attend) -> Attend:
-    """The same, which is given a key/value head for each query head."""
+def expand_heads(attend: Attend) -> Attend:
+    """Pass a key/value head for each query head."""
     return lambda q, k, v: attend(q, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)))
 
 
-def trials(case: Case, tree: PrefixTree, inputs: Inputs, flex_inputs: Inputs) -> dict[str, Trial]:
-    """All of them, the default first; `flex_inputs` require no gradient where flex has none to give."""
-    mask, pairs, device = block_mask(tree), shared_cost(tree).attention_pairs, tree.end.device
+def build_trials(case: Case, tree: PrefixTree, inputs: Inputs, flex_inputs: Inputs) -> dict[str, Trial]:
+    """Return all trials, the default first; `flex_inputs` require no gradient where flex has no backward."""
+    mask, pairs, device = block_mask(tree), tree.num_pairs, tree.end.device
     attends = {
         "default": lambda q, k, v: attention(q, k, v, mask, backend="flex"),
-        "blocks_of_128": by_blocks(compiled(mask)),
-        "static_length": compiled(mask, dynamic=False),
-        "max_autotune": compiled(mask, mode="max-autotune-no-cudagraphs"),
-        "expanded_heads": expanded(compiled(mask)),
-        **{name: compiled(mask, options) for name, options in OPTIONS.items()},
+        "blocks_of_128": in_blocks(compile_flex(mask)),
+        "static_length": compile_flex(mask, dynamic=False),
+        "max_autotune": compile_flex(mask, mode="max-autotune-no-cudagraphs"),
+        "expanded_heads": expand_heads(compile_flex(mask)),
+        **{name: compile_flex(mask, options) for name, options in OPTIONS.items()},
+        "cute": compile_flex(mask, {"BACKEND": "FLASH"}),
     }
-    found = {name: Trial(Way(attend, flex_inputs, pairs)) for name, attend in attends.items()}
+    trials = {name: Trial(Implementation(attend, flex_inputs, pairs)) for name, attend in attends.items()}
     if len(set(case.completions)) > 1:
-        found["short_first"] = ordered(case, tree, flex_inputs, sorted(case.completions))
-        found["long_first"] = ordered(case, tree, flex_inputs, sorted(case.completions, reverse=True))
-    plan, kernels = calls(tree), FLASH if device.type == "cuda" else REFERENCE
-    found["flash_split"] = Trial(Way(lambda *qkv: flash_split_attention(*qkv, tree, plan, kernels), inputs, pairs))
-    found["cute"] = Trial(Way(compiled(mask, {"BACKEND": "FLASH"}), flex_inputs, pairs))
-    return found
+        trials["short_first"] = reordered(case, tree, flex_inputs, sorted(case.completions))
+        trials["long_first"] = reordered(case, tree, flex_inputs, sorted(case.completions, reverse=True))
+    plan, kernels = plan_calls(tree), FLASH if device.type == "cuda" else REFERENCE
+    flash = Implementation(lambda *qkv: flash_split_attention(*qkv, tree, plan, kernels), inputs, pairs)
+    return trials | {"flash_split": Trial(flash)}
 
 
-def ordered(case: Case, tree: PrefixTree, inputs: Inputs, completions: Sequence[int]) -> Trial:
-    """The case with its completions, and their queries, keys and values, in another order in the row."""
-    other = tree_of(replace(case, completions=tuple(completions))).to(tree.end.device)
+def reordered(case: Case, tree: PrefixTree, inputs: Inputs, completions: Sequence[int]) -> Trial:
+    """Return the case with its completions, and their queries, keys and values, in another order."""
+    other = build_tree(replace(case, completions=tuple(completions))).to(tree.end.device)
     # The nth sequence of a length takes the place of the nth of that length: every group has the same lengths.
     before, after = (each.node[each.lengths.sort(stable=True).indices] for each in (tree, other))
-    tokens = torch.arange(len(tree), device=tree.end.device)
-    tokens[after[after >= 0]] = before[before >= 0]
-    moved = tuple(x.detach()[:, :, tokens].requires_grad_(x.requires_grad) for x in inputs)
+    order = torch.arange(tree.padded_length, device=tree.end.device)
+    order[after[after >= 0]] = before[before >= 0]
+    moved = tuple(x.detach()[:, :, order].requires_grad_(x.requires_grad) for x in inputs)
     mask = block_mask(other)
-    way = Way(lambda q, k, v: attention(q, k, v, mask, backend="flex"), moved, shared_cost(other).attention_pairs)
-    return Trial(way, tokens)
+    return Trial(
+        Implementation(lambda q, k, v: attention(q, k, v, mask, backend="flex"), moved, other.num_pairs), order
+    )
 
 
-def results(way: Way) -> list[Tensor]:
-    """The output and, where the inputs require them, the gradients of q, k and v, if the output's is the output."""
-    out = way.attend(*way.inputs)
-    if not way.inputs[0].requires_grad:
+def outputs(implementation: Implementation) -> list[Tensor]:
+    """Return the output and, if the inputs require them, the gradients of q, k and v for half the square of it."""
+    out = implementation.attend(*implementation.inputs)
+    if not implementation.inputs[0].requires_grad:
         return [out]
-    return [out.detach(), *torch.autograd.grad(out, way.inputs, out.detach())]
+    return [out.detach(), *torch.autograd.grad(out, implementation.inputs, out.detach())]
 
 
-def tried(trial: Trial, expected: Sequence[Tensor], tolerance: float) -> dict[str, Any]:
-    """Whether a trial runs, and gives what is expected of it."""
+def outcome_of(trial: Trial, expected: Sequence[Tensor], tolerance: float) -> dict[str, Any]:
+    """Return whether a trial runs and computes what is expected."""
     try:
-        found = results(trial.way)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        ImportError,
-    ) as error:  # a refusal is a result: of torch, its compiler, or for want of memory
+        found = outputs(trial.implementation)
+    except REFUSALS as error:
         return {"outcome": "refused", "error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
-    if trial.tokens is not None:
-        expected = [x[:, :, trial.tokens] for x in expected]
+    if trial.order is not None:
+        expected = [x[:, :, trial.order] for x in expected]
     differences = [
         (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
         for ours, theirs in zip(found, expected, strict=False)  # on CPU the default has no gradients
     ]
-    largest = torch.stack(differences).max().item()  # NaN if one is, and so beyond the tolerance
+    largest = torch.stack(differences).max().item()  # NaN if one is, and so above the tolerance
     return {"outcome": "measured" if largest <= tolerance else "wrong", "max_difference": largest}
 
 
-def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """Every trial's outcome."""
+def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return every trial's outcome and times."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tree = tree_of(case).to(device)
-    length = causal_length(shared_cost(tree).attention_pairs)
-    inputs, causal_inputs = (inputs_of(case, size, device, dtype) for size in (len(tree), length))
+    tree = build_tree(case).to(device)
+    length = causal_length(tree.num_pairs)
+    inputs, causal_inputs = (random_inputs(case, size, device, dtype) for size in (tree.padded_length, length))
     flex_inputs = inputs
     if device.type == "cpu":
         flex_inputs, causal_inputs = (tuple(x.detach() for x in each) for each in (inputs, causal_inputs))
-    torch._dynamo.reset()  # what the cases before have compiled would count towards torch's limit
+    torch._dynamo.reset()  # what earlier cases compiled would count towards torch's limit
     with nullcontext() if case.compiled else torch.compiler.set_stance("force_eager"):
-        found = trials(case, tree, inputs, flex_inputs)
-        expected = results(found["default"].way)
-        outcomes = {name: tried(trial, expected, TOLERANCE[dtype]) for name, trial in found.items()}
-        ways = {name: found[name].way for name, outcome in outcomes.items() if outcome["outcome"] == "measured"}
-        ways["causal"] = Way(compiled(causal_mask(length, device)), causal_inputs, causal_pairs(length))
-        times = by_turns(passes(ways), turns, device, calls=10 if device.type == "cuda" else 1)
-    timed = numbers(ways, times, case, lambda name: "default")
+        trials = build_trials(case, tree, inputs, flex_inputs)
+        expected = outputs(trials["default"].implementation)
+        outcomes = {name: outcome_of(trial, expected, TOLERANCE[dtype]) for name, trial in trials.items()}
+        timed = {name: trials[name].implementation for name, own in outcomes.items() if own["outcome"] == "measured"}
+        timed["causal"] = Implementation(compile_flex(causal_mask(length, device)), causal_inputs, causal_pairs(length))
+        times = alternate(passes(timed), repeats, device, calls=10 if device.type == "cuda" else 1)
+    results = summarize(timed, times, case, lambda name: "default")
     exact = largest_difference(tree, case.heads, case.kv_heads, case.head_dim) if device.type == "cpu" else None
     assert exact is None or exact <= EXACT, f"flash_split differs by {exact} from dense attention in float64"
     return {
-        "packed_tokens": len(tree),
+        "packed_tokens": tree.padded_length,
         "causal_tokens": length,
         "dtype": str(dtype).removeprefix("torch."),
         "tolerance": TOLERANCE[dtype],
         "flash_split_difference_in_float64": exact,
-        "trials": {name: outcomes.get(name, {}) | timed.get(name, {}) for name in (*outcomes, "causal")},
+        "trials": {name: outcomes.get(name, {}) | results.get(name, {}) for name in (*outcomes, "causal")},
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    run("kernels", __doc__, CASES, measured, argv)
+    """Run, print and save."""
+    run("kernels", __doc__, CASES, measure, argv)
 
 
 if __name__ == "__main__":

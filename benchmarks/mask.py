@@ -1,28 +1,27 @@
-"""Build time of a block mask: flexpg's, beside torch's own `create_block_mask`, eager and compiled.
+"""Time to build a block mask: flexpg's, and torch's `create_block_mask`, eager and compiled.
 
     python -m benchmarks.mask                    # CPU
     python -m benchmarks.mask --device cuda
-    python -m benchmarks.mask --tiny             # seconds, to see that it works
+    python -m benchmarks.mask --tiny             # seconds, as a test
 
-One group fills the packed row: a prompt of half of it, and eight completions of different lengths. By turns in one
-process:
+One group fills the packed sequence: a prompt of half of it and eight completions of different lengths. Alternating in
+one process:
 
-- tree: `PrefixTree.from_lengths(...)` on the device, which the masks below are given and do not build.
+- tree: `PrefixTree.from_lengths(...)` on the device; the masks below are given it.
 - flexpg: `block_mask(tree)`.
-- eager: `create_block_mask(tree_mask_mod(tree.end), ...)`. It makes the whole [S, S] mask, and its peak is 10 bytes for
-  each entry (measured on CPU, torch 2.13): 2.5 GiB at 16k tokens, 10 at 32k, 40 at 64k. Left out, and null, above 16k
-  on CPU and above 64k on CUDA.
-- compiled: `torch.compile(create_block_mask)`. It makes no [S, S] tensor, but still evaluates every entry. Left out,
-  and null, above 32k on CPU, where a call takes seconds. Each size is compiled afresh, for itself alone; the call that
-  compiles, with empty caches, is `compiled_first_call_ms`, and in no other time.
+- eager: `create_block_mask(tree_mask_mod(tree.end), ...)`. It builds the whole [S, S] mask and needs 10 bytes for each
+  entry (measured on CPU, torch 2.13): 2.5 GiB at 16k tokens, 10 at 32k, 40 at 64k. Skipped (null) above 16k on CPU and
+  above 64k on CUDA.
+- compiled: `torch.compile(create_block_mask)`. It builds no [S, S] tensor but still evaluates every entry. Skipped
+  (null) above 32k on CPU, where a call takes seconds. Each size is compiled on its own; the call that compiles, with
+  empty caches, is `compiled_first_call_ms` and in no other time.
 
-Every call is given a new `mask_mod`, as every training step has one. `equal_to_eager` and `equal_to_compiled`: whether
-all eight block tables are those of `block_mask`, entry by entry.
+Every call is given a new `mask_mod`, as in training. `equal_to_eager` and `equal_to_compiled`: whether all eight block
+tables equal those of `block_mask`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,9 +32,8 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.record import run
-from benchmarks.turns import by_turns, median, ratio
-from flexpg import PrefixTree, block_mask
-from flexpg.masks import tree_mask_mod
+from benchmarks.timing import alternate, call_ms, paired_ratio, quartiles
+from flexpg import PrefixTree, block_mask, tree_mask_mod
 
 TABLES = [
     f"{kind}{axis}_{what}" for kind in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")
@@ -44,7 +42,7 @@ TABLES = [
 
 @dataclass(frozen=True)
 class Case:
-    """A packed row of so many tokens, who builds its mask beside flexpg, and how often in a turn."""
+    """A packed length, what builds its mask besides flexpg, and calls per repeat."""
 
     tokens: int
     eager: bool = True
@@ -68,70 +66,68 @@ CASES = {
 
 
 def group_lengths(tokens: int) -> tuple[int, list[int]]:
-    """Of a prompt, half of the tokens but off the grid of blocks, and of completions: 1, 2, ... 8 parts of the rest."""
+    """Return the lengths of a prompt, half of the tokens plus 1, and of completions: 1, 2, ... 8 parts of the rest."""
     prompt = tokens // 2 + 1
     return prompt, [(tokens - prompt) * parts // 36 for parts in range(1, 9)]
 
 
 def are_equal(mask: BlockMask, other: BlockMask) -> bool:
-    """All eight tables, in full."""
+    """Return whether all eight tables are equal."""
     return all(torch.equal(getattr(mask, name), getattr(other, name)) for name in TABLES)
 
 
-def first_call_ms(way: Callable[[], BlockMask], device: torch.device) -> float:
-    """Of a compiled function, with nothing compiled before and nothing found in a cache."""
+def first_call_ms(create: Callable[[], BlockMask], device: torch.device) -> float:
+    """Return the milliseconds of a compiled function's first call, with empty caches."""
     load_compiler(device)
-    torch._dynamo.reset()  # else the second size would be compiled for all that follow
+    torch._dynamo.reset()  # or the second size would be compiled for all that follow
     with fresh_cache():
-        start = time.perf_counter()
-        way().kv_indices.sum().item()  # waits for it
-        return (time.perf_counter() - start) * 1e3
+        return call_ms(create, device)
 
 
 @cache
 def load_compiler(device: torch.device) -> None:
-    """Once in a process, as it takes seconds that belong to no case."""
+    """Load the compiler once, which takes seconds that belong to no case."""
     torch.compile(torch.neg)(torch.zeros(8, device=device))
 
 
-def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """Times, ratios, and whether the tables are the same."""
+def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return times, ratios, and whether the tables are equal."""
     prompt, completions = group_lengths(case.tokens)
     compiled_create = torch.compile(create_block_mask)
 
-    def tree() -> PrefixTree:
+    def build_tree() -> PrefixTree:
         return PrefixTree.from_lengths([prompt], [completions]).to(device)
 
-    row = tree()
-    if len(row) != case.tokens:
-        raise ValueError(f"{row} is padded to {len(row)} tokens; give a case whose group fills {case.tokens}")
+    tree = build_tree()
+    size = tree.padded_length
+    assert size == case.tokens, f"the group must fill {case.tokens} tokens, got {size}"
 
     def flexpg() -> BlockMask:
-        return block_mask(row)
+        return block_mask(tree)
 
     def eager() -> BlockMask:
-        return create_block_mask(tree_mask_mod(row.end), None, None, len(row), len(row), device=device)
+        return create_block_mask(tree_mask_mod(tree.end), None, None, size, size, device=device)
 
     def compiled() -> BlockMask:
-        return compiled_create(tree_mask_mod(row.end), None, None, len(row), len(row), device=device)
+        return compiled_create(tree_mask_mod(tree.end), None, None, size, size, device=device)
 
-    peers = {way.__name__: way for way, wanted in ((eager, case.eager), (compiled, case.compiled)) if wanted}
+    others = {"eager": eager} if case.eager else {}
+    others |= {"compiled": compiled} if case.compiled else {}
     compile_ms = first_call_ms(compiled, device) if case.compiled else None
-    times = by_turns({"tree": tree, "flexpg": flexpg} | peers, turns, device, case.calls)
-    return {
-        f"{name}_ms": median(times[name]) if name in times else None for name in ("tree", "flexpg", "eager", "compiled")
-    } | {
-        "compiled_first_call_ms": compile_ms,
-        "eager_over_flexpg": ratio(times["eager"], times["flexpg"]) if "eager" in times else None,
-        "compiled_over_flexpg": ratio(times["compiled"], times["flexpg"]) if "compiled" in times else None,
-        "equal_to_eager": are_equal(flexpg(), eager()) if "eager" in times else None,
-        "equal_to_compiled": are_equal(flexpg(), compiled()) if "compiled" in times else None,
-    }
+    times = alternate({"tree": build_tree, "flexpg": flexpg} | others, repeats, device, case.calls)
+    numbers: dict[str, Any] = {"compiled_first_call_ms": compile_ms}
+    for name in ("tree", "flexpg", "eager", "compiled"):
+        numbers[f"{name}_ms"] = quartiles(times[name]) if name in times else None
+    for name in ("eager", "compiled"):
+        is_timed = name in times
+        numbers[f"{name}_over_flexpg"] = paired_ratio(times[name], times["flexpg"]) if is_timed else None
+        numbers[f"equal_to_{name}"] = are_equal(flexpg(), others[name]()) if is_timed else None
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs, prints and saves."""
-    run("mask", __doc__, CASES, measured, argv)
+    """Run, print and save."""
+    run("mask", __doc__, CASES, measure, argv)
 
 
 if __name__ == "__main__":

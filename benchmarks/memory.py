@@ -1,19 +1,18 @@
-"""Peak memory of one update, by everyone, against the cost model's estimate; and the largest group under a budget.
+"""Peak memory of one update, compared with the cost model's estimate; and the largest group within a budget.
 
-    python -m benchmarks.memory                    # CPU, fp32
-    python -m benchmarks.memory --device cuda      # bf16: 0.5B and 3B shapes
-    python -m benchmarks.memory --tiny             # seconds, to see that it works
+    python -m benchmarks.memory                    # CPU, float32
+    python -m benchmarks.memory --device cuda      # bfloat16: 0.5B and 3B shapes
+    python -m benchmarks.memory --tiny             # seconds, as a test
 
-The ways are those of benchmarks.update. A peak is the most that torch's allocator has given out at a time during one
-update (forward, log-probabilities, loss, backward), less what it had given out before: the weights and the tokens.
-torchtune's dense mask (G T^2 bytes) is made in the call and counts, as a recipe keeps it. Gradients do not count, as
-each is dropped as soon as it is made. So a peak is what has to be free beside weights and gradients: what a training
-step takes from its second micro-batch on, when each gradient is added to one that is there. The output layer is tied to
-the embeddings: its gradient (V E entries) waits for theirs and counts meanwhile, which the estimate leaves out.
+The implementations are those of benchmarks.update. A peak is the most that torch's allocator holds at a time during one
+update (forward, log-probabilities, loss, backward), minus what it held before: weights and tokens. torchtune's dense
+mask (G T^2 bytes) is built in the call and counts, as a recipe keeps it. Gradients do not count, because each is freed
+as soon as it is computed. So a peak is what has to be free besides weights and gradients, as in a training step from
+its second micro-batch on. The output layer is tied to the embeddings: its gradient (V E entries) waits for theirs and
+counts, which the estimate leaves out.
 
-The largest group is found by bisection over measured peaks, one update each; beside it stands what the estimate alone
-would have said. A way that runs out of memory is left out. Nothing is timed, and peaks are the same every time, so
---turns is not used.
+The largest group is found by bisection over measured peaks, one update each, and over the estimate. An implementation
+that runs out of memory is left out. Nothing is timed and peaks do not vary, so --repeats has no effect.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
+from torchtune.modules import TransformerDecoder
 
-from benchmarks.models import decoder
+from benchmarks.models import build_decoder
 from benchmarks.record import run
 from benchmarks.update import Case as Lengths
-from benchmarks.update import Group, Way, update, ways
-from flexpg import PrefixTree, activation_bytes, dense_cost, shared_cost
+from benchmarks.update import Group, Implementation, implementations, update
+from flexpg import PrefixTree
+from flexpg.analysis.flops import activation_bytes
 from flexpg.analysis.torchtune_shape import shape_of
 
 MIB = 2**20
@@ -44,9 +43,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """Completions of one length: peaks of a group of `group`, or the largest group whose peak is within `budget_mib`.
+    """Completions of one length: the peaks of a group of `group`, or the largest group with a peak of `budget_mib`.
 
-    The budget is beside weights, gradients and the optimizer's state, as peaks are.
+    The budget does not include weights, gradients and optimizer state, just as peaks do not.
     """
 
     prompt: int
@@ -57,60 +56,61 @@ class Case:
     checkpointing: bool = False
 
 
-def both(*lengths: int, **more: Any) -> list[Case]:
-    """Without activation checkpointing, and with it."""
-    return [Case(*lengths, **more, checkpointing=checkpointing) for checkpointing in (False, True)]
+def with_and_without_checkpointing(*lengths: int, **options: Any) -> list[Case]:
+    """Return two cases."""
+    return [Case(*lengths, **options, checkpointing=checkpointing) for checkpointing in (False, True)]
 
 
 CASES = {
-    "cpu": [*both(1024, 64, 16), *both(2048, 128, 8), Case(2048, 128, budget_mib=1024)],
+    "cpu": [
+        *with_and_without_checkpointing(1024, 64, 16),
+        *with_and_without_checkpointing(2048, 128, 8),
+        Case(2048, 128, budget_mib=1024),
+    ],
     "cuda": [
         *(
             case
             for model in ("0.5B", "3B")
             for lengths in ((1024, 256, 16), (4096, 512, 8), (4096, 128, 32), (16_384, 2048, 8))
-            for case in both(*lengths, model=model)
+            for case in with_and_without_checkpointing(*lengths, model=model)
         ),
-        # An 80 GB GPU has about 55 GiB left beside weights, gradients and AdamW's two moments of 3B in bf16.
-        *both(8192, 1024, budget_mib=52 * 1024, model="3B"),
+        # Weights, gradients and AdamW's moments of a 3B model in bfloat16 leave about 55 GiB of an 80 GB GPU.
+        *with_and_without_checkpointing(8192, 1024, budget_mib=52 * 1024, model="3B"),
     ],
     "tiny": [Case(96, 16, 4, model="tiny", checkpointing=True), Case(96, 16, budget_mib=2, model="tiny")],
 }
-ESTIMATED = ("unshared", "flexpg")  # the ways that the cost model knows
+ESTIMATED = ("baseline", "flexpg")  # implementations that the cost model knows
 
 
-def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """Peaks or largest groups, measured and estimated."""
-    model = decoder(case.model, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if case.checkpointing:
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return peaks or largest groups, measured and estimated."""
+    model = build_decoder(case.model, device, case.checkpointing)
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(drop_gradient)
+        parameter.register_post_accumulate_grad_hook(free_gradient)
     if device.type == "cuda":
-        for completion in (64, 128):  # workspaces of libraries stay; kernels are compiled, twice, for dynamic lengths
-            peaks_mib(model, Lengths(128, (completion,) * 2))
+        for completion in (64, 128):  # workspaces of libraries stay; kernels compile, twice for dynamic lengths
+            all_peaks_mib(model, Lengths(128, (completion,) * 2))
     if case.budget_mib is None:
-        lengths = Lengths(case.prompt, (case.completion,) * case.group)
         return {
             "parameters_mib": sum(p.numel() * p.element_size() for p in model.parameters()) / MIB,
-            "peak_mib": peaks_mib(model, lengths),
-            "estimate_mib": {name: estimated_mib(model, case, name, case.group) for name in ESTIMATED},
+            "peak_mib": all_peaks_mib(model, Lengths(case.prompt, (case.completion,) * case.group)),
+            "estimate_mib": {name: estimate_mib(model, case, name, case.group) for name in ESTIMATED},
         }
     by_peak, by_estimate = (
         {name: largest(partial(mib, model, case, name), case.budget_mib) for name in ESTIMATED}
-        for mib in (measured_mib, estimated_mib)
+        for mib in (group_peak_mib, estimate_mib)
     )
     return {"largest_group": by_peak, "largest_group_by_estimate": by_estimate}
 
 
-def drop_gradient(parameter: Tensor) -> None:
-    """Frees it while the backward goes on."""
+def free_gradient(parameter: Tensor) -> None:
+    """Free a gradient while the backward continues."""
     parameter.grad = None
 
 
 def largest(mib: Callable[[int], float], budget_mib: float) -> int:
-    """The largest group size whose MiB are within the budget, 0 if not even one completion's are."""
-    low, high = 0, 1  # low fits, and from some doubling on high does not
+    """Return the largest group whose MiB are within the budget; 0 if not even one completion's are."""
+    low, high = 0, 1
     while mib(high) <= budget_mib:
         low, high = high, 2 * high
     while high - low > 1:
@@ -119,44 +119,44 @@ def largest(mib: Callable[[int], float], budget_mib: float) -> int:
     return low
 
 
-def measured_mib(model: TransformerDecoder, case: Case, name: str, size: int) -> float:
-    """The peak of one way on a group of this size."""
-    group = group_of(model, Lengths(case.prompt, (case.completion,) * size))
-    return peak_mib(model, group, ways(model, group)[name])
+def group_peak_mib(model: TransformerDecoder, case: Case, name: str, size: int) -> float:
+    """Return the peak of one implementation for a group of this size."""
+    group = random_group(model, Lengths(case.prompt, (case.completion,) * size))
+    return peak_mib(model, group, implementations(model, group)[name])
 
 
-def estimated_mib(model: TransformerDecoder, case: Case, name: str, size: int) -> float:
-    """The same by the cost model."""
+def estimate_mib(model: TransformerDecoder, case: Case, name: str, size: int) -> float:
+    """Return the cost model's estimate of it."""
     tree = PrefixTree.from_lengths([case.prompt], [[case.completion] * size])
     estimate = activation_bytes(
-        shared_cost(tree) if name == "flexpg" else dense_cost(tree),
+        tree.num_tokens if name == "flexpg" else tree.baseline_tokens,
         size * case.completion,
         shape_of(model),
         itemsize=model.tok_embeddings.weight.itemsize,
         activation_checkpointing=case.checkpointing,
-        expanded_kv=name == "unshared",
+        expanded_kv=name == "baseline",
     )
     return estimate / MIB
 
 
-def peaks_mib(model: TransformerDecoder, lengths: Lengths) -> dict[str, float]:
-    """The peak of each way whose memory suffices."""
-    group = group_of(model, lengths)
-    peaks = {name: peak_mib(model, group, way) for name, way in ways(model, group).items()}
+def all_peaks_mib(model: TransformerDecoder, lengths: Lengths) -> dict[str, float]:
+    """Return the peak of each implementation that did not run out of memory."""
+    group = random_group(model, lengths)
+    peaks = {name: peak_mib(model, group, own) for name, own in implementations(model, group).items()}
     return {name: peak for name, peak in peaks.items() if peak < math.inf}
 
 
-def group_of(model: TransformerDecoder, lengths: Lengths) -> Group:
-    """On the model's device."""
+def random_group(model: TransformerDecoder, lengths: Lengths) -> Group:
+    """Return random tokens on the model's device."""
     embeddings = model.tok_embeddings
     return Group(lengths, embeddings.num_embeddings, embeddings.weight.device)
 
 
-def peak_mib(model: TransformerDecoder, group: Group, way: Way) -> float:
-    """The peak of one update; infinite where the memory does not suffice."""
-    gc.collect()  # what lingers from another way is not to count as there before
+def peak_mib(model: TransformerDecoder, group: Group, implementation: Implementation) -> float:
+    """Return the peak of one update; infinity if it runs out of memory."""
+    gc.collect()  # what is left of another implementation must not count as held before
     try:
-        return peak_bytes(lambda: update(model, group, way), group.rows.device) / MIB
+        return peak_bytes(lambda: update(model, group, implementation), group.batch.device) / MIB
     except torch.OutOfMemoryError:
         pass  # the traceback holds the update's tensors until here
     model.zero_grad()
@@ -166,7 +166,7 @@ def peak_mib(model: TransformerDecoder, group: Group, way: Way) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator gives out at a time in the call, without what it has given out before."""
+    """Return the most that torch's allocator holds at a time during a call, minus what it held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -174,10 +174,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    allocations, waiting = [], list(profiled.profiler.kineto_results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
+    allocations, pending = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
         if event.tag == _EventType.Allocation:
             allocations.append((event.start_time_ns, event.extra_fields))
     allocations.sort(key=lambda allocation: allocation[0])
@@ -186,8 +186,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs, prints and saves."""
-    run("memory", __doc__, CASES, measured, argv)
+    """Run, print and save."""
+    run("memory", __doc__, CASES, measure, argv)
 
 
 if __name__ == "__main__":

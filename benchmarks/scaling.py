@@ -1,19 +1,17 @@
-"""How the time of an update grows with completions and with the prompt, and shrinks with threads and with processes.
+"""How the time of an update grows with completions and prompt tokens, and falls with threads and ranks.
 
-    python -m benchmarks.scaling                    # CPU, fp32
-    python -m benchmarks.scaling --device cuda      # bf16; two processes where there are two GPUs
-    python -m benchmarks.scaling --tiny             # seconds, to see that it works
+    python -m benchmarks.scaling                    # CPU, float32
+    python -m benchmarks.scaling --device cuda      # bfloat16; two ranks if there are two GPUs
+    python -m benchmarks.scaling --tiny             # seconds, as a test
 
-- completions: benchmarks.update's update of groups of growing size. A least-squares line through the times of each turn
-  gives milliseconds per further completion: the work of its R tokens where the prompt is shared, of P + R where not.
-- prompt_tokens: the same with growing prompts. A further token of the prompt is one more where it is shared, and G more
-  where not. Attention grows with the square of the prompt, so a line is an average over the prompts that are given.
-- threads: one flexpg update in a process with one thread and with two.
-- ranks: a step of data parallelism as in the recipe: every process packs the rollouts for all, works through its own
-  micro-batches, and the gradients are summed (gloo on CPU, NCCL on GPUs). One process does the whole step while the
-  other waits, then both do it together, by turns; each has one thread.
-
-All of a case is timed by turns in one process, or in two that keep in step.
+- completions: updates of groups of growing size, as in benchmarks.update. A least-squares line through the times of
+  each repeat gives the milliseconds of one more completion: R tokens if the prompt is shared, P + R if not.
+- prompt_tokens: the same with growing prompts. One more prompt token is one token if it is shared, and G if not.
+  Attention grows with the square of the prompt, so the line is an average over the given prompts.
+- threads: one flexpg update with one thread and with two.
+- ranks: a step of data parallelism as in the recipe: every rank packs the rollouts for all ranks and computes its own
+  micro-batches, and the gradients are summed (gloo on CPU, NCCL on GPUs). One rank computes the whole step while the
+  other waits, alternating with both computing it together; each has one thread.
 """
 
 from __future__ import annotations
@@ -30,30 +28,29 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
+from torchtune.modules import TransformerDecoder
 
-from benchmarks.models import SHAPES, decoder
+import flexpg
+from benchmarks.models import SHAPES, build_decoder
 from benchmarks.record import run
-from benchmarks.turns import by_turns, median, ratio
+from benchmarks.timing import alternate, paired_ratio, quartiles
 from benchmarks.update import Case as Lengths
-from benchmarks.update import Group, uneven, update, ways
-from flexpg import Rollouts, group_advantages, grpo_loss, pack
-from flexpg.integrations import torchtune as shared
+from benchmarks.update import Group, implementations, uneven, update
+from flexpg import Rollouts
 
 
 @dataclass(frozen=True)
 class Case:
-    """Groups of `group` completions behind a prompt: what grows holds several values, all others one.
+    """Groups of one prompt; what grows has several values, everything else one.
 
     Attributes:
-        kind: what grows; threads and ranks are 1 and 2.
-        prompt: tokens.
-        completion: tokens of each, or of the longest.
-        group: completions of one prompt.
-        even: all completions have that length.
-        num_groups: of a step, for ranks.
-        compared: ways of benchmarks.update that are timed, where completions or prompts grow.
+        kind: What grows; threads and ranks are 1 and 2.
+        prompt: Prompt tokens.
+        completion: Tokens of each completion, or of the longest.
+        group: Completions of one prompt.
+        even: Whether all completions have that length.
+        num_groups: Groups of a step, for ranks.
+        compared: Implementations of benchmarks.update that are timed if completions or prompts grow.
     """
 
     kind: Literal["completions", "prompt_tokens", "threads", "ranks"]
@@ -62,7 +59,7 @@ class Case:
     group: tuple[int, ...]
     even: bool = True
     num_groups: int | None = None
-    compared: tuple[str, ...] = ("unshared", "flexpg")
+    compared: tuple[str, ...] = ("baseline", "flexpg")
     model: str = "small"
     checkpointing: bool = False
 
@@ -90,151 +87,140 @@ CASES = {
 }
 
 
-def measured(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """What the case's kind asks for."""
-    if case.kind == "threads":
-        return by_threads(case, device, turns)
-    if case.kind == "ranks":
-        return by_ranks(case, device, turns)
-    return growth(case, device, turns)
+def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the results of a case of any kind."""
+    return {"threads": measure_threads, "ranks": measure_ranks}.get(case.kind, measure_growth)(case, device, repeats)
 
 
-def growth(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """Times of every size by each way, and the slope of the line through them."""
-    model = model_of(case, device)
+def measure_growth(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the times of every size by each implementation, and the slope of the line through them."""
+    model = build_decoder(case.model, device, case.checkpointing)
     if case.kind == "completions":
         (prompt,) = case.prompt
-        groups = {count: (prompt, count) for count in case.group}
-        tokens = {"unshared": prompt + case.completion, "flexpg": case.completion}
+        sizes = {count: (prompt, count) for count in case.group}
+        tokens = {"baseline": prompt + case.completion, "flexpg": case.completion}
     else:
         (count,) = case.group
-        groups = {prompt: (prompt, count) for prompt in case.prompt}
-        tokens = {"unshared": count, "flexpg": 1}
-    updates = {
-        f"{way} {size}": update_by(way, model, lengths_of(case, *group))
-        for way in case.compared
-        for size, group in groups.items()
+        sizes = {prompt: (prompt, count) for prompt in case.prompt}
+        tokens = {"baseline": count, "flexpg": 1}
+    calls = {
+        (name, size): update_call(name, model, group_lengths(case, *own))
+        for name in case.compared
+        for size, own in sizes.items()
     }
-    times = by_turns(updates, turns, device)
+    times = alternate(calls, repeats, device)
     update_ms, slopes = {}, {}
-    for way in case.compared:
-        of_way = {size: times[f"{way} {size}"] for size in groups if f"{way} {size}" in times}  # the memory sufficed
-        update_ms[way] = {size: median(each) for size, each in of_way.items()}
-        slopes[way] = [linear_regression(list(of_way), turn).slope for turn in zip(*of_way.values(), strict=True)]
+    for name in case.compared:
+        own = {size: times[name, size] for size in sizes if (name, size) in times}  # those that fit in memory
+        update_ms[name] = {size: quartiles(each) for size, each in own.items()}
+        slopes[name] = [linear_regression(list(own), repeat).slope for repeat in zip(*own.values(), strict=True)]
     return {
         "update_ms": update_ms,
-        "slope_ms": {way: median(each) for way, each in slopes.items()},
-        "slope_tokens": {way: tokens[way] for way in case.compared},
-        "slope_ratio": ratio(slopes["unshared"], slopes["flexpg"]) if "unshared" in slopes else None,
+        "slope_ms": {name: quartiles(each) for name, each in slopes.items()},
+        "slope_tokens": {name: tokens[name] for name in case.compared},
+        "slope_ratio": paired_ratio(slopes["baseline"], slopes["flexpg"]) if "baseline" in slopes else None,
     }
 
 
-def by_threads(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """A flexpg update with one thread and with two."""
-    one_update = update_by("flexpg", model_of(case, device), lengths_of(case, *case.prompt, *case.group))
+def measure_threads(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the times of a flexpg update with one thread and with two."""
+    one_update = update_call(
+        "flexpg", build_decoder(case.model, device), group_lengths(case, *case.prompt, *case.group)
+    )
 
     def with_threads(threads: int) -> None:
         torch.set_num_threads(threads)
         one_update()
 
     before = torch.get_num_threads()
-    times = by_turns({f"{threads}": partial(with_threads, threads) for threads in (1, 2)}, turns, device)
+    times = alternate({f"{threads}": partial(with_threads, threads) for threads in (1, 2)}, repeats, device)
     torch.set_num_threads(before)
     return {
-        "update_ms": {threads: median(each) for threads, each in times.items()},
-        "speedup": ratio(times["1"], times["2"]),
+        "update_ms": {threads: quartiles(each) for threads, each in times.items()},
+        "speedup": paired_ratio(times["1"], times["2"]),
     }
 
 
-def by_ranks(case: Case, device: torch.device, turns: int) -> dict[str, Any]:
-    """A step of one process and of two, or of one alone where there is but one GPU."""
+def measure_ranks(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the times of a step on one rank and on two; on one only if there is only one GPU."""
     count = 2 if device.type == "cpu" else min(2, torch.cuda.device_count())
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(rank_times, (count, case, device.type, turns, Path(folder)), nprocs=count)
+        multiprocessing.spawn(rank_main, (count, case, device.type, repeats, Path(folder)), nprocs=count)
         times = json.loads((Path(folder) / "times.json").read_text())
     return {
-        "step_ms": {ranks: median(each) for ranks, each in times.items()},
-        "speedup": ratio(times["1"], times["2"]) if count == 2 else None,
+        "step_ms": {ranks: quartiles(each) for ranks, each in times.items()},
+        "speedup": paired_ratio(times["1"], times["2"]) if count == 2 else None,
     }
 
 
-def rank_times(rank: int, count: int, case: Case, kind_of_device: str, turns: int, folder: Path) -> None:
-    """One of `count` processes, which take the same turns; the first writes the times into the folder."""
+def rank_main(rank: int, count: int, case: Case, device_type: str, repeats: int, folder: Path) -> None:
+    """Run one of `count` ranks; the first writes the times into the folder."""
     torch.set_num_threads(1)
-    on_cpu = kind_of_device == "cpu"
+    on_cpu = device_type == "cpu"
     device = torch.device("cpu") if on_cpu else torch.device("cuda", rank)
     if not on_cpu:
         torch.cuda.set_device(device)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo" if on_cpu else "nccl", init_method=store, rank=rank, world_size=count)
-    model, rollouts = model_of(case, device), rollouts_of(case, device)
-    max_tokens = case.prompt[0] + case.group[0] * case.completion  # a group each
+    model, rollouts = flexpg.enable(build_decoder(case.model, device)), random_rollouts(case, device)
+    max_tokens = case.prompt[0] + case.group[0] * case.completion  # one group per micro-batch
 
     def step(ranks: int) -> None:
-        dist.barrier()  # nobody begins while others are at the turn before; it counts, as next to nothing
+        dist.barrier()  # no rank starts while another is at the previous step; it takes next to no time
         if rank < ranks:
             training_step(model, rollouts, max_tokens, rank, ranks)
 
-    times = by_turns({f"{ranks}": partial(step, ranks) for ranks in range(1, count + 1)}, turns, device)
+    times = alternate({f"{ranks}": partial(step, ranks) for ranks in range(1, count + 1)}, repeats, device)
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(times))
     dist.destroy_process_group()
 
 
 def training_step(model: TransformerDecoder, rollouts: Rollouts, max_tokens: int, rank: int, ranks: int) -> None:
-    """The whole step's gradients in each of the processes."""
+    """Compute the step's gradients on each of the ranks."""
     model.zero_grad()
-    advantages = group_advantages(rollouts.rewards, rollouts.group_ids)
-    for batch in pack(rollouts, max_tokens, ranks):
-        if batch.rank == rank:
-            logprobs, _ = shared.logprobs(model, batch)
-            trained, normalizer = batch.rollouts.trained, rollouts.trained.sum()
-            grpo_loss(logprobs, None, advantages[batch.indices], trained, normalizer=normalizer)[0].backward()
+    advantages = flexpg.group_advantages(rollouts)
+    own = [batch for batch in flexpg.pack(rollouts, max_tokens, world_size=ranks) if batch.rank == rank]
+    for batch, logprobs in flexpg.packed_logprobs(model, own):
+        loss = flexpg.grpo_loss(
+            logprobs, advantages[batch.indices], batch.loss_mask, total_tokens=rollouts.num_loss_tokens
+        )
+        loss.backward()
     if ranks > 1:
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
 
 
-def model_of(case: Case, device: torch.device) -> TransformerDecoder:
-    """The same weights in every process."""
-    model = decoder(case.model, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if case.checkpointing:
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-    return model
-
-
-def lengths_of(case: Case, prompt: int, count: int) -> Lengths:
-    """Of one group."""
+def group_lengths(case: Case, prompt: int, count: int) -> Lengths:
+    """Return the lengths of one group."""
     return Lengths(prompt, (case.completion,) * count if case.even else uneven(case.completion, count))
 
 
-def update_by(way: str, model: TransformerDecoder, lengths: Lengths) -> Callable[[], object]:
-    """An update of one group, ready to be called."""
+def update_call(name: str, model: TransformerDecoder, lengths: Lengths) -> Callable[[], object]:
+    """Return a function that computes one update of one group."""
     embeddings = model.tok_embeddings
     group = Group(lengths, embeddings.num_embeddings, embeddings.weight.device)
-    return partial(update, model, group, ways(model, group)[way])
+    return partial(update, model, group, implementations(model, group)[name])
 
 
-def rollouts_of(case: Case, device: torch.device) -> Rollouts:
-    """Random ones of a step, the same in every process."""
-    of_group = [lengths_of(case, *case.prompt, *case.group)] * case.num_groups
+def random_rollouts(case: Case, device: torch.device) -> Rollouts:
+    """Return the rollouts of a step, the same on every rank."""
+    lengths = group_lengths(case, *case.prompt, *case.group)
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> Tensor:
         return torch.randint(SHAPES[case.model]["vocab_size"], (count,), generator=generator).to(device)
 
-    completions = [tokens(count) for lengths in of_group for count in lengths.completions]
-    return Rollouts(
-        prompts=[tokens(lengths.prompt) for lengths in of_group],
-        completions=completions,
-        group_ids=torch.arange(case.num_groups, device=device).repeat_interleave(*case.group),
-        rewards=torch.rand(len(completions), generator=generator).to(device),
+    return Rollouts.from_groups(
+        prompts=[tokens(lengths.prompt) for _ in range(case.num_groups)],
+        completions=[[tokens(count) for count in lengths.completions] for _ in range(case.num_groups)],
+        rewards=torch.rand(case.num_groups, *case.group, generator=generator),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs, prints and saves."""
-    run("scaling", __doc__, CASES, measured, argv)
+    """Run, print and save."""
+    run("scaling", __doc__, CASES, measure, argv)
 
 
 if __name__ == "__main__":

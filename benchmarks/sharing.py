@@ -1,20 +1,21 @@
-"""The recipe with and without sharing, side by side in one process: are they the same, and what is faster?
+"""The recipe with and without sharing, step by step in one process: how much faster, and are the updates the same?
 
     python -m benchmarks.sharing
 
-Both runs start from one seed and take their steps in turn, so that whatever else the machine does hits both alike.
-Writes benchmarks/results/sharing_cpu.json, which README quotes, or with `device=cuda` sharing_cuda.json.
+Both runs start from one seed and alternate, step by step, so that other load affects both alike. Writes
+benchmarks/results/sharing_cpu.json, or with `device=cuda` sharing_cuda.json.
 """
 
 import argparse
-import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.record import save
+from benchmarks.record import commit, save
+from benchmarks.timing import call_ms, paired_ratio, quartiles
+from flexpg import group_advantages
+from flexpg.training.config import load_config
 from recipes.grpo import GRPORecipe
 
 CONFIG = "recipes/configs/tiny_cpu.yaml"
@@ -22,67 +23,77 @@ CONFIG = "recipes/configs/tiny_cpu.yaml"
 
 @dataclass(frozen=True)
 class Pair:
-    """The metrics of one step of both runs."""
+    """Metrics of one step of both runs."""
 
     shared: dict[str, float]
-    unshared: dict[str, float]
+    baseline: dict[str, float]
 
     def difference(self, metric: str) -> float:
-        """How far the runs are apart, relative to the larger; to 0.01 where advantages cancel to next to nothing."""
-        a, b = self.shared[metric], self.unshared[metric]
+        """Return the difference relative to the larger value, or to 0.01 if both are smaller."""
+        a, b = self.shared[metric], self.baseline[metric]
         return abs(a - b) / max(abs(a), abs(b), 0.01)
 
 
-def recipe(config: str, sharing: bool, output_dir: Path, overrides: list[str]) -> GRPORecipe:
-    """A recipe that is set up, as `tune run` would with these overrides."""
-    own = {"sharing": sharing, "output_dir": str(output_dir)}
-    cfg = OmegaConf.merge(OmegaConf.load(config), own, OmegaConf.from_dotlist(overrides))
-    OmegaConf.resolve(cfg)
-    made = GRPORecipe(cfg)
-    made.setup()
-    return made
+def build_recipe(config: str, sharing: bool, overrides: list[str]) -> GRPORecipe:
+    """Set a recipe up as `tune run` does with these overrides."""
+    given = {"sharing": sharing, "output_dir": "runs/sharing"}
+    recipe = GRPORecipe(load_config(OmegaConf.merge(OmegaConf.load(config), given, OmegaConf.from_dotlist(overrides))))
+    recipe.setup()
+    return recipe
 
 
-def run_both(shared: GRPORecipe, unshared: GRPORecipe, num_steps: int) -> list[Pair]:
-    """The same problems through both, step by step."""
-    return [Pair(shared.step(number), unshared.step(number)) for number in range(1, num_steps + 1)]
+def train_step(recipe: GRPORecipe, number: int) -> dict[str, float]:
+    """Take one step and return its metrics, with the milliseconds of its update."""
+    samples, chosen = recipe.generate(number)
+    rollouts, _ = recipe.score(samples, chosen)
+    rollouts, packed = recipe.score_policies(rollouts, recipe.pack(rollouts))
+    metrics = dict(packed.cost)
+
+    def update() -> None:
+        metrics.update(recipe.update(number, rollouts, packed, group_advantages(rollouts, recipe.cfg.scale_rewards)))
+
+    metrics["train_ms"] = call_ms(update, recipe.world.device)
+    recipe.lr_scheduler.step()
+    return metrics
 
 
-def token_ratio(pairs: list[Pair], way: str) -> float:
-    """Tokens of the unshared run over those of encoding "prompts_once", or of what was "trained" on."""
-    return sum(p.shared["tokens_unshared"] for p in pairs) / sum(p.shared[f"tokens_{way}"] for p in pairs)
+def token_ratio(pairs: list[Pair], count: str) -> float:
+    """Return the baseline's tokens divided by "prompts_once" or "encoded" ones of the shared run."""
+    return sum(p.shared["tokens_baseline"] for p in pairs) / sum(p.shared[f"tokens_{count}"] for p in pairs)
 
 
-def parameter_difference(shared: GRPORecipe, unshared: GRPORecipe) -> float:
-    """Norm of the difference of all parameters over their norm."""
-    a, b = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in (shared, unshared))
+def parameter_difference(shared: GRPORecipe, baseline: GRPORecipe) -> float:
+    """Return the norm of the difference of all parameters relative to their norm."""
+    a, b = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in (shared, baseline))
     return ((a - b).norm() / b.norm()).item()
 
 
 def main() -> None:
-    """Runs, prints, and writes the result with machine, versions and commit."""
+    """Run both, and save the result with machine, versions and commit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("overrides", nargs="*", help="key=value, as on the command line of the recipe")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for the recipe")
     args = parser.parse_args()
-    runs = [recipe(args.config, sharing, Path("runs/sharing"), args.overrides) for sharing in (True, False)]
-    pairs = run_both(*runs, args.steps)
-    train_s = [[getattr(pair, side)["train_s"] for pair in pairs] for side in ("shared", "unshared")]
-    ratios = sorted(slow / fast for fast, slow in zip(*train_s, strict=True))
+    commit()
+    shared, baseline = (build_recipe(args.config, sharing, args.overrides) for sharing in (True, False))
+    pairs = [Pair(train_step(shared, step), train_step(baseline, step)) for step in range(1, args.steps + 1)]
+    times = {name: [getattr(pair, name)["train_ms"] for pair in pairs] for name in ("shared", "baseline")}
+    speedup = paired_ratio(times["baseline"], times["shared"])
     result = {
         "steps": args.steps,
-        "train_s_shared": statistics.median(train_s[0]),
-        "train_s_unshared": statistics.median(train_s[1]),
-        "train_speedup": statistics.median(ratios),
-        "train_speedup_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
-        "token_ratio": token_ratio(pairs, "trained"),
+        "train_s_shared": quartiles(times["shared"])["median"] / 1e3,
+        "train_s_baseline": quartiles(times["baseline"])["median"] / 1e3,
+        "train_speedup": speedup["median"],
+        "train_speedup_quartiles": [speedup["low_quartile"], speedup["high_quartile"]],
+        "token_ratio": token_ratio(pairs, "encoded"),
         "token_ratio_prompts_once": token_ratio(pairs, "prompts_once"),
         "largest_loss_difference": max(pair.difference("loss") for pair in pairs),
         "largest_grad_norm_difference": max(pair.difference("grad_norm") for pair in pairs),
-        "parameter_difference": parameter_difference(*runs),
+        "parameter_difference": parameter_difference(shared, baseline),
     }
-    save(f"sharing_{runs[0].world.device.type}", runs[0].world.device, result)
+    device = shared.world.device
+    save(f"sharing_{device.type}", device, result)
 
 
 if __name__ == "__main__":
