@@ -1,8 +1,8 @@
-"""GRPO by TRL on a CPU, in a minute: a tiny model learns to add, each prompt encoded once for its 16 completions.
+"""GRPO by TRL on a CPU in a minute: a tiny model learns to add, and each prompt is encoded once for 16 completions.
 
     python examples/trl_grpo.py
 
-In the place of GRPOTrainer stands SharedPrefixGRPOTrainer; nothing else differs from TRL without flexpg.
+SharedPrefixGRPOTrainer replaces GRPOTrainer; everything else is TRL without flexpg.
 """
 
 import torch
@@ -36,22 +36,22 @@ CONFIG = GRPOConfig(
 
 
 def correct(completions, answer, **_):
-    """1 where the sum is right."""
+    """Return 1 for correct sums, 0 for others."""
     return [arithmetic_reward(text, right) for text, right in zip(completions, answer, strict=True)]
 
 
 def accuracy(trainer, problems):
-    """Share of the problems that the likeliest completion solves."""
+    """Return the fraction of problems that greedy decoding solves."""
     tokenizer, model = trainer.processing_class, trainer.model.eval()
-    prompts = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
+    prompts = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
     with torch.no_grad():
-        rows = model.generate(**prompts, do_sample=False, max_new_tokens=CONFIG.max_completion_length)
-    texts = tokenizer.batch_decode(rows[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(correct(texts, [p.answer for p in problems])) / len(problems)
+        sequences = model.generate(**prompts, do_sample=False, max_new_tokens=CONFIG.max_completion_length)
+    texts = tokenizer.batch_decode(sequences[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(correct(texts, [problem.answer for problem in problems])) / len(problems)
 
 
-class Lines(TrainerCallback):
-    """A line per step."""
+class PrintStep(TrainerCallback):
+    """Print a line per step."""
 
     def on_log(self, args, state, control, logs, **_):
         if "flexpg/tokens" in logs:
@@ -63,19 +63,19 @@ class Lines(TrainerCallback):
 
 
 def main():
-    """Trains, and measures on problems that training does not hold, before and after."""
-    problems, unseen = arithmetic("train", 1024), arithmetic("test", 128, seed=1)
+    """Train, and print the accuracy on held-out problems before and after."""
+    train, held_out = arithmetic("train", 1024), arithmetic("test", 128, seed=1)
     trainer = SharedPrefixGRPOTrainer(
         model=CHECKPOINT,
         reward_funcs=correct,
         args=CONFIG,
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in problems]),
-        callbacks=[Lines()],
+        train_dataset=Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in train]),
+        callbacks=[PrintStep()],
     )
     trainer.remove_callback(PrinterCallback)
-    print(f"unseen problems solved: {accuracy(trainer, unseen):.2f}")
+    print(f"held-out accuracy {accuracy(trainer, held_out):.2f}")
     trainer.train()
-    print(f"unseen problems solved: {accuracy(trainer, unseen):.2f}")
+    print(f"held-out accuracy {accuracy(trainer, held_out):.2f}")
 
 
 if __name__ == "__main__":
