@@ -51,7 +51,7 @@ lint: $(INSTALLED) ## check style, formatting, types, language, and that no file
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@! git grep -nIwEif .ci/banned_phrases.txt -- '*.py' '*.md' '*.yaml' '*.toml' Makefile .ci/run || \
+	@! git grep -nIwPif .ci/banned_phrases.txt -- tests/mutations.txt '*.py' '*.md' '*.yaml' '*.toml' Makefile .ci/run || \
 		{ echo "the words above are not standard English; see docs/glossary.md"; exit 1; }
 	@git ls-files | xargs $(BIN)/detect-secrets-hook --no-verify --exclude-files '^examples/data/tau_bench_sample\.json$$'
 

@@ -151,7 +151,7 @@ class Rollouts:
 
         Args:
             sequences: [B * G, P + T] int64, what `generate(..., num_return_sequences=G)` returned.
-            attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given. If it was repeated for every
+            attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given. If it has a row for every
                 completion, [B * G, P], adjacent rows with the same prompt are a group.
             rewards: [B * G] float.
             eos_token_id: Ids that end a completion, as in the generation config; None if none does.

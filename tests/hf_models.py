@@ -1,4 +1,4 @@
-"""Tiny transformers models, and the unshared baseline of their log-probabilities.
+"""Tiny transformers models, and the baseline of their log-probabilities.
 
 tiny_model(name, **changes)    a model of CONFIGS in training mode, as transformers builds it
 model_from_config(config)      the same for any config

@@ -1,17 +1,14 @@
-"""Faults that are made on purpose, and the tests that kill them.
+"""Mutations: known bugs that are injected one at a time, each with the test that detects it.
 
-    python -m tests.mutations                      every fault, the table, and exit status 1 where one survives
-    python -m tests.mutations "plain causal mask"  some faults
-    python -m tests.mutations --all-tests NAME     the whole suite but its longest tests against one fault: who kills it
+    python -m tests.mutations                      run all, print the table, exit with status 1 if one survives
+    python -m tests.mutations "plain causal mask"  run some
+    python -m tests.mutations --all-tests NAME     run the whole suite against one, and print which tests fail
 
-mutations.txt holds them. A fault is one edit of the source, as someone might write it by mistake. Each is made in a
-copy of the packages, and the test that is named beside it runs there, in a process forked from one that imported torch
-and its kin once. A fault is killed when the test fails: an error of the test itself, or of the edit, is an error of the
-table. First all these tests pass on a copy without an edit, so none of them passes on an empty run.
-
-Most faults were others' before. Three of theirs were faults of tests, which no edit of the source can show: an
-equivalence test on a tree without branches, and asserts that compare nothing, would kill nothing here; a test that ends
-in a breakpoint is looked for in test_mutations.py.
+They are in mutations.txt. A mutation is one edit of the source, as someone might make it by mistake; most are faults of
+other trainers. Each is applied to a copy of the packages, and its test runs there, in a process that is forked from one
+with torch and other packages imported. A mutation is killed if the test fails with an error of its own: a test that
+cannot be collected or set up, or an edit that breaks an import, is an error of the table. Before that, all the tests
+must pass without a mutation.
 """
 
 from __future__ import annotations
@@ -33,10 +30,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EDITED = ("flexpg", "recipes")  # copied; the rest of the repository is linked
-LIMIT_S = 300  # a killer takes seconds; one that hangs is an error of the table
-SUITE_LIMIT_S = 3600
-PRELOAD = (  # what takes seconds to import; nothing of it computes at import, so a fork loses no thread
+COPIED = ("flexpg", "recipes")  # the rest of the repository is linked
+TIMEOUT_S = 300  # tests take seconds; one that takes longer is an error of the table
+SUITE_TIMEOUT_S = 3600
+PRELOAD = (  # packages that take seconds to import; they start no threads, which a fork would lose
     *("torch", "torch._dynamo", "torch.utils.checkpoint"),
     *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
     *("torchtune.training", "torchtune.models.gemma2", "torchtune.models.qwen2", "torchtune.modules.peft"),
@@ -46,63 +43,72 @@ PRELOAD = (  # what takes seconds to import; nothing of it computes at import, s
 
 
 @dataclass(frozen=True)
-class Fault:
+class Mutation:
     """One edit of the source.
 
     Attributes:
-        name: the fault in its user's words.
-        file: below the root.
-        old: text that the file holds once.
-        new: what stands there instead.
-        killer: the test that fails then, below tests/.
+        name: The bug in a few words.
+        file: The path of the edited file in the repository.
+        old: Text that occurs once in the file.
+        new: What replaces it.
+        test: The test that must fail, below tests/.
     """
 
     name: str
     file: str
     old: str
     new: str
-    killer: str
+    test: str
 
 
-# ---- the faults ------------------------------------------------------------------------------------------------------
+def parse(text: str) -> list[Mutation]:
+    """Parse text in the format of mutations.txt.
 
-
-def parsed(text: str) -> list[Fault]:
-    """The faults of a text in the manner of mutations.txt.
-
-    A file, then its faults: a name, what the file holds once, what stands there instead, and the test below tests/.
+    A file's path, then its mutations: a name, lines of old and new text after "- " and "+ ", and the test.
     """
-    faults, file = [], ""
+    mutations, file = [], ""
     for block in text.strip().split("\n\n"):
         if block.startswith("==== "):
             file = block.removeprefix("==== ")
             continue
-        name, *edit, killer = block.splitlines()
+        name, *edit, test = block.splitlines()
         old, new = ("\n".join(line[2:] for line in edit if line[0] == sign) for sign in "-+")
-        faults.append(Fault(name, file, old, new, killer.removeprefix("killed by ")))
-    return faults
+        mutations.append(Mutation(name, file, old, new, test.removeprefix("killed by ")))
+    return mutations
 
 
-FAULTS = parsed((ROOT / "tests/mutations.txt").read_text())
+MUTATIONS = parse((ROOT / "tests/mutations.txt").read_text())
 
 
-# ---- a copy with the fault, and a test in it -------------------------------------------------------------------------
+def mutated(mutation: Mutation) -> str:
+    """Return the text of the file with the mutation.
+
+    Raises:
+        ValueError: If the file does not contain the old text exactly once.
+    """
+    text = (ROOT / mutation.file).read_text()
+    if (count := text.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.old!r} must occur once in {mutation.file}, got {count} times")
+    return text.replace(mutation.old, mutation.new)
+
+
+# Tests in a copy of the repository
 
 
 @dataclass
 class Outcome:
-    """What the tests did in a copy.
+    """What the tests did in a copy of the repository; a pytest plugin that records it.
 
     Attributes:
-        passed: tests that passed.
-        failed: tests that failed, with the name of what they raised.
-        trouble: an error beside the tests, which says nothing about the fault, or "".
-        seconds: of the process's own work.
+        passed: Tests that passed.
+        failed: Tests that failed, with the type of the exception.
+        error: An error outside the tests, which says nothing about the mutation, or "".
+        seconds: CPU time of the process.
     """
 
     passed: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    trouble: str = ""
+    error: str = ""
     seconds: float = 0.0
 
     @pytest.hookimpl(wrapper=True)
@@ -111,82 +117,74 @@ class Outcome:
         if report.failed and call.when == "call" and not call.excinfo.errisinstance((NameError, ImportError)):
             self.failed[item.nodeid] = call.excinfo.typename
         elif report.failed:
-            self.trouble = f"{item.nodeid} {report.outcome} at its {call.when}: {call.excinfo.exconly()}"
+            self.error = f"{item.nodeid} {report.outcome} in its {call.when}: {call.excinfo.exconly()}"
         elif report.passed and call.when == "call":
             self.passed.append(item.nodeid)
         return report
 
 
-def make_copy(fault: Fault | None, folder: Path) -> None:
-    """The repository in `folder`, with the fault's edit if there is one."""
+def make_copy(mutation: Mutation | None, folder: Path) -> None:
+    """Copy the repository to `folder`, with the mutation if there is one."""
     for path in ROOT.iterdir():
-        if path.name in EDITED:
+        if path.name in COPIED:
             shutil.copytree(path, folder / path.name)
         elif not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
-    if fault is not None:
-        (folder / fault.file).write_text(edited(fault))
-
-
-def edited(fault: Fault) -> str:
-    """The text of the fault's file with the fault."""
-    text = (ROOT / fault.file).read_text()
-    if text.count(fault.old) != 1:
-        raise ValueError(f"{fault.name}: {fault.file} holds {fault.old!r} {text.count(fault.old)} times; it needs one")
-    return text.replace(fault.old, fault.new)
+    if mutation is not None:
+        (folder / mutation.file).write_text(mutated(mutation))
 
 
 def _run_in_copy(pipe: Connection, folder: Path, options: list[str]) -> None:
-    """In the child: the tests, as if the copy were the repository."""
+    """Run pytest in the child process, with the copy as the repository."""
     import torch
 
     torch.set_num_threads(1)
-    with (folder / "printed.txt").open("wb") as printed:
+    with (folder / "output.txt").open("wb") as output:
         for descriptor in (1, 2):
-            os.dup2(printed.fileno(), descriptor)
+            os.dup2(output.fileno(), descriptor)
     os.chdir(folder)
     sys.path[:] = [str(folder), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
     os.environ["PYTHONPATH"] = str(folder)  # of processes that tests start
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half a second each time
-    sys.dont_write_bytecode = True  # the tests are linked: their compiled files belong to the repository
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # saves half a second per process
+    sys.dont_write_bytecode = True  # tests/ is linked: its compiled files belong to the repository
     outcome = Outcome()
     options = ["-p", "no:cacheprovider", f"--rootdir={folder}", "-c", "pyproject.toml", "-o", "addopts=", *options]
     status = pytest.main(options, plugins=[outcome])
     source = getattr(sys.modules.get("flexpg"), "__file__", None)
     if source is not None and not source.startswith(str(folder)):
-        outcome.trouble = f"flexpg came from {source} and not from the copy"
-    elif not outcome.trouble and (status not in (0, 1) or (not outcome.passed and not outcome.failed)):
-        outcome.trouble = f"pytest ended with status {int(status)}: {(folder / 'printed.txt').read_text()[-2000:]}"
+        outcome.error = f"flexpg was imported from {source} instead of the copy"
+    elif not outcome.error and (status not in (0, 1) or (not outcome.passed and not outcome.failed)):
+        outcome.error = f"pytest exited with status {int(status)}: {(folder / 'output.txt').read_text()[-2000:]}"
     outcome.seconds = time.process_time()
     pipe.send(outcome)
 
 
 def outcomes(
-    jobs: Sequence[tuple[Fault | None, list[str]]], at_once: int, limit_s: int = LIMIT_S
+    jobs: Sequence[tuple[Mutation | None, list[str]]], num_processes: int, timeout_s: int = TIMEOUT_S
 ) -> Iterator[tuple[int, Outcome]]:
-    """What came of each job, a copy with a fault and options of pytest in it, by its number and as they end.
+    """Run jobs, each a mutation and pytest options, and yield (number of the job, outcome) as they finish.
 
-    All that run are given up when none of them ends for `limit_s`.
+    If none finishes for `timeout_s` seconds, all that run are killed.
     """
     context = multiprocessing.get_context("fork")
     waiting, running = list(enumerate(jobs)), {}
     with tempfile.TemporaryDirectory(prefix="flexpg-mutations-") as parent:
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
-                    number, (fault, options) = waiting.pop(0)
+                while waiting and len(running) < num_processes:
+                    number, (mutation, options) = waiting.pop(0)
                     folder = Path(parent, str(number))
                     folder.mkdir()
-                    make_copy(fault, folder)
-                    pipe, its_pipe = context.Pipe(duplex=False)
-                    child = context.Process(target=_run_in_copy, args=(its_pipe, folder, options))
+                    make_copy(mutation, folder)
+                    pipe, child_pipe = context.Pipe(duplex=False)
+                    child = context.Process(target=_run_in_copy, args=(child_pipe, folder, options))
                     child.start()
-                    its_pipe.close()
+                    child_pipe.close()
                     running[pipe] = number, child, folder
-                ready = wait(list(running), timeout=limit_s)
+                ready = wait(list(running), timeout=timeout_s)
                 for pipe in ready or list(running):
                     number, child, folder = running.pop(pipe)
-                    yield number, _received(pipe, child, folder, limit_s if not ready else 0)
+                    yield number, _receive(pipe, child, folder, 0 if ready else timeout_s)
                     shutil.rmtree(folder)
         finally:
             for _, child, _ in running.values():
@@ -194,101 +192,106 @@ def outcomes(
                 child.join()
 
 
-def _received(pipe: Connection, child: multiprocessing.Process, folder: Path, late_s: int) -> Outcome:
+def _receive(pipe: Connection, child: multiprocessing.Process, folder: Path, expired_s: int) -> Outcome:
     try:
-        if late_s:
+        if expired_s:
             child.kill()
-            return Outcome(trouble=f"not done after {late_s} seconds")
+            return Outcome(error=f"not finished after {expired_s} seconds")
         return pipe.recv()
     except EOFError:
-        return Outcome(trouble=f"the process died: {(folder / 'printed.txt').read_text()[-2000:]}")
+        return Outcome(error=f"the process crashed: {(folder / 'output.txt').read_text()[-2000:]}")
     finally:
         child.join()
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+# The table
 
 
 def table() -> str:
-    """The faults as docs/correctness.md has them."""
-    return "\n".join(["| fault | where | killed by |", "| --- | --- | --- |", *map(_row, FAULTS)])
+    """Return the mutations as a Markdown table, the one in docs/correctness.md."""
+    return "\n".join(["| mutation | file | killed by |", "| --- | --- | --- |", *map(_row, MUTATIONS)])
 
 
-def _row(fault: Fault) -> str:
-    file, _, test = fault.killer.partition("::")
-    return f"| {fault.name} | `{fault.file}` | `{file}`: `{test.partition('[')[0]}` |"
+def _row(mutation: Mutation) -> str:
+    file, _, test = mutation.test.partition("::")
+    return f"| {mutation.name} | `{mutation.file}` | `{file}`: `{test.partition('[')[0]}` |"
 
 
-def check_baseline(faults: Sequence[Fault], at_once: int) -> None:
-    """Runs the killers without a fault.
+def check_tests_pass(mutations: Sequence[Mutation], num_processes: int) -> None:
+    """Run the tests of these mutations without a mutation.
 
     Raises:
-        SystemExit: one of them does not pass.
+        SystemExit: If one of them does not pass.
     """
-    killers = [f"tests/{killer}" for killer in sorted({fault.killer for fault in faults})]
-    shares = [killers[n::at_once] for n in range(min(at_once, len(killers)))]
+    tests = [f"tests/{test}" for test in sorted({mutation.test for mutation in mutations})]
+    shares = [tests[n::num_processes] for n in range(min(num_processes, len(tests)))]
     passed = 0
-    for _, outcome in outcomes([(None, share) for share in shares], at_once):
-        if outcome.failed or outcome.trouble:
-            sys.exit(f"error: without a fault, too: {list(outcome.failed) or outcome.trouble}")
+    for _, outcome in outcomes([(None, share) for share in shares], num_processes):
+        if outcome.failed or outcome.error:
+            sys.exit(f"error: fails without a mutation: {list(outcome.failed) or outcome.error}")
         passed += len(outcome.passed)
-    if passed != len(killers):
-        sys.exit(f"error: {passed} tests passed for {len(killers)} killers; each is to name one test")
-    print(f"without a fault all {passed} tests pass\n", flush=True)
+    if passed != len(tests):
+        sys.exit(f"error: {passed} tests passed for {len(tests)} entries; each entry must name one test")
+    print(f"all {passed} tests pass without a mutation\n", flush=True)
 
 
-def run(faults: Sequence[Fault], at_once: int) -> bool:
-    """Prints the table of these faults, and returns whether all of them were killed."""
-    check_baseline(faults, at_once)
-    killed, troubles = 0, []
-    print("| fault | where | killed by | seconds |\n| --- | --- | --- | --- |")
-    for number, outcome in outcomes([(fault, [f"tests/{fault.killer}"]) for fault in faults], at_once):
-        fault = faults[number]
-        error = next(iter(outcome.failed.values()), "AssertionError")
-        how = "" if error == "AssertionError" else f"by a {error}, "
-        verdict = f"{_row(fault)} {how}{outcome.seconds:.1f} |"
-        if outcome.trouble:
-            troubles.append(f"{fault.name}: {outcome.trouble}")
-            verdict = f"| {fault.name} | `{fault.file}` | BROKEN | {outcome.seconds:.1f} |"
+def run(mutations: Sequence[Mutation], num_processes: int) -> bool:
+    """Print the table of these mutations, and return whether all were killed."""
+    check_tests_pass(mutations, num_processes)
+    num_killed, errors = 0, []
+    print("| mutation | file | killed by | seconds |\n| --- | --- | --- | --- |")
+    jobs = [(mutation, [f"tests/{mutation.test}"]) for mutation in mutations]
+    for number, outcome in outcomes(jobs, num_processes):
+        mutation = mutations[number]
+        exception = next(iter(outcome.failed.values()), "AssertionError")
+        how = "" if exception == "AssertionError" else f"by {exception}, "
+        result = f"{_row(mutation)} {how}{outcome.seconds:.1f} |"
+        if outcome.error:
+            errors.append(f"{mutation.name}: {outcome.error}")
+            result = f"| {mutation.name} | `{mutation.file}` | ERROR | {outcome.seconds:.1f} |"
         elif not outcome.failed:
-            verdict = f"| {fault.name} | `{fault.file}` | SURVIVES `{fault.killer}` | {outcome.seconds:.1f} |"
-        killed += bool(outcome.failed) and not outcome.trouble
-        print(verdict, flush=True)
-    print("", *troubles, f"{killed} of {len(faults)} killed", sep="\n")
-    return killed == len(faults)
+            result = f"| {mutation.name} | `{mutation.file}` | SURVIVES `{mutation.test}` | {outcome.seconds:.1f} |"
+        num_killed += bool(outcome.failed) and not outcome.error
+        print(result, flush=True)
+    print("", *errors, f"{num_killed} of {len(mutations)} killed", sep="\n")
+    return num_killed == len(mutations)
 
 
-def run_all_tests(fault: Fault) -> bool:
-    """Prints every test of the suite that kills a fault, its longest ones left out."""
-    options = ["tests", "-m", "not slow and not proof and not machines", "--ignore=tests/test_mutations.py"]
-    ((_, outcome),) = outcomes([(fault, options)], at_once=1, limit_s=SUITE_LIMIT_S)
-    for test, error in outcome.failed.items():
-        print(f"{test}  {error}")
-    print(outcome.trouble)
-    print(f"{len(outcome.failed)} tests kill it, {len(outcome.passed)} pass, in {outcome.seconds:.0f} seconds")
+def run_all_tests(mutation: Mutation) -> bool:
+    """Print every test of the suite that kills a mutation, except the slowest tests."""
+    options = ["tests", "-m", "not slow and not proof and not distributed", "--ignore=tests/test_mutations.py"]
+    ((_, outcome),) = outcomes([(mutation, options)], num_processes=1, timeout_s=SUITE_TIMEOUT_S)
+    for test, exception in outcome.failed.items():
+        print(f"{test}  {exception}")
+    print(outcome.error)
+    print(f"{len(outcome.failed)} tests fail, {len(outcome.passed)} pass, in {outcome.seconds:.0f} seconds")
     return bool(outcome.failed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description="Make faults, and see who notices.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to make; all of them where none is named")
-    parser.add_argument("-j", dest="at_once", type=int, default=2, help="processes at a time (2)")
-    parser.add_argument("--all-tests", action="store_true", help="run the suite, but its longest tests, against one")
-    parser.add_argument("--table", action="store_true", help="print what docs/correctness.md holds, and make no fault")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutations", description="Inject known bugs, and see which test detects each."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutations to run (default: all)")
+    parser.add_argument("-j", dest="num_processes", type=int, default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--all-tests", action="store_true", help="run the suite, except its slowest tests, against one")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/correctness.md and run nothing")
     options = parser.parse_args(arguments)
-    by_name = {fault.name: fault for fault in FAULTS}
-    unknown = [name for name in options.names if name not in by_name]
-    if unknown or options.at_once < 1 or (options.all_tests and len(options.names) != 1):
-        parser.error(f"no fault is called {unknown[0]!r}" if unknown else "give -j 1 or more, --all-tests one NAME")
+    by_name = {mutation.name: mutation for mutation in MUTATIONS}
+    for name in options.names:
+        if name not in by_name:
+            parser.error(f"no mutation is called {name!r}")
+    if options.all_tests and len(options.names) != 1:
+        parser.error("--all-tests needs one NAME")
     if options.table:
         print(table())
         return
-    chosen = [by_name[name] for name in options.names] or FAULTS
-    for module in PRELOAD if len(chosen) > len(PRELOAD) else PRELOAD[:1]:  # for a few, it would cost more than it saves
+    chosen = [by_name[name] for name in options.names] or MUTATIONS
+    for module in PRELOAD if len(chosen) > len(PRELOAD) else PRELOAD[:1]:  # for a few it would cost more than it saves
         importlib.import_module(module)
-    gc.freeze()  # or pytest's collections of garbage would look through all of it in each process
-    sys.exit(0 if (run_all_tests(chosen[0]) if options.all_tests else run(chosen, options.at_once)) else 1)
+    gc.freeze()  # keeps the imported objects out of the garbage collections of every process
+    sys.exit(0 if (run_all_tests(chosen[0]) if options.all_tests else run(chosen, options.num_processes)) else 1)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_per_turn_completions_are_assistant_messages_after_their_history(tokeniz
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the 200 real conversations are not here")
-def test_real_tau_bench_conversations_have_only_assistant_tokens_in_the_loss(tokenizer):
+def test_tau_bench_conversations_have_only_assistant_tokens_in_the_loss(tokenizer):
     conversations = tau_bench(REAL)
     assert len(conversations) == 200
     assert sorted({each.task for each in conversations}) == list(range(50))
@@ -255,7 +255,7 @@ def test_equal_prompts_share_a_group_and_tasks_are_compared_by_group_ids(tokeniz
     assert [value > 0 for value in advantages.tolist()] == [each.reward == 1 for each in conversations]
 
 
-def test_one_tree_of_all_turns_has_no_token_more_than_of_whole_conversations(tokenizer, conversations):
+def test_tree_of_all_turns_has_the_tokens_of_whole_conversations(tokenizer, conversations):
     whole, turns = (conversation_rollouts(conversations, tokenizer, per_turn=own)[0] for own in (False, True))
     assert whole.tree.num_tokens == turns.tree.num_tokens == distinct_prefixes(whole.sequences)
     policy = len(tokenizer.apply_chat_template(conversations[0].messages[:1], tokenize=True, return_dict=False))

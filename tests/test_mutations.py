@@ -1,4 +1,4 @@
-"""The table of faults is one of faults: each edit is one, each killer is there, and what changes nothing survives."""
+"""The table of mutations: every edit applies, every test exists, and a harmless edit survives."""
 
 from __future__ import annotations
 
@@ -9,119 +9,91 @@ import sys
 
 import pytest
 
-from tests.mutations import FAULTS, ROOT, edited, main, parsed, table
+from tests.mutations import MUTATIONS, ROOT, main, mutated, parse, table
 
 TESTS = ROOT / "tests"
 
 
-def test_every_fault_is_one_edit_that_changes_what_the_file_does():
-    unedited = {file: ast.dump(ast.parse((ROOT / file).read_text())) for file in {fault.file for fault in FAULTS}}
-    for fault in FAULTS:
-        compile(edited(fault), fault.file, "exec")
-        assert ast.dump(ast.parse(edited(fault))) != unedited[fault.file], fault.name
+def test_every_mutation_is_one_edit_that_changes_the_code():
+    unchanged = {file: ast.dump(ast.parse((ROOT / file).read_text())) for file in {m.file for m in MUTATIONS}}
+    for mutation in MUTATIONS:
+        compile(mutated(mutation), mutation.file, "exec")
+        assert ast.dump(ast.parse(mutated(mutation))) != unchanged[mutation.file], mutation.name
 
 
-def test_every_fault_has_a_name_of_its_own_and_an_edit_of_its_own():
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS) == len({(f.file, f.old, f.new) for f in FAULTS})
-    assert len(FAULTS) >= 40 and len({fault.file for fault in FAULTS}) >= 10
+def test_mutations_have_distinct_names_and_edits():
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS) == len({(m.file, m.old, m.new) for m in MUTATIONS})
+    assert len(MUTATIONS) >= 150 and len({m.file for m in MUTATIONS}) >= 25
 
 
-def test_every_killer_is_a_test_of_this_suite():
+def test_every_mutation_names_a_test_of_this_suite():
     functions = {
         path.name: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
         for path in TESTS.glob("test_*.py")
     }
-    for fault in FAULTS:
-        file, _, test = fault.killer.partition("::")
-        assert test.partition("[")[0] in functions[file], fault.killer
+    for mutation in MUTATIONS:
+        file, _, test = mutation.test.partition("::")
+        assert test.partition("[")[0] in functions[file], mutation.test
 
 
-def test_the_page_holds_the_table():
+def test_docs_contain_the_table():
     page = (ROOT / "docs/correctness.md").read_text()
     assert f"<!-- mutations -->\n{table()}\n<!-- end -->" in page, "python -m tests.mutations --table prints it"
 
 
-def stops_for_a_debugger(source: str) -> bool:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = {getattr(node, "module", None), *(alias.name for alias in node.names)}
-        else:
-            modules = set()
-        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "breakpoint"
-        if is_call or modules & {"pdb", "ipdb"}:
-            return True
-    return False
-
-
-def test_no_test_stops_for_a_debugger():
-    assert not [path.name for path in TESTS.glob("*.py") if stops_for_a_debugger(path.read_text())]
-    for source in ("breakpoint()", "import pdb", "def f():\n    from pdb import set_trace"):
-        assert stops_for_a_debugger(source)
-
-
-# ---- the machinery ---------------------------------------------------------------------------------------------------
+# The runner
 
 KILLED = "the standard deviation is the biased one"
-OTHERS = """
+CANARIES = """
 ==== flexpg/rollouts.py
 
-a docstring says something else
-- Rollouts: the door
-+ Rollouts: a door
-killed by test_rollouts.py::test_advantages_are_what_a_hand_gets
+a docstring is edited
+- Rollouts, the container
++ Rollouts, a container
+killed by test_rollouts.py::test_group_advantages_by_hand
 
-a module is misspelt
+an import is misspelled
 - import torch
 - from torch import Tensor
 + import tohrch
 + from torch import Tensor
-killed by test_rollouts.py::test_advantages_are_what_a_hand_gets
+killed by test_rollouts.py::test_group_advantages_by_hand
 """
-AS_A_USER = f"""
+SCRIPT = f"""
 from tests import mutations
 
-mutations.FAULTS += mutations.parsed({OTHERS!r})
-names = [{KILLED!r}, *(fault.name for fault in mutations.parsed({OTHERS!r}))]
-for chosen in (names[:1], names):
-    try:
-        mutations.main(chosen)
-    except SystemExit as end:
-        print("status", end.code)
+mutations.MUTATIONS += mutations.parse({CANARIES!r})
+mutations.main([{KILLED!r}, *(mutation.name for mutation in mutations.parse({CANARIES!r}))])
 """
 
 
-def test_a_fault_is_killed_a_harmless_edit_survives_and_a_broken_one_is_no_fault(tmp_path):
+def test_runner_reports_killed_surviving_and_broken_mutations(tmp_path):
     before = (ROOT / "flexpg/rollouts.py").read_text()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", AS_A_USER]
-    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120).stdout
-    killed = f"| {KILLED} | `flexpg/rollouts.py` | `test_rollouts.py`: `test_advantages_are_what_a_hand_gets` |"
-    assert printed.count("without a fault all 1 tests pass") == 2 and printed.count(killed) == 2, printed
-    assert "| a docstring says something else | `flexpg/rollouts.py` | SURVIVES" in printed
-    assert "| a module is misspelt | `flexpg/rollouts.py` | BROKEN" in printed
-    assert "No module named 'tohrch'" in printed
-    assert "1 of 1 killed\nstatus 0\n" in printed and printed.endswith("1 of 3 killed\nstatus 1\n")
-    assert not list(tmp_path.glob("flexpg-mutations-*"))
-    assert (ROOT / "flexpg/rollouts.py").read_text() == before
+    command = [sys.executable, "-c", SCRIPT]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    output = result.stdout
+    assert result.returncode == 1 and "all 1 tests pass without a mutation" in output, output + result.stderr
+    assert f"| {KILLED} | `flexpg/rollouts.py` | `test_rollouts.py`: `test_group_advantages_by_hand` |" in output
+    assert "| a docstring is edited | `flexpg/rollouts.py` | SURVIVES" in output
+    assert "| an import is misspelled | `flexpg/rollouts.py` | ERROR" in output
+    assert "No module named 'tohrch'" in output and output.endswith("1 of 3 killed\n")
+    assert not list(tmp_path.glob("flexpg-mutations-*")) and (ROOT / "flexpg/rollouts.py").read_text() == before
 
 
-def test_an_edit_of_what_is_not_there_or_there_twice_is_refused():
+def test_edit_of_text_that_does_not_occur_once_raises():
     for old in ("no such text", "return"):
-        (fault,) = parsed(f"==== flexpg/masks.py\n\nsome name\n- {old}\n+ else\nkilled by nobody")
-        count = (ROOT / fault.file).read_text().count(old)
-        with pytest.raises(ValueError, match=f"some name: flexpg/masks.py holds '{old}' {count} times; it needs one"):
-            edited(fault)
+        (mutation,) = parse(f"==== flexpg/masks.py\n\nsome name\n- {old}\n+ else\nkilled by nobody")
+        count = (ROOT / mutation.file).read_text().count(old)
+        with pytest.raises(ValueError, match=f"some name: '{old}' must occur once in flexpg/masks.py, got {count} "):
+            mutated(mutation)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["no such fault"], "no fault is called 'no such fault'"),
-        (["--all-tests"], "give -j 1 or more, --all-tests one NAME"),
-        (["-j", "0"], "give -j 1 or more"),
-    ],
+    [(["no such name"], "no mutation is called 'no such name'"), (["--all-tests"], "--all-tests needs one NAME")],
 )
-def test_a_call_that_names_no_fault_is_refused(arguments, message, capsys):
+def test_command_that_names_no_mutation_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_read_rollouts_groups_equal_prompts_across_lines(write):
     assert names == ["line 1, completions[0]", "line 1, completions[1]", "line 3", "line 4"]
 
 
-def test_read_rollouts_encodes_texts_separately_and_skips_a_byte_order_mark(write):
+def test_read_rollouts_encodes_texts_separately_without_byte_order_mark(write):
     row = {"prompt": "é\u2028", "completion": "b"}
     rollouts, _ = read_rollouts(write(b"\xef\xbb\xbf" + json.dumps(row).encode()), encode=lambda text: text.encode())
     assert bytes(rollouts.prompts[0].tolist()).decode() == "é\u2028"
