@@ -15,7 +15,8 @@ from flexpg.integrations import enable, packed_logprobs, sample
 from flexpg.logprobs import token_logprobs
 from flexpg.losses import grpo_loss
 from flexpg.masks import block_mask, dense_mask, group_block_mask, tree_mask_mod
-from flexpg.packing import MicroBatch, pack
+from flexpg.micro_batches import MicroBatch
+from flexpg.packing import pack
 from flexpg.rollouts import Rollouts, group_advantages
 from flexpg.sampling import SamplingParams
 from flexpg.tree import PrefixTree

@@ -11,7 +11,7 @@ A group over the budget becomes several micro-batches of one prompt, which a pre
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -19,55 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexpg.micro_batches import MicroBatch, causal_pairs, idle_micro_batch
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree, common_prefix_length, lexicographic_order
 
 # A visible pair costs 4 E operations per layer, a token at least 24 E^2: at width E = 2048, this many pairs per token.
 PAIRS_PER_TOKEN = 6 * 2048
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Rollouts that go through the model in one packed sequence.
-
-    Attributes:
-        indices: [n] int64, which rollouts of the step they are; row i of a micro-batch's [n, C] tensors is rollout
-            `indices[i]`.
-        rollouts: Those rollouts.
-        tree: Their packed sequence; sequence i is the micro-batch's rollout i.
-        rank: The rank that trains on it.
-        cache_id: Consecutive micro-batches of a rank with the same id belong to one prefix cache. All ranks have the
-            same ids, with equally many micro-batches each.
-        cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
-            0 for a micro-batch that is complete by itself.
-        is_idle: Whether it only keeps a rank in step with the others: two tokens, an empty loss mask.
-    """
-
-    indices: Tensor
-    rollouts: Rollouts
-    tree: PrefixTree
-    rank: int = 0
-    cache_id: int = 0
-    cached_tokens: int = 0
-    is_idle: bool = False
-
-    def __repr__(self) -> str:
-        return f"MicroBatch(rollouts {self.indices.tolist()}, {self.tree})"
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """[n, C] bool, True where a completion token counts in the loss."""
-        return self.rollouts.loss_mask
-
-    @property
-    def old_logprobs(self) -> Tensor | None:
-        """[n, C] float, those of the rollouts."""
-        return self.rollouts.old_logprobs
-
-    @property
-    def ref_logprobs(self) -> Tensor | None:
-        """[n, C] float, those of the rollouts."""
-        return self.rollouts.ref_logprobs
 
 
 @dataclass(eq=False)
@@ -126,32 +83,6 @@ def pack(
     return [batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, arrays, chosen, plan, rank)]
 
 
-def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
-    """Group micro-batches by rank and cache id: those that may share one prefix cache."""
-    return [list(own) for _, own in groupby(batches, key=lambda batch: (batch.rank, batch.cache_id))]
-
-
-def encoded_work(batches: Iterable[MicroBatch]) -> tuple[int, int]:
-    """Return the tokens and visible pairs that go through the model, without padding, with cached prompts once."""
-    tokens = pairs = 0
-    for series in by_cache(batches):
-        repeated = [batch.cached_tokens for batch in series if batch.cached_tokens][1:]
-        tokens += sum(batch.tree.num_tokens for batch in series) - sum(repeated)
-        pairs += sum(batch.tree.num_pairs for batch in series) - sum(map(_causal_pairs, repeated))
-    return tokens, pairs
-
-
-def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
-    """Return how many prefix tokens are encoded more than once, by several micro-batches or ranks.
-
-    Args:
-        batches: What `pack` returned, for all ranks.
-    """
-    busy = [batch for batch in batches if not batch.is_idle]
-    everything = PrefixTree.from_sequences([sequence for batch in busy for sequence in batch.rollouts.sequences])
-    return encoded_work(busy)[0] - everything.num_tokens
-
-
 # Items: groups that fit the budget, and parts of those that do not.
 
 
@@ -188,11 +119,11 @@ def _item(indices: list[int], arrays: list[np.ndarray], sharing: bool) -> _Item:
     """Return the cost of rollouts as one tree, or as separate sequences."""
     own = [arrays[n] for n in indices]
     if not sharing:
-        return _Item(indices, sum(map(len, own)), sum(_causal_pairs(len(a)) for a in own), own[0][:0])
+        return _Item(indices, sum(map(len, own)), sum(causal_pairs(len(a)) for a in own), own[0][:0])
     ordered = [own[i] for i in lexicographic_order(own)] if len(own) > 1 else own
     shared = [common_prefix_length(a, b) for a, b in pairwise(ordered)]
     tokens = sum(map(len, ordered)) - sum(shared)
-    pairs = sum(_causal_pairs(len(a)) for a in ordered) - sum(map(_causal_pairs, shared))
+    pairs = sum(causal_pairs(len(a)) for a in ordered) - sum(map(causal_pairs, shared))
     return _Item(indices, tokens, pairs, ordered[0][: min(shared, default=len(ordered[0]))])
 
 
@@ -278,7 +209,7 @@ def _micro_batches(
         groups = [item.group for item in series if item is not None]
         for item in series:
             if item is None:
-                batches.append(_idle(rollouts, chosen[0], rank, cache_id))
+                batches.append(idle_micro_batch(rollouts, chosen[0], rank, cache_id))
                 continue
             indices = torch.tensor(sorted(item.indices), device=rollouts.group_ids.device)
             tree = PrefixTree.from_sequences([torch.from_numpy(arrays[n]) for n in sorted(item.indices)])
@@ -287,21 +218,6 @@ def _micro_batches(
                 MicroBatch(indices, rollouts.select(indices), tree.to(indices.device), rank, cache_id, cached_tokens)
             )
     return batches
-
-
-def _idle(rollouts: Rollouts, index: int, rank: int, cache_id: int) -> MicroBatch:
-    """Return the last prompt token and first completion token of a rollout, with an empty loss mask."""
-    whole = rollouts.select([index])
-    part = replace(
-        whole,
-        prompts=[whole.prompts[0][-1:]],
-        completions=[whole.completions[0][:1]],
-        loss_mask=torch.zeros_like(whole.loss_mask[:, :1]),
-        old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[:, :1],
-        ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[:, :1],
-    )
-    indices = torch.tensor([index], device=rollouts.group_ids.device)
-    return MicroBatch(indices, part, PrefixTree.from_sequences(part.sequences), rank, cache_id, is_idle=True)
 
 
 # Merging: which items share a packed sequence.
@@ -366,7 +282,7 @@ def _merged(items: list[_Item], shared: int) -> _Item:
     return _Item(
         indices=[n for item in items for n in item.indices],
         tokens=sum(item.tokens for item in items) - again * shared,
-        pairs=sum(item.pairs for item in items) - again * _causal_pairs(shared),
+        pairs=sum(item.pairs for item in items) - again * causal_pairs(shared),
         prefix=items[0].prefix[:shared],
     )
 
@@ -381,13 +297,9 @@ def _whole_and_oversized(items: list[_Item]) -> tuple[list[_Item], list[list[_It
 def _oversized_cost(parts: list[_Item]) -> float:
     """Return the cost of parts of a group whose prompt is encoded once, in tokens."""
     prompt = parts[0].prompt_tokens
-    repeated = (len(parts) - 1) * _cost(prompt, _causal_pairs(prompt))
+    repeated = (len(parts) - 1) * _cost(prompt, causal_pairs(prompt))
     return sum(_cost(part.tokens, part.pairs) for part in parts) - repeated
 
 
 def _cost(tokens: int, pairs: int) -> float:
     return tokens + pairs / PAIRS_PER_TOKEN
-
-
-def _causal_pairs(length: int) -> int:
-    return length * (length + 1) // 2

@@ -360,16 +360,12 @@ class GRPORecipe(FTRecipeInterface):
         self, model: nn.Module, batches: list[MicroBatch], is_shared: bool
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """Iterate over micro-batches with log-probabilities and entropies [n, C]; call backward inside the loop."""
-        temperature, dtype = self.sampling.temperature, self.autocast_dtype
+        options = {"temperature": self.sampling.temperature, "autocast_dtype": self.autocast_dtype}
         if is_shared:
-            yield from packed_logprobs(
-                model, batches, temperature=temperature, return_entropy=True, autocast_dtype=dtype
-            )
-            return
-        for batch in batches:  # every sequence in full, for comparison
-            with flexpg.integrations.autocast(model, dtype):
-                scored = baseline_logprobs(model, batch.rollouts, temperature=temperature, return_entropy=True)
-            yield batch, *scored
+            yield from packed_logprobs(model, batches, return_entropy=True, **options)
+        else:  # every sequence in full, for comparison
+            for batch in batches:
+                yield batch, *baseline_logprobs(model, batch.rollouts, return_entropy=True, **options)
 
     def logprob_table(self, model: nn.Module, rollouts: Rollouts, packed: PackedStep) -> Tensor:
         """Return log-probabilities [N, C] of this rank's rollouts, 0 for those of other ranks."""

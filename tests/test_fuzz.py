@@ -26,7 +26,7 @@ from flexpg import PrefixTree, Rollouts, SamplingParams, attention, block_mask, 
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.conversations import conversation_rollouts
 from flexpg.losses import ImportanceSamplingLevel, LossType
-from flexpg.packing import MicroBatch, by_cache, encoded_work
+from flexpg.micro_batches import MicroBatch, by_cache, encoded_work
 from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import _uniforms
 from flexpg.training.config import load_config

@@ -10,7 +10,8 @@ import torch
 from processes import run_processes
 
 from flexpg.analysis.flops import ModelShape
-from flexpg.packing import MicroBatch, pack
+from flexpg.micro_batches import MicroBatch
+from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 from flexpg.training.metrics import (
     cost_metrics,

@@ -24,7 +24,7 @@ from torchtune.training import set_activation_checkpointing
 import flexpg
 from flexpg import Rollouts, pack, packed_logprobs, self_check
 from flexpg.integrations import integration_for
-from flexpg.packing import by_cache
+from flexpg.micro_batches import by_cache
 from flexpg.verify import baseline_logprobs as batched_baseline_logprobs
 
 WHOLE, OVERSIZED = 1000, 65  # token budgets: one micro-batch; several, of which some share a cached prompt

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexpg.packing import PAIRS_PER_TOKEN, MicroBatch, by_cache, encoded_work, pack, recomputed_tokens
+from flexpg.micro_batches import MicroBatch, by_cache, encoded_work, recomputed_tokens
+from flexpg.packing import PAIRS_PER_TOKEN, pack
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 

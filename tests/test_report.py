@@ -9,7 +9,8 @@ import pytest
 from flexpg.analysis.flops import ModelShape, activation_bytes, update_flops
 from flexpg.analysis.report import report, rollouts_from_lengths
 from flexpg.analysis.rollout_files import read_rollouts
-from flexpg.packing import encoded_work, pack, recomputed_tokens
+from flexpg.micro_batches import encoded_work, recomputed_tokens
+from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 
 SOLUTIONS = Path(__file__).parents[2] / "shared/data/gsm8k/example_model_solutions.jsonl"

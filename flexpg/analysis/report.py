@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexpg.analysis.flops import ModelShape, activation_bytes, prompts_once, update_flops
-from flexpg.packing import MicroBatch, encoded_work, pack
+from flexpg.micro_batches import MicroBatch, encoded_work
+from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 
 if TYPE_CHECKING:

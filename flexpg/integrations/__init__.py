@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flexpg.integrations.fsdp import run_as_forward, sharded_modules, unsharded
 from flexpg.layer_hooks import uncompiled
 from flexpg.logprobs import OutputLayer, token_logprobs
-from flexpg.packing import MicroBatch, by_cache, pack
+from flexpg.micro_batches import MicroBatch, by_cache
+from flexpg.packing import pack
 from flexpg.prefix_cache import PrefixBlockMask, PrefixCache
 from flexpg.rollouts import Rollouts
 from flexpg.sampling import Decoder, Samples, SamplingParams, sample_completions

@@ -39,22 +39,22 @@ def enable(model: TransformerDecoder) -> None:
     """
     if not isinstance(model, TransformerDecoder):
         raise TypeError(f"model must be a torchtune TransformerDecoder, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            _check_dropout(module, module.p)
-        if not isinstance(module, MultiHeadAttention | Gemma2Attention):
-            continue
-        _check_dropout(module, module.attn_dropout)
-        if not module.is_causal:
-            raise TypeError("model must have causal attention only: a prefix must not depend on what follows it")
-        own = vars(module).get("forward")
-        if own is None:
-            module.forward = MethodType(_attention_forward, module)
-        elif getattr(own, "__func__", None) is not _attention_forward:
-            raise TypeError(f"the forward of a {type(module).__name__} has been replaced; undo that first")
     layers_found = sum(isinstance(module, TransformerSelfAttentionLayer) for module in model.modules())
     if layers_found != len(model.layers):
         raise TypeError(f"all {len(model.layers)} layers must be TransformerSelfAttentionLayers, got {layers_found}")
+    attentions = [module for module in model.modules() if isinstance(module, MultiHeadAttention | Gemma2Attention)]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            _check_dropout(module, module.p)
+    for attn in attentions:
+        _check_dropout(attn, attn.attn_dropout)
+        if not attn.is_causal:
+            raise TypeError("model must have causal attention only: a prefix must not depend on what follows it")
+        own = getattr(vars(attn).get("forward"), "__func__", None)
+        if "forward" in vars(attn) and own is not _attention_forward:
+            raise TypeError(f"the forward of a {type(attn).__name__} has been replaced; undo that first")
+    for attn in attentions:
+        attn.forward = MethodType(_attention_forward, attn)
 
 
 def forward(

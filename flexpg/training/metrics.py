@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexpg.analysis.flops import ModelShape, prompts_once, update_flops
-from flexpg.packing import MicroBatch, by_cache, encoded_work, recomputed_tokens
+from flexpg.micro_batches import MicroBatch, by_cache, encoded_work, recomputed_tokens
 from flexpg.rollouts import Rollouts
 from flexpg.tree import padded_length
 

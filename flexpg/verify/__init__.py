@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from flexpg.integrations import integration_for
-from flexpg.packing import MicroBatch, by_cache, pack
+from flexpg.micro_batches import MicroBatch, by_cache
+from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 from flexpg.verify.baseline import baseline_logprobs, gradient_norms
 from flexpg.verify.checked_model import CheckedModel, SelfCheckError

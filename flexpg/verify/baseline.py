@@ -6,14 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flexpg.integrations import integration_for
+from flexpg.integrations import autocast, integration_for
 from flexpg.integrations.fsdp import run_as_forward
 from flexpg.logprobs import chunked_logprobs
 from flexpg.rollouts import Rollouts
 
 
 def baseline_logprobs(
-    model: nn.Module, rollouts: Rollouts, *, temperature: float = 1.0, return_entropy: bool = False
+    model: nn.Module,
+    rollouts: Rollouts,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    autocast_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute log-probabilities without sharing: every sequence in full, through the model's own attention.
 
@@ -24,6 +29,7 @@ def baseline_logprobs(
         rollouts: Rollouts on the model's device.
         temperature: Divides the logits.
         return_entropy: Also return entropies.
+        autocast_dtype: Run the forward under torch.autocast with this dtype.
 
     Returns:
         [n, C] log-probabilities, 0 where the loss mask is False and, with `return_entropy`, [n, C] entropies in nats.
@@ -44,7 +50,8 @@ def baseline_logprobs(
         )
         return tuple(x.new_zeros(rollouts.loss_mask.shape).index_put((row, step), x) for x in flat)
 
-    return run_as_forward(model, score)
+    with autocast(model, autocast_dtype):
+        return run_as_forward(model, score)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

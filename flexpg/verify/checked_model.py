@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flexpg.integrations import Integration, autocast
 from flexpg.integrations.fsdp import sharded_modules
 from flexpg.layer_hooks import perturb_layer_outputs, record_layer_outputs, uncompiled
-from flexpg.packing import MicroBatch
+from flexpg.micro_batches import MicroBatch
 from flexpg.tree import PrefixTree
 from flexpg.verify.baseline import baseline_logprobs
 
@@ -66,8 +66,11 @@ class CheckedModel:
 
     def baseline(self, batch: MicroBatch, n: int) -> Tensor:
         """Return the log-probabilities [C] of one rollout on its own."""
-        with autocast(self.model, self.autocast_dtype), uncompiled(self.model):
-            return baseline_logprobs(self.model, batch.rollouts.select([n]), temperature=self.temperature)[0][0]
+        rollouts = batch.rollouts.select([n])
+        with uncompiled(self.model):
+            return baseline_logprobs(
+                self.model, rollouts, temperature=self.temperature, autocast_dtype=self.autocast_dtype
+            )[0][0]
 
     def layer_outputs(self, call: Callable[[], Tensor]) -> dict[str, Tensor]:
         """Call the model once and return the output [T, E] of every layer."""

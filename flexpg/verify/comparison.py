@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flexpg.integrations import packed_logprobs
 from flexpg.integrations.fsdp import sharded_modules
 from flexpg.layer_hooks import uncompiled
-from flexpg.packing import MicroBatch
+from flexpg.micro_batches import MicroBatch
 from flexpg.verify.checked_model import ADVICE, ULPS, CheckedModel, packed_order, token_name
 
 COMPARED = 3  # rollouts per micro-batch: the first, the middle and the last in packed order

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexpg.packing import MicroBatch
+from flexpg.micro_batches import MicroBatch
 from flexpg.tree import PrefixTree
 from flexpg.verify.checked_model import ADVICE, CheckedModel, packed_order, token_name
 

@@ -1,0 +1,103 @@
+"""Micro-batches: the rollouts of one packed sequence, and what several of them cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from flexpg.rollouts import Rollouts
+from flexpg.tree import PrefixTree
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Rollouts that go through the model in one packed sequence.
+
+    Attributes:
+        indices: [n] int64, which rollouts of the step they are; row i of a micro-batch's [n, C] tensors is rollout
+            `indices[i]`.
+        rollouts: Those rollouts.
+        tree: Their packed sequence; sequence i is the micro-batch's rollout i.
+        rank: The rank that trains on it.
+        cache_id: Consecutive micro-batches of a rank with the same id belong to one prefix cache. All ranks have the
+            same ids, with equally many micro-batches each.
+        cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
+            0 for a micro-batch that is complete by itself.
+        is_idle: Whether it only keeps a rank in step with the others: two tokens, an empty loss mask.
+    """
+
+    indices: Tensor
+    rollouts: Rollouts
+    tree: PrefixTree
+    rank: int = 0
+    cache_id: int = 0
+    cached_tokens: int = 0
+    is_idle: bool = False
+
+    def __repr__(self) -> str:
+        return f"MicroBatch(rollouts {self.indices.tolist()}, {self.tree})"
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[n, C] bool, True where a completion token counts in the loss."""
+        return self.rollouts.loss_mask
+
+    @property
+    def old_logprobs(self) -> Tensor | None:
+        """[n, C] float, those of the rollouts."""
+        return self.rollouts.old_logprobs
+
+    @property
+    def ref_logprobs(self) -> Tensor | None:
+        """[n, C] float, those of the rollouts."""
+        return self.rollouts.ref_logprobs
+
+
+def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
+    """Group micro-batches by rank and cache id: those that may share one prefix cache."""
+    return [list(own) for _, own in groupby(batches, key=lambda batch: (batch.rank, batch.cache_id))]
+
+
+def encoded_work(batches: Iterable[MicroBatch]) -> tuple[int, int]:
+    """Return the tokens and visible pairs that go through the model, without padding, with cached prompts once."""
+    tokens = pairs = 0
+    for series in by_cache(batches):
+        repeated = [batch.cached_tokens for batch in series if batch.cached_tokens][1:]
+        tokens += sum(batch.tree.num_tokens for batch in series) - sum(repeated)
+        pairs += sum(batch.tree.num_pairs for batch in series) - sum(map(causal_pairs, repeated))
+    return tokens, pairs
+
+
+def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
+    """Return how many prefix tokens are encoded more than once, by several micro-batches or ranks.
+
+    Args:
+        batches: What `pack` returned, for all ranks.
+    """
+    busy = [batch for batch in batches if not batch.is_idle]
+    everything = PrefixTree.from_sequences([sequence for batch in busy for sequence in batch.rollouts.sequences])
+    return encoded_work(busy)[0] - everything.num_tokens
+
+
+def idle_micro_batch(rollouts: Rollouts, index: int, rank: int, cache_id: int) -> MicroBatch:
+    """Return a micro-batch of the last prompt and the first completion token of a rollout, with an empty loss mask."""
+    whole = rollouts.select([index])
+    part = replace(
+        whole,
+        prompts=[whole.prompts[0][-1:]],
+        completions=[whole.completions[0][:1]],
+        loss_mask=torch.zeros_like(whole.loss_mask[:, :1]),
+        old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[:, :1],
+        ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[:, :1],
+    )
+    indices = torch.tensor([index], device=rollouts.group_ids.device)
+    return MicroBatch(indices, part, PrefixTree.from_sequences(part.sequences), rank, cache_id, is_idle=True)
+
+
+def causal_pairs(length: int) -> int:
+    """Return the visible pairs of a sequence on its own: each token sees those before it and itself."""
+    return length * (length + 1) // 2
