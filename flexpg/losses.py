@@ -114,12 +114,14 @@ def grpo_loss(
     log_ratio = policy - (policy if old_logprobs is None else masked(old_logprobs)).detach()
     if importance_sampling_level == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(loss_mask)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.detach().exp()
     low, high = 1 - epsilon, 1 + high_margin
     clip_low = (ratio < low) & (advantages < 0)
     clip_high = (ratio > high) & (advantages > 0)
+    is_clipped = clip_low | clip_high
     # min(r A, clip(r) A) without ties: where r equals a bound, torch versions differ in the gradient of clamp.
-    clipped = torch.where(clip_low | clip_high, ratio.detach().clamp(low, high), ratio)
+    # A clipped log-ratio is zeroed before exp, because the gradient of one that overflows would be 0 * inf.
+    clipped = torch.where(is_clipped, ratio.clamp(low, high), log_ratio.masked_fill(is_clipped, 0.0).exp())
     losses = -clipped * advantages  # [N, C]
     per_token = {"ratio": ratio, "clip_low": clip_low, "clip_high": clip_high}
     if ref_logprobs is not None:

@@ -27,7 +27,8 @@ class MicroBatch:
             same ids, with equally many micro-batches each.
         cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
             0 for a micro-batch that is complete by itself.
-        is_idle: Whether it only keeps a rank in step with the others: two tokens, an empty loss mask.
+        is_idle: Whether it only keeps a rank in step with the others: two tokens of another rank's rollout, an empty
+            loss mask.
     """
 
     indices: Tensor

@@ -66,8 +66,8 @@ def pack(
         ValueError: If a rollout exceeds `max_tokens`, or `indices` has duplicates.
     """
     chosen = list(range(len(rollouts))) if indices is None else torch.as_tensor(indices).tolist()
-    if len(set(chosen)) < len(chosen):
-        raise ValueError("indices must name every rollout at most once; duplicates would count twice in the loss")
+    if len(set(chosen)) < len(chosen) or min(chosen, default=0) < 0:
+        raise ValueError("indices must be non-negative and name every rollout at most once, or it would count twice")
     sequences = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":
         sequences = list(torch.cat(sequences).cpu().split(list(map(len, sequences))))  # one transfer
@@ -205,11 +205,13 @@ def _micro_batches(
     rollouts: Rollouts, arrays: list[np.ndarray], chosen: list[int], plan: list[list[_Item | None]], rank: int
 ) -> list[MicroBatch]:
     batches = []
+    own = {n for series in plan for item in series if item is not None for n in item.indices}
+    of_another_rank = next((n for n in chosen if n not in own), chosen[0])  # scores of it overwrite none of this rank's
     for cache_id, series in enumerate(plan):
         groups = [item.group for item in series if item is not None]
         for item in series:
             if item is None:
-                batches.append(idle_micro_batch(rollouts, chosen[0], rank, cache_id))
+                batches.append(idle_micro_batch(rollouts, of_another_rank, rank, cache_id))
                 continue
             indices = torch.tensor(sorted(item.indices), device=rollouts.group_ids.device)
             tree = PrefixTree.from_sequences([torch.from_numpy(arrays[n]) for n in sorted(item.indices)])

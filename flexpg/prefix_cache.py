@@ -43,7 +43,6 @@ class PrefixCache:
 
     Attributes:
         tree: The prompt as a packed sequence.
-        has_gradient: Whether a gradient has arrived from a micro-batch.
     """
 
     def __init__(self, tokens: Tokens, forward: Callable[[PrefixTree, PrefixBlockMask], Tensor]) -> None:
@@ -55,6 +54,11 @@ class PrefixCache:
         self._grads: list[Tensor | None] = []  # the sum of the gradients of each
         self._hidden: Tensor | None = None
         self._hidden = self._detached(forward(self.tree, PrefixBlockMask(self, self.tree)))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the prompt needs a backward."""
+        return bool(self._outputs)
 
     @property
     def has_gradient(self) -> bool:

@@ -64,7 +64,7 @@ class Rollouts:
         _check_tokens("prompts", self.prompts)
         _check_tokens("completions", self.completions)
         if self.loss_mask is None:
-            object.__setattr__(self, "loss_mask", self.completion_mask)
+            object.__setattr__(self, "loss_mask", self.completion_mask.clone())
         _check_shapes(self)
         used = torch.bincount(self.group_ids, minlength=self.num_groups)
         if len(used) > self.num_groups or not bool(used.all()):
@@ -142,12 +142,14 @@ class Rollouts:
         attention_mask: Tensor,
         rewards: Sequence[float] | Tensor,
         *,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Tensor | None,
+        completion_lens: Tensor | None = None,
     ) -> Rollouts:
         """Build rollouts from the padded output of transformers' `model.generate`.
 
         A completion ends with its first end-of-sequence token, which belongs to it, or at the end of its row. Prompts
-        are cut by their attention mask, so padding and end-of-sequence ids inside them are kept.
+        are cut by their attention mask, so padding and end-of-sequence ids inside them are kept. What else may end a
+        completion, such as stop strings, cannot be read off the tokens: pass `completion_lens` then.
 
         Args:
             sequences: [B * G, P + T] int64, what `generate(..., num_return_sequences=G)` returned.
@@ -155,6 +157,7 @@ class Rollouts:
                 completion, [B * G, P], adjacent rows with the same prompt are a group.
             rewards: [B * G] float.
             eos_token_id: Ids that end a completion, as in the generation config; None if none does.
+            completion_lens: [B * G] int64, the length of each completion without padding; `eos_token_id` is ignored.
 
         Raises:
             ValueError: If there are not G sequences and rewards per prompt.
@@ -170,11 +173,13 @@ class Rollouts:
                 f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
                 f"{len(rewards)}"
             )
-        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
         generated = sequences[:, prompt_len:]  # [B * G, T]
-        is_stop = torch.isin(generated, torch.tensor(stops, dtype=torch.int64, device=sequences.device))
-        before = is_stop.cumsum(1) - is_stop.long()  # stop tokens before each token
-        lengths = (before == 0).sum(1).tolist()
+        if completion_lens is None:
+            stops = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64)
+            is_stop = torch.isin(generated, stops.to(sequences.device))
+            before = is_stop.cumsum(1) - is_stop.long()  # stop tokens before each token
+            completion_lens = (before == 0).sum(1)
+        lengths = completion_lens.tolist()
         group_size = len(sequences) // batch
         prompts = [sequences[b * group_size, :prompt_len][attention_mask[b].bool()] for b in range(batch)]
         is_new = [b == 0 or group_size > 1 or not torch.equal(prompts[b], prompts[b - 1]) for b in range(batch)]
@@ -203,7 +208,7 @@ class Rollouts:
         """The number of prompts."""
         return len(self.prompts)
 
-    @cached_property
+    @property
     def num_loss_tokens(self) -> int:
         """Completion tokens that count in the loss."""
         return int(self.loss_mask.sum())

@@ -144,6 +144,18 @@ def test_gradient_is_clipped_on_the_side_that_went_too_far(ratio, advantage, flo
 
 
 @each_level
+def test_clipped_ratio_that_overflows_has_gradient_0_and_not_nan(level):
+    batch = {
+        "logprobs": torch.zeros(1, 1),
+        "old_logprobs": torch.full((1, 1), -100.0),  # exp(100) is inf in float32
+        "advantages": torch.ones(1),
+        "loss_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+    loss, grad = loss_and_grad(batch, importance_sampling_level=level)
+    assert loss.item() == pytest.approx(-1.2) and grad.item() == 0
+
+
+@each_level
 @pytest.mark.parametrize(("ratio", "epsilon"), [(1.0, 0.0), (1.5, 0.5), (0.5, 0.5), (2.0, 1.0)])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_gradient_where_the_ratio_equals_the_clip_bound_is_full(ratio, epsilon, advantage, level):

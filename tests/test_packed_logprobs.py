@@ -210,13 +210,42 @@ def test_packed_logprobs_break_inside_an_oversized_group_warns():
         leave_after(4, train=True)  # the first complete micro-batch after the oversized group
 
 
+def test_packed_logprobs_autograd_grad_of_an_oversized_group_raises():
+    (model, _), rollouts = make_model("torchtune"), make_rollouts()
+    for update in (
+        lambda logprobs: torch.autograd.grad(logprobs.sum(), [*model.parameters()], allow_unused=True),
+        lambda logprobs: logprobs.sum().backward(inputs=[*model.parameters()]),
+    ):
+        with pytest.raises(RuntimeError, match="the prompt of an oversized group received no gradient"):
+            for _, logprobs in packed_logprobs(model, rollouts, max_tokens=OVERSIZED):
+                update(logprobs)
+        for _, logprobs in packed_logprobs(model, rollouts, max_tokens=WHOLE):
+            update(logprobs)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_packed_logprobs_optimizer_step_inside_an_oversized_group_raises():
+    (model, _), rollouts = make_model("transformers_lora"), make_rollouts()
+    checkpoint_layers(model)  # the backward would recompute the prompt with the new weights
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(RuntimeError, match=r"parameters changed .*; call optimizer.step\(\) after the loop"):
+        for _, logprobs in packed_logprobs(model, rollouts, max_tokens=OVERSIZED):
+            logprobs.sum().backward()
+            optimizer.step()
+    for _, logprobs in packed_logprobs(model, rollouts, max_tokens=WHOLE):
+        logprobs.sum().backward()
+        optimizer.step()
+
+
 def test_packed_logprobs_arguments_that_do_not_fit_raise():
     (model, _), rollouts = make_model("torchtune"), make_rollouts()
+    with pytest.raises(ValueError, match="max_tokens must be given for Rollouts, and not for micro-batches"):
+        packed_logprobs(model, pack(rollouts, WHOLE), max_tokens=WHOLE)
     with pytest.raises(ValueError, match="max_tokens must be given"):
         packed_logprobs(model, rollouts)
     with pytest.raises(ValueError, match="max_tokens must hold every rollout, got 30 for rollout 0"):
         packed_logprobs(model, rollouts, max_tokens=30)
-    with pytest.raises(TypeError, match="got Sequential; pass the model without DistributedDataParallel"):
+    with pytest.raises(TypeError, match=r"got Sequential; pass the model without torch\.compile"):
         next(packed_logprobs(nn.Sequential(model), rollouts, max_tokens=WHOLE))
 
 

@@ -77,6 +77,17 @@ def test_pack_places_every_rollout_once_within_the_budget(world_size, sharing):
     assert (num_idle > 0) == (world_size > 1)
 
 
+def test_pack_idle_micro_batch_is_of_another_ranks_rollout():
+    num_idle = 0
+    for seed in range(100):
+        batches = pack(random_rollouts(seed), random.Random(seed).randint(32, 120), world_size=3)
+        for idle in (batch for batch in batches if batch.is_idle):
+            own = [batch for batch in busy(batches) if batch.rank == idle.rank]
+            assert idle.indices.item() not in torch.cat([torch.tensor([]), *(batch.indices for batch in own)])
+            num_idle += 1
+    assert num_idle > 30
+
+
 def test_pack_keeps_groups_that_fit_whole():
     for seed in range(300):
         rollouts, max_tokens = random_rollouts(seed), random.Random(seed).randint(40, 200)
@@ -100,7 +111,7 @@ def test_pack_indices_packs_a_part_as_if_it_were_all():
         part, own = pack(rollouts, 60, world_size=3, indices=chosen), pack(rollouts.select(chosen), 60, world_size=3)
         assert indices_of(part) == [[chosen[i] for i in indices] for indices in indices_of(own)]
         assert all(torch.equal(a.tree.end, b.tree.end) for a, b in zip(part, own, strict=True))
-    with pytest.raises(ValueError, match="indices must name every rollout at most once"):
+    with pytest.raises(ValueError, match="indices must be non-negative and name every rollout at most once"):
         pack(rollouts, 60, indices=[0, 1, 0])
 
 

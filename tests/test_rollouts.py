@@ -149,6 +149,13 @@ def test_from_groups_lists_that_do_not_match_raise(changed, error, message):
         Rollouts.from_groups(**{"prompts": PROMPTS, "completions": COMPLETIONS, "rewards": REWARDS} | changed)
 
 
+def test_num_loss_tokens_follows_the_loss_mask_and_not_the_completion_mask():
+    rollouts = Rollouts(**fields())
+    assert rollouts.num_loss_tokens == 7
+    rollouts.loss_mask[0] = False
+    assert rollouts.num_loss_tokens == int(rollouts.loss_mask.sum()) < 7 == int(rollouts.completion_mask.sum())
+
+
 # from_generate
 
 PAD, EOS, OTHER_EOS = 0, 2, 3
@@ -169,6 +176,7 @@ GENERATED = torch.tensor(
     [
         (EOS, [[7, EOS], [8, PAD, 9, 9], [EOS], [7, OTHER_EOS, EOS]]),
         ([EOS, OTHER_EOS], [[7, EOS], [8, PAD, 9, 9], [EOS], [7, OTHER_EOS]]),
+        (torch.tensor(EOS), [[7, EOS], [8, PAD, 9, 9], [EOS], [7, OTHER_EOS, EOS]]),
         (None, [row[5:].tolist() for row in GENERATED]),
     ],
 )
@@ -178,6 +186,14 @@ def test_from_generate_cuts_left_padding_and_keeps_the_first_stop_token(eos_toke
     assert [own.tolist() for own in rollouts.completions] == completions
     assert rollouts.group_ids.tolist() == [0, 0, 1, 1] and rollouts.rewards.tolist() == [1.0, 0.0, 2.0, 3.0]
     assert rollouts.num_loss_tokens == sum(map(len, completions))
+
+
+def test_from_generate_completion_lens_end_completions():
+    lengths = torch.tensor([1, 2, 3, 1])
+    rollouts = Rollouts.from_generate(
+        GENERATED, ATTENTION_MASK, torch.ones(4), eos_token_id=EOS, completion_lens=lengths
+    )
+    assert rollouts.completion_lens.tolist() == [1, 2, 3, 1]
 
 
 def test_from_generate_one_completion_per_prompt():
@@ -197,7 +213,7 @@ def test_from_generate_repeated_attention_mask_gives_the_same_groups():
 def test_from_generate_rows_that_are_no_multiple_of_the_prompts_raise():
     for sequences, rewards in ((GENERATED[:3], [1.0] * 3), (GENERATED, [1.0] * 2), (GENERATED, torch.ones(2, 2))):
         with pytest.raises(ValueError, match="sequences and rewards must have G rows for each of 2 prompts"):
-            Rollouts.from_generate(sequences, ATTENTION_MASK, rewards)
+            Rollouts.from_generate(sequences, ATTENTION_MASK, rewards, eos_token_id=None)
 
 
 # select

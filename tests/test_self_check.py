@@ -356,7 +356,7 @@ def with_functional_dropout() -> nn.Module:
     ("make", "error", "message"),
     [
         (lambda: tiny_model("qwen2").eval(), ValueError, r"model must be in training mode, .* call model\.train\(\)"),
-        (lambda: nn.Linear(1, 1).train(), TypeError, "got Linear; pass the model without DistributedDataParallel"),
+        (lambda: nn.Linear(1, 1).train(), TypeError, "got Linear; pass the model without torch.compile"),
         (lambda: tiny_model("qwen2").train().requires_grad_(False), ValueError, "a parameter that requires grad"),
         (lambda: hf.tiny_model("llama"), ValueError, r"call flexpg\.enable\(model\) first"),
         (with_functional_dropout, ValueError, "consumed random numbers"),

@@ -360,7 +360,7 @@ WRAPPERS = {"ddp": DistributedDataParallel, "data_parallel": nn.DataParallel, "c
 def test_wrapped_model_is_refused_with_advice(wrapper, process_group):
     model = WRAPPERS[wrapper](flexpg.enable(hf.tiny_model("llama")))
     for call in (integration_for, flexpg.enable):
-        with pytest.raises(TypeError, match="without DistributedDataParallel or torch"):
+        with pytest.raises(TypeError, match=r"without torch\.compile or DistributedDataParallel around it"):
             call(model)
 
 
@@ -630,6 +630,14 @@ def test_unusual_model_that_would_be_inexact_is_refused(what):
     config, message = INEXACT[what]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         shared_logprobs(flexpg.enable(model_from_config(config)), GROUPS)
+
+
+def test_layer_that_computes_attention_twice_cannot_cache_a_prompt():
+    model, baseline = float64_pair(transformers.DiffLlamaConfig(**SHAPE, attention_dropout=0.0))
+    assert_equals_baseline(model, baseline, GROUPS, tolerance=float32_floor(model.config.num_hidden_layers))
+    rollouts = Rollouts.from_groups([tokens(12, 1)], [[tokens(4, 2), tokens(3, 3)]], [[1.0, 0.0]])
+    with pytest.raises(TypeError, match=r"computes attention more than once per forward.*; raise max_tokens"):
+        next(packed_logprobs(model, rollouts, max_tokens=16))
 
 
 def test_layers_that_share_keys_are_exact_or_refused():

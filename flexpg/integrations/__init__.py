@@ -76,7 +76,8 @@ def integration_for(model: nn.Module) -> Integration:
         return transformers
     raise TypeError(
         f"model must be a torchtune decoder, a transformers model or a PEFT model, got {type(model).__name__}; "
-        "pass the model without DistributedDataParallel or torch.compile around it"
+        "pass the model without torch.compile or DistributedDataParallel around it, and in the latter case average the "
+        "gradients over ranks before optimizer.step()"
     )
 
 
@@ -149,12 +150,14 @@ def packed_logprobs(
         optimizer.step()
 
     A group that exceeds the budget becomes several micro-batches whose prompt is encoded once; its backward runs after
-    theirs, when the loop continues. Under `torch.no_grad()` the loop only scores.
+    theirs, when the loop continues. So run the loop to its end before `optimizer.step()`, and use `backward()` rather
+    than `torch.autograd.grad`. Forwards run as the loop advances, with the adapters that are active then.
+    Under `torch.no_grad()` the loop only scores.
 
     Args:
         model: An enabled torchtune or transformers model, plain, with PEFT adapters, or sharded by FSDP2.
         rollouts: The step's rollouts, on the model's device; or micro-batches of this rank, as `pack` returned them.
-        max_tokens: Tokens of a packed sequence, if `rollouts` are not packed yet.
+        max_tokens: Tokens of a packed sequence; None if `rollouts` are micro-batches.
         temperature: Divides the logits.
         return_entropy: Also yield entropies [n, C], in nats and without gradient.
         autocast_dtype: Run the forwards under torch.autocast with this dtype; None for no autocast of this function's.
@@ -165,11 +168,13 @@ def packed_logprobs(
     Raises:
         ValueError: If a rollout exceeds `max_tokens`, or does not fit the model.
         TypeError: If the model is not supported.
-        RuntimeError: In `backward()`, if it is called after the loop has moved on.
+        RuntimeError: In `backward()`, if it is called after the loop has moved on; in the loop, if the prompt of an
+            oversized group would have no gradient or another one.
     """
+    if isinstance(rollouts, Rollouts) != (max_tokens is not None):
+        raise ValueError("max_tokens must be given for Rollouts, and not for micro-batches, which are packed already")
     if isinstance(rollouts, Rollouts):
-        if max_tokens is None:
-            raise ValueError("max_tokens must be given: how many tokens a packed sequence may have")
+        assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
     return _packed_logprobs(model, rollouts, temperature, return_entropy, partial(autocast, model, autocast_dtype))
 
@@ -234,8 +239,11 @@ def _packed_logprobs(
         with context():
             cache = _cached_prompt(model, series)
         with cache as prefix:
+            is_trained = prefix is not None and prefix.requires_grad
+            turns, version = [], _version(model) if is_trained else 0
             for batch in series:
                 turn = _Turn()
+                turns += [turn] if batch.cached_tokens else []
                 with context():
                     logprobs, *entropies = run_as_forward(model, partial(score, batch, prefix))
                 if logprobs.requires_grad:
@@ -251,20 +259,43 @@ def _packed_logprobs(
                         )
                     raise
                 turn.is_over = True
+            if prefix is not None and is_trained:
+                _check_prompt_gradient(prefix, turns, version, _version(model))
 
 
 class _Turn:
-    """Whether the loop body of a micro-batch is still running, in which its backward has to be called."""
+    """The loop body of a micro-batch, in which its backward has to be called."""
 
     is_over = False
+    has_gradient = False
 
     def check(self, grad: Tensor) -> None:
-        """Raise if it is not; a hook on the log-probabilities."""
+        """Raise if it is over; a hook on the log-probabilities."""
+        self.has_gradient = True
         if self.is_over:
             raise RuntimeError(
                 "backward() must be called inside the loop over packed_logprobs, before the next micro-batch: the "
                 "prompt of an oversized group runs its backward when the loop continues"
             )
+
+
+def _version(model: nn.Module) -> int:
+    """Return a number that changes if a parameter is written to; 0 under FSDP2, which writes to them itself."""
+    return 0 if sharded_modules(model) else sum(own._version for own in model.parameters() if own.requires_grad)
+
+
+def _check_prompt_gradient(prefix: PrefixCache, turns: Sequence[_Turn], before: int, after: int) -> None:
+    """Raise if the backward of an oversized group's prompt would be left out, or run with other parameters."""
+    if any(turn.has_gradient for turn in turns) and not prefix.has_gradient:
+        raise RuntimeError(
+            "the prompt of an oversized group received no gradient; call loss.backward() without `inputs`, and not "
+            "torch.autograd.grad, or raise max_tokens until every group fits"
+        )
+    if before != after:
+        raise RuntimeError(
+            "parameters changed between the micro-batches of an oversized group, before the backward of its prompt; "
+            "call optimizer.step() after the loop"
+        )
 
 
 def _cached_prompt(model: nn.Module, series: Sequence[MicroBatch]) -> AbstractContextManager[PrefixCache | None]:

@@ -105,6 +105,11 @@ def attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if (windows := attended.get()) is not None:  # None in the recomputation of activation checkpointing
+        if module in windows and isinstance(attention_mask, PrefixBlockMask):
+            raise TypeError(
+                f"{name} computes attention more than once per forward, so a prompt cannot be cached for it; raise "
+                "max_tokens until every group fits"
+            )
         windows[module] = sliding_window
     width = value.shape[-1]
     if width < key.shape[-1]:  # DeepSeek
