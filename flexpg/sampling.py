@@ -94,19 +94,12 @@ def sample_completions(
         decoder: (tokens [B, T], position ids [B, T], cache) -> hidden states [B, T, E], through a model whose attention
             is `cache.attend`.
         output: [M, E] -> logits [M, V].
-        prompts: P token sequences of any lengths, on the model's device.
-        group_size: G, completions per prompt.
+        prompts: As in `flexpg.sample`, like all that follow.
+        group_size: G.
         params: How tokens are sampled.
-        seed: An int seeds all random numbers. A sequence of P ints seeds those of each prompt, whose completions then
-            do not depend on what else is sampled. None takes them from torch's default generator.
-        max_cache_tokens: Tokens whose keys and values are stored at a time, padding and unused slots included. As many
-            whole prompts as fit are decoded together, the longest first; of a prompt whose group does not fit, as many
-            samples as fit. None for no limit.
-        compiled: Compile the decoding step, once per shape of the cache; on CUDA it becomes a CUDA graph.
-
-    Raises:
-        ValueError: If a prompt is empty, or `max_cache_tokens` does not hold one sample.
-        FloatingPointError: If logits are not finite.
+        seed: Of the random numbers.
+        max_cache_tokens: The limit of the cache.
+        compiled: Compile the decoding step.
     """
     lengths = PrefixTree.from_sequences(prompts).lengths  # validates all prompts before the first is decoded
     shape = (len(prompts) * group_size, params.max_new_tokens)

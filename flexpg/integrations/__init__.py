@@ -199,7 +199,9 @@ def sample(
         params: How tokens are sampled.
         seed: An int seeds all random numbers. A sequence of P ints seeds those of each prompt, whose completions then
             do not depend on what else is sampled. None takes them from torch's default generator.
-        max_cache_tokens: Tokens whose keys and values are stored at a time; None for no limit.
+        max_cache_tokens: Tokens whose keys and values are stored at a time, padding and unused slots included. As many
+            whole prompts as fit are decoded together, the longest first; of a prompt whose group does not fit, as many
+            samples as fit. None for no limit.
         compiled: Compile the decoding step, once per shape of the cache; on CUDA it becomes a CUDA graph.
         autocast_dtype: Run the model under torch.autocast with this dtype.
 

@@ -64,13 +64,13 @@ def forward(
     prefix: PrefixCache | None = None,
     mask: PrefixBlockMask | None = None,
 ) -> Tensor:
-    """Compute the hidden states of a packed sequence, each token's equal to those of its own sequence alone.
+    """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
     Args:
         model: A torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
         tree: The packed sequence, with tokens, on the model's device.
-        prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
-        mask: The mask of a cached prompt's own forward; `encode_prefix` passes it.
+        prefix: See `flexpg.integrations.Integration`.
+        mask: Likewise.
 
     Returns:
         [1, S, E] hidden states after the final norm.

@@ -53,14 +53,14 @@ def forward(
     prefix: PrefixCache | None = None,
     mask: PrefixBlockMask | None = None,
 ) -> Tensor:
-    """Compute the hidden states of a packed sequence, each token's equal to those of its own sequence alone.
+    """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
     Args:
         model: An enabled transformers decoder, plain or with PEFT adapters, with or without gradient checkpointing,
             sharded by FSDP2 or not.
         tree: The packed sequence, with tokens, on the model's device.
-        prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
-        mask: The mask of a cached prompt's own forward; `encode_prefix` passes it.
+        prefix: See `flexpg.integrations.Integration`.
+        mask: Likewise.
 
     Returns:
         [1, S, E] hidden states after the final norm.
