@@ -85,7 +85,7 @@ def main() -> None:
     conversations = tau_bench(args.file)
     if args.model:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train()
     else:
         tokenizer = trained_tokenizer(conversations)
         model = small_model(tokenizer)

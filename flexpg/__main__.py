@@ -104,7 +104,7 @@ def print_report(args: argparse.Namespace) -> None:
         activation_checkpointing=args.activation_checkpointing,
         names=names,
     )
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(found.table())
+    Console(width=max(100, shutil.get_terminal_size().columns), highlight=False).print(found.table())
     if args.json:
         args.json.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
         print(f"wrote {args.json}")
@@ -224,7 +224,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=[4096, 8192, 16384, 32768],
         help="token budgets of a micro-batch (default: 4096,8192,16384,32768)",
     )
-    add("--per-turn", action="store_true", help="of messages, count one rollout per assistant turn")
+    add("--per-turn", action="store_true", help="count one rollout per assistant turn (for lines with messages)")
     add("--activation-checkpointing", action="store_true", help="layers are recomputed in the backward")
     add("--out", metavar="FILE", type=Path, default=Path("report.png"), help="figure to write (default: report.png)")
     add("--json", metavar="FILE", type=Path, help="also write the numbers as JSON")

@@ -60,7 +60,7 @@ def offset_mask_mod(mask_mod: MaskMod, first_query: Tensor) -> MaskMod:
 
 
 def dense_mask(end: Tensor) -> Tensor:
-    """Return the whole mask, for pictures and as the oracle of the tests.
+    """Materialize the whole mask, for plots and tests.
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.

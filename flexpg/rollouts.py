@@ -156,7 +156,7 @@ class Rollouts:
             attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given. If it has a row for every
                 completion, [B * G, P], adjacent rows with the same prompt are a group.
             rewards: [B * G] float.
-            eos_token_id: Ids that end a completion, as in the generation config; None if none does.
+            eos_token_id: Ids that end a completion: `model.generation_config.eos_token_id`; None if none does.
             completion_lens: [B * G] int64, the length of each completion without padding; `eos_token_id` is ignored.
 
         Raises:

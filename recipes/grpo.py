@@ -136,6 +136,9 @@ class GRPORecipe(FTRecipeInterface):
             raise ValueError(f"output_dir must be a folder that all ranks share, got {self.output_dir}")
         if earlier and not cfg.resume:
             raise ValueError(f"output_dir holds {earlier[-1]} of an earlier run; set resume=true or another output_dir")
+        saved = Path(cfg.checkpointer.output_dir, "epoch_0")
+        if world.is_first and saved.exists() and not earlier:
+            print(f"the trained weights in {saved} will be replaced at the end of this run")
 
         self.checkpointer, weights = load_weights(cfg, self.model) if world.is_first else (None, {})
         self.model = materialize(
@@ -214,7 +217,7 @@ class GRPORecipe(FTRecipeInterface):
             metrics["lr"] = training.get_lr(self.optimizer)
             self.lr_scheduler.step()
             finished = synchronized_time(self.world.device)
-            seconds = {"sample_s": sampled - started, "score_s": scored - sampled - self_check_s}
+            seconds = {"sample_s": sampled - started, "logprobs_s": scored - sampled - self_check_s}
             seconds |= {"train_s": finished - scored, "self_check_s": self_check_s}
 
             self.steps_done = step
@@ -443,6 +446,7 @@ class GRPORecipe(FTRecipeInterface):
             rewards = [metrics["reward"] for metrics in self.history]
             plot_reward(rewards, self.accuracies).savefig(self.output_dir / "reward.png", dpi=200)
             print(f"{'plots':<20}{self.output_dir}/{{reward,mask,savings}}.png")
+            print(f"{'weights':<20}{self.cfg.checkpointer.output_dir}/epoch_0")
 
     def cleanup(self) -> None:
         """Close the log and leave the process group."""

@@ -153,7 +153,7 @@ def test_peak_memory_grows_by_what_is_allocated_and_stays(device):
 
 
 def step_metrics(reward: float, tokens: float, seconds: list[float], counts: list[float], peak: float):
-    names = ("sample_s", "score_s", "train_s", "tokens_baseline", "tokens_prompts_once", "tokens_encoded")
+    names = ("sample_s", "logprobs_s", "train_s", "tokens_baseline", "tokens_prompts_once", "tokens_encoded")
     values = dict(zip(names, [*seconds, *counts], strict=True))
     return {"reward": reward, "completion_tokens": tokens, "peak_memory_gib": peak} | values
 
@@ -168,7 +168,7 @@ def test_summary_has_every_evaluation_mean_costs_and_the_highest_peak():
         "     0               0.100",
         "     1               0.900    0.250                20.0",
         "     2               0.600    0.750                30.0",
-        "seconds per step    6.00: sample 2.00, score 1.00, train 3.00",
+        "seconds per step    6.00: sampling and rewards 2.00, old and reference log-probabilities 1.00, update 3.00",
         "tokens per step     4,000 with every prompt once per completion (baseline)",
         "                    1,250 with every prompt once (3.2x fewer)",
         "                    800 encoded in this run (5.0x fewer)",
@@ -180,6 +180,6 @@ def test_summary_has_every_evaluation_mean_costs_and_the_highest_peak():
 
 def test_rates_are_ratios_of_sums():
     sums = {"tokens_baseline": 1000, "tokens_encoded": 250, "padding": 50}
-    seconds = {"sample_s": 3.0, "score_s": 1.0, "train_s": 1.0}
+    seconds = {"sample_s": 3.0, "logprobs_s": 1.0, "train_s": 1.0}
     expected = {"sample_fraction": 0.6, "token_ratio": 4.0, "tokens_per_s": 200.0, "padding_fraction": 50 / 300}
     assert rates(sums | seconds) == pytest.approx(expected)

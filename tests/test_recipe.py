@@ -266,7 +266,7 @@ def test_self_check_runs_before_the_first_update_and_is_timed_separately(tmp_pat
     del attn.q_proj.forward
     train(run)
     assert capsys.readouterr().out.count("self-check passed: ") == 1
-    assert run.history[0]["self_check_s"] > 10 * run.history[0]["score_s"] > 0
+    assert run.history[0]["self_check_s"] > 10 * run.history[0]["logprobs_s"] > 0
     assert run.history[1]["self_check_s"] == 0
 
 

@@ -211,8 +211,9 @@ def test_exception_of_a_reward_is_raised_unchanged_under_a_line_of_context(capsy
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_nan_or_inf_reward_raises(value):
+def test_nan_or_inf_reward_raises(value, capsys):
     reward = Reward("mine", lambda completion, answer: value if completion == "b" else 1.0)
     message = f"rewards must be finite, got {value} from reward 'mine', rollout 5, completion 'b', answer '5'"
     with pytest.raises(ValueError, match=f"^{message}$"):
         score([reward], ["a", "b"], ["5", "5"], first=4)
+    assert capsys.readouterr().err == "error: reward 'mine', rollout 5, completion 'b', answer '5'\n"

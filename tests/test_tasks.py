@@ -115,7 +115,7 @@ def test_arithmetic_reward_is_for_the_final_answer(completion, reward):
     assert arithmetic_reward(completion, "643") == reward
 
 
-# Problems of any data set.
+# Problems of any dataset.
 
 ROWS = [{"q": f"{n}+{n}", "a": 2 * n} for n in range(6)]
 
@@ -205,6 +205,7 @@ MISTAKES = {  # file content, options, message
         {"template": "{x}"},
         r"row 0: '\{x\}' cannot be filled from the columns q, a: KeyError: 'x'",
     ),
+    "unquoted braces": (GOOD, {"answer": {"a": None}}, "template and answer must be strings, got {'a': None}; .*quote"),
     "open brace": (GOOD, {"template": "{q"}, "cannot be filled .*: ValueError: expected '}'"),
     "too few rows": (GOOD * 2, {"shots": 1, "skip": 1}, "must have more than 2 rows .*, got 2 and 1"),
     "too few shots": (GOOD, {"shots": 2}, "must have more than 2 rows .* at least 2, got 1 and 1"),

@@ -160,7 +160,7 @@ def packed_logprobs(
         max_tokens: Tokens of a packed sequence; None if `rollouts` are micro-batches.
         temperature: Divides the logits.
         return_entropy: Also yield entropies [n, C], in nats and without gradient.
-        autocast_dtype: Run the forwards under torch.autocast with this dtype; None for no autocast of this function's.
+        autocast_dtype: Run the forwards under torch.autocast with this dtype; None to leave autocast unchanged.
 
     Yields:
         (batch, logprobs): a `MicroBatch` of n rollouts and [n, C] float32, 0 where its loss mask is False.

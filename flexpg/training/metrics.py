@@ -98,13 +98,13 @@ def rates(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return shares and ratios of a step's sums.
 
     Args:
-        metrics: With `cost_metrics` and the seconds "sample_s", "score_s" and "train_s".
+        metrics: With `cost_metrics` and the seconds "sample_s", "logprobs_s" and "train_s".
 
     Returns:
         "sample_fraction" of the seconds; "token_ratio", how many times fewer tokens were encoded than by the baseline;
         "tokens_per_s", baseline tokens per second of the step; "padding_fraction" of what was encoded.
     """
-    total = metrics["sample_s"] + metrics["score_s"] + metrics["train_s"]
+    total = metrics["sample_s"] + metrics["logprobs_s"] + metrics["train_s"]
     return {
         "sample_fraction": metrics["sample_s"] / total,
         "token_ratio": metrics["tokens_baseline"] / metrics["tokens_encoded"],
@@ -164,10 +164,11 @@ def format_summary(history: Sequence[Mapping[str, float]], accuracies: Mapping[i
             line += f"{reward:>9.3f}{tokens:>20.1f}"
         lines.append(line)
         before = step
-    sample, score, train = (mean(name) for name in ("sample_s", "score_s", "train_s"))
+    sample, logprobs, train = (mean(name) for name in ("sample_s", "logprobs_s", "train_s"))
     baseline, once, encoded = (mean(f"tokens_{name}") for name in ("baseline", "prompts_once", "encoded"))
     rows = {
-        "seconds per step": f"{sample + score + train:.2f}: sample {sample:.2f}, score {score:.2f}, train {train:.2f}",
+        "seconds per step": f"{sample + logprobs + train:.2f}: sampling and rewards {sample:.2f}, old and reference "
+        f"log-probabilities {logprobs:.2f}, update {train:.2f}",
         "tokens per step": f"{baseline:,.0f} with every prompt once per completion (baseline)",
         " ": f"{once:,.0f} with every prompt once ({baseline / once:.1f}x fewer)",
         "  ": f"{encoded:,.0f} encoded in this run ({baseline / encoded:.1f}x fewer)",

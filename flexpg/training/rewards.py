@@ -108,8 +108,8 @@ def score(
             where = f"reward {reward.name!r}, rollout {n}, completion {completion[:80]!r}, answer {answer[:80]!r}"
             with error_context(where):
                 value = float(reward.function(completion, answer))
-            if not math.isfinite(value):
-                raise ValueError(f"rewards must be finite, got {value} from {where}")
+                if not math.isfinite(value):
+                    raise ValueError(f"rewards must be finite, got {value} from {where}")
             column.append(value)
         values[reward.name] = torch.tensor(column, dtype=torch.float32)
         total += reward.weight * torch.tensor(column, dtype=torch.float64)

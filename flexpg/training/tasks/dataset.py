@@ -1,4 +1,4 @@
-"""Problems from the rows of a data set: a local file, a folder, or a name on the Hugging Face hub."""
+"""Problems from the rows of a dataset: a local file, a folder, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def problems(
             hub. Local data take precedence.
         template: Of the prompt.
         answer: Of the answer that rewards compare with; in Python also a function of the row.
-        split: A split of a folder or a data set on the hub. A file is one split, whatever it is called.
-        subset: Of a folder or a data set on the hub that has several.
+        split: A split of a folder or a dataset on the hub. A file is one split, whatever it is called.
+        subset: Of a folder or a dataset on the hub that has several.
         size: Number of problems at most; None for all.
         skip: Rows to leave out before the first question.
         shots: Few-shot examples, the first rows of their data. If these are also the data of the questions, they are
@@ -87,6 +87,11 @@ def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
     try:
         return template.format_map(row) if isinstance(template, str) else template(row)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if not isinstance(template, str) and not callable(template):
+            raise ValueError(
+                f"template and answer must be strings, got {template}; on a command line, quote braces: "
+                "'train_problems.answer=\"{answer}\"'"
+            ) from None
         raise ValueError(
             f"{where}: {template if isinstance(template, str) else 'the answer'!r} cannot be filled from the columns "
             f"{', '.join(row) or '(none)'}: {type(error).__name__}: {error}"
