@@ -38,14 +38,14 @@ class PrefixCache:
 
     Args:
         tokens: [P] int64, the prompt.
-        forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and its
-            mask, which makes the layers store their keys and values here.
+        forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and this
+            cache, in which the layers store their keys and values.
 
     Attributes:
         tree: The prompt as a packed sequence.
     """
 
-    def __init__(self, tokens: Tokens, forward: Callable[[PrefixTree, PrefixBlockMask], Tensor]) -> None:
+    def __init__(self, tokens: Tokens, forward: Callable[[PrefixTree, PrefixCache], Tensor]) -> None:
         self.tree = PrefixTree.from_sequences([tokens])
         self._with_grad = torch.is_grad_enabled()
         self._is_closed = False
@@ -53,7 +53,7 @@ class PrefixCache:
         self._outputs: list[Tensor] = []  # of the prompt's forward: those that need gradients
         self._grads: list[Tensor | None] = []  # the sum of the gradients of each
         self._hidden: Tensor | None = None
-        self._hidden = self._detached(forward(self.tree, PrefixBlockMask(self, self.tree)))
+        self._hidden = self._detached(forward(self.tree, self))
 
     @property
     def requires_grad(self) -> bool:
@@ -87,16 +87,18 @@ class PrefixCache:
         return k, v
 
     def mask_for(self, tree: PrefixTree) -> PrefixBlockMask:
-        """Return the mask of a micro-batch without its prompt, whose tokens are keys only.
+        """Return the mask of a micro-batch without its prompt, whose tokens are keys only; or that of the prompt.
 
         Args:
-            tree: The micro-batch's tree, of whole sequences.
+            tree: The micro-batch's tree, of whole sequences; or the prompt's.
 
         Raises:
             ValueError: If a sequence does not begin with the prompt, or the cache is closed.
         """
         if self._is_closed:
             raise ValueError("the prefix cache is closed; encode the prompt again for these micro-batches")
+        if tree is self.tree:
+            return PrefixBlockMask(self, tree)
         length = self.tree.num_tokens
         begins = torch.equal(tree.input_ids[0, :length], self.tree.input_ids[0, :length])
         if not begins or int(tree.lengths.min()) <= length or bool((tree.end[:length] != tree.num_tokens).any()):
@@ -198,9 +200,7 @@ class PackedInput:
     mask: TreeBlockMask
 
 
-def packed_input(
-    model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None = None, mask: TreeBlockMask | None = None
-) -> PackedInput:
+def packed_input(model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None = None) -> PackedInput:
     """Return the part of a packed sequence that goes through the model, and its mask.
 
     The tokens of a cached prompt are left out, and so is padding on a CPU: flex kernels need whole blocks, those of a
@@ -210,15 +210,12 @@ def packed_input(
     Args:
         model: The model, whose compiled layers are looked at.
         tree: The packed sequence, of S tokens.
-        prefix: A cached prompt with which all sequences begin.
-        mask: The mask of the cached prompt's own forward.
+        prefix: A cached prompt with which all sequences begin, or whose own forward this is.
     """
-    if mask is None:
-        mask = TreeBlockMask(tree) if prefix is None else prefix.mask_for(tree)
-    is_prefix = isinstance(mask, PrefixBlockMask) and not mask.first_query
+    mask = TreeBlockMask(tree) if prefix is None else prefix.mask_for(tree)
     keep_padding = (
         mask.tree.end.device.type != "cpu"
-        or is_prefix
+        or (prefix is not None and tree is prefix.tree)
         or torch.compiler.is_compiling()
         or any(module._compiled_call_impl is not None for module in model.modules())
     )
@@ -237,7 +234,7 @@ def whole_sequence(hidden: Tensor, tree: PrefixTree, prefix: PrefixCache | None 
     Returns:
         [1, S, E]; the values at padding have no meaning.
     """
-    if prefix is not None:
+    if prefix is not None and tree is not prefix.tree:
         hidden = prefix.prepend_hidden(hidden)
     if hidden.shape[1] == tree.padded_length:
         return hidden

@@ -29,7 +29,7 @@ def tree_of(prompt: list[int], completions: list[list[int]]) -> PrefixTree:
 
 
 def cache_without_model(prompt: list[int]) -> PrefixCache:
-    return PrefixCache(prompt, lambda tree, mask: torch.zeros(1, tree.padded_length, 1))
+    return PrefixCache(prompt, lambda tree, prefix: torch.zeros(1, tree.padded_length, 1))
 
 
 def random_mask(seed: int) -> TreeBlockMask:
@@ -104,7 +104,7 @@ def test_cached_mask_for_another_window_or_device_keeps_its_cache():
 
 def test_cache_bfloat16_sums_gradients_in_float32():
     output = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
-    prefix = PrefixCache([1], lambda tree, mask: (output * 1).expand(1, tree.padded_length, 1))
+    prefix = PrefixCache([1], lambda tree, prefix: (output * 1).expand(1, tree.padded_length, 1))
     with prefix:
         for _ in range(1000):
             prefix.prepend_hidden(torch.zeros(1, 0, 1)).sum().backward()

@@ -19,7 +19,7 @@ from flexpg.layer_hooks import uncompiled
 from flexpg.logprobs import OutputLayer, token_logprobs
 from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.packing import pack
-from flexpg.prefix_cache import PrefixBlockMask, PrefixCache
+from flexpg.prefix_cache import PrefixCache
 from flexpg.rollouts import Rollouts
 from flexpg.sampling import Decoder, Samples, SamplingParams, sample_completions
 from flexpg.tree import PrefixTree, Tokens
@@ -33,17 +33,10 @@ class Integration(Protocol):
     def enable(self, model: Any) -> None:
         """Prepare a model for packed sequences, or raise if prefixes could not be shared exactly in it."""
 
-    def forward(
-        self,
-        model: Any,
-        tree: PrefixTree,
-        *,
-        prefix: PrefixCache | None = None,
-        mask: PrefixBlockMask | None = None,
-    ) -> Tensor:
+    def forward(self, model: Any, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
         """Compute the hidden states [1, S, E] of a packed sequence, after the final norm.
 
-        `prefix` is a cached prompt with which all sequences begin. `mask` is that of a cached prompt's own forward.
+        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is.
         """
 
     def output(self, model: Any) -> OutputLayer:
@@ -102,7 +95,7 @@ def encode_prefix(model: nn.Module, tokens: Tokens) -> PrefixCache:
         tokens: [P] int64, the prompt, on the model's device.
     """
     integration = integration_for(model)
-    return PrefixCache(tokens, lambda tree, mask: integration.forward(model, tree, mask=mask))
+    return PrefixCache(tokens, lambda tree, prefix: integration.forward(model, tree, prefix=prefix))
 
 
 @overload

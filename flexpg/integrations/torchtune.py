@@ -57,20 +57,13 @@ def enable(model: TransformerDecoder) -> None:
         attn.forward = MethodType(_attention_forward, attn)
 
 
-def forward(
-    model: TransformerDecoder,
-    tree: PrefixTree,
-    *,
-    prefix: PrefixCache | None = None,
-    mask: PrefixBlockMask | None = None,
-) -> Tensor:
+def forward(model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
     """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
     Args:
         model: A torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
         tree: The packed sequence, with tokens, on the model's device.
-        prefix: See `flexpg.integrations.Integration`.
-        mask: Likewise.
+        prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
 
     Returns:
         [1, S, E] hidden states after the final norm.
@@ -81,7 +74,7 @@ def forward(
     """
     enable(model)
     check_fits(model, tree.max_token, tree.max_length)
-    packed = packed_input(model, tree, prefix, mask)
+    packed = packed_input(model, tree, prefix)
 
     def hidden_states() -> Tensor:
         hidden = _hidden_states(model, packed.input_ids, packed.position_ids, packed.mask)

@@ -15,7 +15,7 @@ from flexpg.integrations.fsdp import run_as_forward
 from flexpg.integrations.transformers.attention import NAME, register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
 from flexpg.logprobs import OutputLayer
-from flexpg.prefix_cache import PrefixBlockMask, PrefixCache, packed_input, whole_sequence
+from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
 from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
 
@@ -46,21 +46,14 @@ def enable(model: nn.Module) -> None:
         base.set_attn_implementation(NAME)
 
 
-def forward(
-    model: nn.Module,
-    tree: PrefixTree,
-    *,
-    prefix: PrefixCache | None = None,
-    mask: PrefixBlockMask | None = None,
-) -> Tensor:
+def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
     """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
     Args:
         model: An enabled transformers decoder, plain or with PEFT adapters, with or without gradient checkpointing,
             sharded by FSDP2 or not.
         tree: The packed sequence, with tokens, on the model's device.
-        prefix: See `flexpg.integrations.Integration`.
-        mask: Likewise.
+        prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
 
     Returns:
         [1, S, E] hidden states after the final norm.
@@ -69,7 +62,7 @@ def forward(
         ValueError: If the model is not enabled, has dropout or noise in training, or the tree does not fit it.
         TypeError: If prefixes cannot be shared exactly in the model.
     """
-    packed = packed_input(model, tree, prefix, mask)
+    packed = packed_input(model, tree, prefix)
 
     def hidden_states() -> Tensor:
         base_model = unwrap(model).base_model
