@@ -50,8 +50,8 @@ def pack(
     """Cut a step into micro-batches of at most `max_tokens` tokens, with whole groups where they fit.
 
     A group that does not fit is split into few parts of even size. Work is assigned largest first, to the rank with the
-    least so far. All ranks get the same number of micro-batches, as FSDP needs; idle ones, whose gradient is
-    zero, fill the gap.
+    least so far. All ranks get the same number of micro-batches, as FSDP needs; idle ones, whose gradient is zero, fill
+    the gap.
 
     Args:
         rollouts: The step's rollouts.

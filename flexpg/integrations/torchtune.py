@@ -54,7 +54,8 @@ def enable(model: TransformerDecoder) -> None:
         if "forward" in vars(attn) and own is not _attention_forward:
             raise TypeError(f"the forward of a {type(attn).__name__} has been replaced; undo that first")
     for attn in attentions:
-        attn.forward = MethodType(_attention_forward, attn)
+        if "forward" not in vars(attn):  # every forward calls `enable`, and a new method would recompile
+            attn.forward = MethodType(_attention_forward, attn)
 
 
 def forward(model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
