@@ -23,8 +23,7 @@ import flexpg
 from benchmarks.record import commit, save
 from examples.agent_conversations import costs, small_model, trained_tokenizer
 from flexpg import Rollouts, group_advantages, grpo_loss, pack, packed_logprobs
-from flexpg.conversations import Conversation, conversation_rollouts
-from flexpg.training.tasks import tau_bench
+from flexpg.conversations import Conversation, conversation_rollouts, read_conversations
 
 DATA = Path("../shared/data/tau_bench/gpt-4o-airline.json")
 
@@ -125,7 +124,7 @@ def main() -> None:
         )
     commit()
     torch.set_num_threads(1)  # threads that wait for each other would count as work
-    conversations = sorted(tau_bench(args.file), key=lambda conversation: conversation.task)
+    conversations = sorted(read_conversations(args.file), key=lambda conversation: conversation.task)
     tokenizer = trained_tokenizer(conversations)
     models = [small_model(tokenizer), flexpg.enable(small_model(tokenizer))]
     result = {"conversations": len(conversations), "tasks": len({each.task for each in conversations})}

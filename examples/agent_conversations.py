@@ -2,7 +2,7 @@
 
 python examples/agent_conversations.py [FILE] [--model CHECKPOINT]
 
-FILE is a results file of tau-bench (default: four conversations in examples/data). Without a checkpoint, the model is
+FILE has recorded conversations (default: four of tau-bench in examples/data). Without a checkpoint, the model is
 small with random weights, and its tokenizer is trained on the conversations.
 """
 
@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import flexpg
 from flexpg import PrefixTree, Rollouts
-from flexpg.conversations import Conversation, conversation_rollouts
-from flexpg.training.tasks import tau_bench
+from flexpg.conversations import Conversation, conversation_rollouts, read_conversations, template_messages
 
 DATA = Path(__file__).parent / "data"
 MARKS = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -31,7 +30,8 @@ def trained_tokenizer(conversations: list[Conversation], vocab_size: int = 4096)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": MARKS, "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
-    texts = [str(text) for each in conversations for message in each.messages for text in message.values()]
+    messages = (message for each in conversations for message in template_messages(each.messages))
+    texts = [str(text) for message in messages for text in message.values()]
     tokenizer.train_from_iterator(texts, trainer)
     template = (DATA / "chat_template.jinja").read_text()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint whose tokenizer has a chat template")
     parser.add_argument("--max-tokens", type=int, default=16384, help="token budget of a micro-batch")
     args = parser.parse_args()
-    conversations = tau_bench(args.file)
+    conversations = read_conversations(args.file)
     if args.model:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train()

@@ -15,6 +15,7 @@ import logging
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -96,7 +97,10 @@ def print_report(args: argparse.Namespace) -> None:
         from flexpg.analysis.plots import plot_report
         from flexpg.analysis.report import report
     shape = _shape(args.model)
-    rollouts, names = _rollouts(args, shape.vocab_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", ".* stored turn by turn")
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        rollouts, names = _rollouts(args, shape.vocab_size)
     found = report(
         rollouts,
         shape,
@@ -140,16 +144,42 @@ def _shape(path: Path) -> ModelShape:
 
 def _rollouts(args: argparse.Namespace, vocab_size: int) -> tuple[Rollouts, Sequence[str] | None]:
     """Return the rollouts of the file with their names, or rollouts of the given lengths."""
-    if args.file is None:
+    if not args.files:
         from flexpg.analysis.report import rollouts_from_lengths
 
         prompts = args.prompts or 1
         completions = [[args.completion_tokens] * args.group_size] * prompts
         return rollouts_from_lengths([args.prompt_tokens] * prompts, completions), None
     from flexpg.analysis.rollout_files import read_rollouts
+    from flexpg.conversations.transcripts import skipped_message
 
     tokenizer = _tokenizer(args.tokenizer, args.model)
-    return read_rollouts(args.file, **tokenizer, per_turn=args.per_turn, vocab_size=vocab_size)
+    skipped: dict[str, str] | None = {} if args.skip_bad else None
+    rollouts, names = read_rollouts(
+        args.files,
+        **tokenizer,
+        per_turn=args.per_turn,
+        stop_tokens=_stop_tokens(args.stop_tokens, tokenizer.get("chat")),
+        template_options=args.template_options,
+        vocab_size=vocab_size,
+        skipped=skipped,
+    )
+    if skipped:
+        print(f"note: {skipped_message(skipped)}", file=sys.stderr)
+    return rollouts, names
+
+
+def _stop_tokens(names: Sequence[str] | None, chat: Any) -> list[int] | None:
+    """Return the ids of stop tokens, which may be given as ids or as texts of a tokenizer's tokens."""
+    if names is None:
+        return None
+    ids = []
+    for name in names:
+        token = int(name) if name.isdecimal() else None if chat is None else chat.get_vocab().get(name)
+        if token is None:
+            raise ValueError(f"--stop-tokens must be ids or tokens of the tokenizer, got {name!r}")
+        ids.append(token)
+    return ids
 
 
 def _tokenizer(path: Path | None, model: Path) -> dict[str, Any]:
@@ -183,6 +213,16 @@ def _budgets(text: str) -> list[int]:
     return [_positive(budget) for budget in text.split(",")]
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return options
+
+
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "report",
@@ -192,12 +232,12 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add = parser.add_argument
     add(
-        "file",
+        "files",
         metavar="FILE",
-        nargs="?",
+        nargs="*",
         type=Path,
-        help='JSONL with lines like {"prompt": TEXT, "completions": [TEXT, ...]}, {"prompt": TEXT, "completion": TEXT} '
-        'or {"messages": [...]}; lists of token ids may replace texts',
+        help='rollouts or conversations as JSON lines, JSON or Parquet, also with gzip, "-" for standard input; '
+        "prompts with completions as text, token ids or messages, or the formats of common tools (see docs/report.md)",
     )
     add("--prompt-tokens", metavar="N", type=_positive, help="length of every prompt, instead of FILE")
     add("--completion-tokens", metavar="N", type=_positive, help="length of every completion, instead of FILE")
@@ -224,14 +264,32 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=[4096, 8192, 16384, 32768],
         help="token budgets of a micro-batch (default: 4096,8192,16384,32768)",
     )
-    add("--per-turn", action="store_true", help="count one rollout per assistant turn (for lines with messages)")
+    add(
+        "--per-turn",
+        action="store_true",
+        default=None,
+        help="one rollout per assistant turn (default: per conversation where the chat template allows it)",
+    )
+    add("--skip-bad", action="store_true", help="skip rows that cannot be read, and say which")
+    add(
+        "--stop-tokens",
+        metavar="TOKEN,TOKEN,...",
+        type=lambda text: text.split(","),
+        help="tokens or ids that end an assistant turn (default: the tokenizer's and its generation_config.json's)",
+    )
+    add(
+        "--template-options",
+        metavar="JSON",
+        type=_json_object,
+        help="options of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     add("--activation-checkpointing", action="store_true", help="layers are recomputed in the backward")
     add("--out", metavar="FILE", type=Path, default=Path("report.png"), help="figure to write (default: report.png)")
     add("--json", metavar="FILE", type=Path, help="also write the numbers as JSON")
 
     def run(args: argparse.Namespace) -> None:
         lengths = (args.prompt_tokens, args.completion_tokens, args.group_size)
-        if None in lengths if args.file is None else any((*lengths, args.prompts)):
+        if any((*lengths, args.prompts)) if args.files else None in lengths:
             parser.error("give either FILE, or --prompt-tokens, --completion-tokens and --group-size")
         print_report(args)
 

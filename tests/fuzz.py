@@ -10,16 +10,17 @@ A failing case is printed with a line `@reproduce_failure(...)` that repeats it;
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexpg.conversations import ROLES, Conversation
+from flexpg.conversations import Conversation
+from flexpg.conversations.messages import ROLES
 from flexpg.rollouts import Rollouts
 
 SUITE_CASES = 500
@@ -117,32 +118,26 @@ def loss_batches(draw):
 
 # Conversations.
 
-END, AFTER, FIRST_ROLE, FIRST_LETTER = 1, 2, 10, 100
-
 
 class LetterChat:
-    """A chat template with one token per letter: a role, the text, the end of the turn, and a token between turns.
+    """A tokenizer with one token per letter, and a template: a role's letter, the text, the end of the turn, a newline.
 
-    A dollar sign in a text is the token that ends turns.
+    A dollar sign, in a text too, is the token that ends turns.
     """
 
-    eos_token_id = END
+    eos_token_id, name_or_path = ord("$"), ""
+    added_tokens_decoder: ClassVar = {}
+    roles: ClassVar = dict(zip(ROLES, "SDUAL", strict=True))
 
-    def apply_chat_template(self, conversation, *, tools, add_generation_prompt, **_) -> list[int]:
-        ids = [] if tools is None else [FIRST_LETTER] * len(tools)
-        for message in conversation:
-            ids += [role_token(message["role"]), *letters(message), END, AFTER]
-        return ids + [role_token("assistant")] * add_generation_prompt
+    def apply_chat_template(self, conversation, *, tools, add_generation_prompt, **_) -> str:
+        turns = [f"{self.roles[message['role']]}{message['content']}$\n" for message in conversation]
+        return "T" * len(tools or []) + "".join(turns) + "A" * add_generation_prompt
 
+    def encode(self, text: str, **_) -> list[int]:
+        return [ord(letter) for letter in text]
 
-def role_token(role: str) -> int:
-    return FIRST_ROLE + ROLES.index(role)
-
-
-def letters(message: dict) -> list[int]:
-    """Return a message's tokens between its role and its end."""
-    text = str(message.get("content") or "") + json.dumps(message.get("tool_calls") or "")[1:-1]
-    return [END if letter == "$" else FIRST_LETTER + ord(letter) for letter in text]
+    def decode(self, token_ids, **_) -> str:
+        return "".join(map(chr, token_ids))
 
 
 TEXTS = st.text("ab$", max_size=4)
@@ -154,7 +149,8 @@ ANSWERS = st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXTS}
 def conversations(draw):
     """Draw a conversation with at least one assistant message, anywhere."""
     messages = [*draw(st.lists(MESSAGES, max_size=3)), draw(ANSWERS), *draw(st.lists(MESSAGES, max_size=3))]
-    return Conversation(messages, draw(st.floats(-9, 9, width=32)), tools=draw(st.sampled_from([None, [], [{}]])))
+    tools = draw(st.sampled_from([None, [], [{"name": "f"}]]))
+    return Conversation(messages, draw(st.floats(-9, 9, width=32)), tools=tools)
 
 
 # Files and options.

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from chat_tokenizers import chat_tokenizer
 from matplotlib.image import imread
 
 from flexpg import __version__
@@ -178,11 +179,59 @@ def test_report_of_messages_needs_a_chat_template_and_counts_turns(capsys):
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     Path("chat/tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     main([*command, "--tokenizer", "chat"])
-    assert "1 rollouts of 1 prompts" in capsys.readouterr().out
+    assert "1 rollout of 1 prompt:" in capsys.readouterr().out
     main([*command, "--tokenizer", "chat", "--per-turn"])
     out = capsys.readouterr().out
     assert "2 rollouts of 2 prompts" in out and "By group size" not in out
     assert Path("chats.svg").read_text().startswith("<?xml")
+
+
+def test_report_skips_bad_rows_and_notes_rewritten_conversations(capsys):
+    chat_tokenizer("qwen3", "qwen3").save_pretrained("chat")
+    bad = '{"messages": [\n'
+    Path("chats.jsonl").write_text(bad + json.dumps({"messages": MESSAGES}) + "\n" + bad)
+    command = ["report", "chats.jsonl", "--model", str(TINY), "--tokenizer", "chat"]
+    with pytest.raises(SystemExit, match=r"^error: chats.jsonl:1: must be JSON: "):
+        main(command)
+    with pytest.raises(SystemExit, match=r"^error: chats.jsonl must have at least one rollout; skipped 3 rows: "):
+        main([*command, "--skip-bad"])  # the tokenizer has ids that the model does not have
+    config = json.loads((TINY / "config.json").read_text())
+    Path("large.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    command[3] = "large.json"
+    main([*command, "--skip-bad"])
+    out, err = capsys.readouterr()
+    assert "2 rollouts of 2 prompts" in out
+    notes = err.splitlines()
+    assert notes[0].startswith("note: 1 conversation stored turn by turn, ") and "line 2: messages[1] is" in notes[0]
+    assert notes[1].startswith("note: skipped 2 rows: line 1, line 3; line 1: must be JSON: ") and len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("stops", "tokens"), [("<|im_end|>", 1), ("<|endoftext|>,<|im_end|>", 1), ("<|endoftext|>", 2)]
+)
+def test_report_stop_tokens_end_turns(stops, tokens, capsys):
+    tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
+    tokenizer.save_pretrained("chat")
+    Path("large.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | {"vocab_size": 1000}))
+    write("chats.jsonl", {"messages": [MESSAGES[0], MESSAGES[1] | {"content": ""}]})
+    command = ["report", "chats.jsonl", "--model", "large.json", "--tokenizer", "chat", "--stop-tokens"]
+    for own in (stops, ",".join(str(tokenizer.convert_tokens_to_ids(name)) for name in stops.split(","))):
+        main([*command, own])
+        assert f"{tokens} in the loss" in capsys.readouterr().out  # with the template's newline or without
+    with pytest.raises(SystemExit, match=r"^error: --stop-tokens must be ids or tokens of the tokenizer, got '<end>'"):
+        main([*command, "<end>"])
+
+
+def test_report_template_options_reach_the_template(capsys):
+    chat_tokenizer("qwen3", "qwen3_6").save_pretrained("chat")
+    Path("large.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | {"vocab_size": 1000}))
+    write("chats.jsonl", {"messages": MESSAGES[:2]})
+    command = ["report", "chats.jsonl", "--model", "large.json", "--tokenizer", "chat", "--template-options"]
+    counts = []
+    for thinks in ("true", "false"):
+        main([*command, f'{{"enable_thinking": {thinks}}}'])
+        counts.append(int(re.search(r"(\d+) in the loss", capsys.readouterr().out)[1]))
+    assert counts[0] > counts[1]  # with </think>
 
 
 def run_without(packages, command):
@@ -234,6 +283,8 @@ LINES = [
     ("report good.jsonl --model adapter", "base_model_name_or_path in adapter/adapter_config.json must be a local"),
     ("report good.jsonl --model TINY --tokenizer gone", "no folder gone; pass one that holds a tokenizer"),
     ("report good.jsonl --model TINY --tokenizer bad", "--tokenizer bad: KeyError: "),
+    ("report good.jsonl --model TINY --stop-tokens <end>", "--stop-tokens must be ids or tokens of the tokenizer"),
+    ("report good.jsonl --model TINY --template-options [1]", "must be a JSON object, got '[1]'"),
     ("report good.jsonl --model TINY --out r.txt", "Format 'txt' is not supported"),
 ]
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from baseline import relative_error
+from chat_tokenizers import chat_tokenizer, published_template
 from hf_models import in_float64
 
 import flexpg
 from examples import agent_conversations
 from examples.agent_conversations import small_model, trained_tokenizer
 from flexpg import group_advantages, pack
-from flexpg.conversations import Conversation, conversation_rollouts, template_messages
-from flexpg.training.tasks import tau_bench
+from flexpg.conversations import Conversation, conversation_rollouts, read_conversations, template_messages
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "examples" / "data" / "tau_bench_sample.json"
@@ -38,7 +38,7 @@ FORGETFUL = """
 
 @pytest.fixture(scope="module")
 def conversations():
-    return tau_bench(SAMPLE)
+    return read_conversations(SAMPLE)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def generated_text(message) -> str:
 
 
 def assistant_texts(conversation) -> list[str]:
-    return [generated_text(message) for message in conversation.messages if message["role"] == "assistant"]
+    messages = template_messages(conversation.messages)
+    return [generated_text(message) for message in messages if message["role"] == "assistant"]
 
 
 def texts_in_loss(tokenizer, completion, mask) -> list[str]:
@@ -82,7 +83,7 @@ def texts_in_loss(tokenizer, completion, mask) -> list[str]:
 
 
 def render(tokenizer, messages, **options) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return tokenizer.apply_chat_template(template_messages(messages), tokenize=False, **options)
 
 
 def distinct_prefixes(sequences) -> int:
@@ -142,7 +143,7 @@ def test_per_turn_completions_are_assistant_messages_after_their_history(tokeniz
 
 @pytest.mark.skipif(not REAL.exists(), reason="the 200 real conversations are not here")
 def test_tau_bench_conversations_have_only_assistant_tokens_in_the_loss(tokenizer):
-    conversations = tau_bench(REAL)
+    conversations = read_conversations(REAL)
     assert len(conversations) == 200
     assert sorted({each.task for each in conversations}) == list(range(50))
     assert sum(each.reward for each in conversations) == 84
@@ -178,31 +179,16 @@ def test_consecutive_assistant_messages_are_turns_and_tool_results_context(token
     assert [tokenizer.decode(each) for each in turns.completions] == expected
 
 
-def test_end_of_turn_token_inside_a_text_ends_nothing(tokenizer):
-    end = tokenizer.eos_token_id
-    conversation = chat(("user", f"say {END} twice {END}"), ("assistant", f"it is {END}, see"), ("user", END))
-    conversation.messages.append({"role": "assistant", "content": "fine"})
+def test_assistant_messages_of_weight_zero_are_context(tokenizer):
+    first = {"role": "assistant", "content": "ONE", "weight": 0}
+    conversation = replace(MIXED, messages=[MIXED.messages[0], first, *MIXED.messages[2:]])
     rollouts, _ = conversation_rollouts([conversation], tokenizer)
-    assert (rollouts.prompts[0] == end).sum() == 3  # two in the text, one that ends it
-    expected = [f"it is {END}, see{END}", f"fine{END}"]
-    assert texts_in_loss(tokenizer, rollouts.completions[0], rollouts.loss_mask[0]) == expected
+    assert "ONE" in tokenizer.decode(rollouts.prompts[0])
     turns, _ = conversation_rollouts([conversation], tokenizer, per_turn=True)
-    assert [tokenizer.decode(each) for each in turns.completions] == expected
-
-
-def test_stop_tokens_end_a_turn(tokenizer):
-    class NoEos:
-        eos_token_id = None
-        apply_chat_template = tokenizer.apply_chat_template
-
-    def completion(tokenizer=tokenizer, **options) -> str:
-        rollouts, _ = conversation_rollouts([chat(("user", "a"), ("assistant", "one. two"))], tokenizer, **options)
-        return decode(rollouts.completions[0])
-
-    decode = tokenizer.decode
-    assert completion() == f"one. two{END}"
-    assert completion(stop_tokens=tokenizer.encode(".", add_special_tokens=False)) == "one."
-    assert completion(stop_tokens=[]) == completion(NoEos()) == f"one. two{END}\n"  # with the template's newline
+    whole, _ = conversation_rollouts([MIXED], tokenizer)
+    assert len(turns) == 2 and torch.equal(whole.sequences[0], rollouts.sequences[0])
+    with pytest.raises(ValueError, match="must have one of role assistant in the loss"):
+        conversation_rollouts([Conversation([*MIXED.messages[:1], first])], tokenizer)
 
 
 def test_conversation_may_begin_with_the_assistant(tokenizer):
@@ -219,7 +205,7 @@ def test_conversation_may_begin_with_the_assistant(tokenizer):
 
 def test_opening_assistant_message_after_second_generation_prompt_raises(tokenizer):
     example = with_template(tokenizer, "{{- 'As in <|im_start|>assistant\nYes.' }}" + tokenizer.chat_template)
-    message = r"messages\[0\]: the template does not .* and once, so where it begins is unknown"
+    message = r"messages\[0\]: where it begins is unknown: .* 2 times; put a system or user message in front"
     for template, text in ((example, "Hello!"), (tokenizer, "I am <|im_start|>assistant\n")):
         with pytest.raises(ValueError, match=message):
             conversation_rollouts([chat(("assistant", text), ("user", "hi"))], template)
@@ -266,46 +252,77 @@ def test_tree_of_all_turns_has_the_tokens_of_whole_conversations(tokenizer, conv
 # Templates that rewrite earlier turns
 
 
-def test_template_that_rewrites_history_raises_unless_per_turn(tokenizer):
-    messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "reasoning": "hm"},
-        {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d", "reasoning": "oh"},
-    ]
+FORGOTTEN = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "reasoning": "hm"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d", "reasoning": "oh"},
+]
+
+
+def test_template_that_rewrites_history_raises_if_per_turn_is_false(tokenizer):
     forgetful = with_template(tokenizer, FORGETFUL)
-    with pytest.raises(ValueError, match=r"messages\[1\]: its tokens, .*per_turn=True") as caught:
-        conversation_rollouts([chat(("user", "a"), ("assistant", "b")), Conversation(messages)], forgetful)
+    message = r"messages\[1\] is generated as .*<think>.*, and becomes .* once messages\[3\] follows; per_turn=True"
+    with pytest.raises(ValueError, match=message) as caught:
+        conversation_rollouts(
+            [chat(("user", "a"), ("assistant", "b")), Conversation(FORGOTTEN)], forgetful, per_turn=False
+        )
     assert caught.value.__notes__ == ["in conversation 1 of 2"]
-    rollouts, origin = conversation_rollouts([Conversation(messages)], forgetful, per_turn=True)
-    assert origin.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("per_turn", [True, None])
+def test_template_that_rewrites_history_is_stored_turn_by_turn(tokenizer, per_turn):
+    forgetful = with_template(tokenizer, FORGETFUL)
+    whole = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rollouts, origin = conversation_rollouts([whole, Conversation(FORGOTTEN)], forgetful, per_turn=per_turn)
     texts = [tokenizer.decode(each) for each in rollouts.completions]
-    assert texts == [f"<think>hm</think>b{END}", f"<think>oh</think>d{END}"]
-    second = tokenizer.decode(rollouts.prompts[1])
-    assert second == render(forgetful, messages[:3], add_generation_prompt=True) and "hm" not in second
+    assert texts[-2:] == [f"<think>hm</think>b{END}", f"<think>oh</think>d{END}"]
+    second = tokenizer.decode(rollouts.prompts[rollouts.group_ids[-1]])
+    assert second == render(forgetful, FORGOTTEN[:3], add_generation_prompt=True) and "hm" not in second
+    if per_turn:
+        assert origin.tolist() == [0, 0, 1, 1] and not caught
+        return
+    assert origin.tolist() == [0, 1, 1]  # the first is stored whole
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert "1 conversation stored turn by turn, because" in str(warning.message)
+    assert "; conversation 1: messages[1] is generated as " in str(warning.message)
 
 
-def published_template(name: str) -> str:
-    """Return a published chat template, as TRL includes it."""
-    return (Path(find_spec("trl").origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+def test_turn_whose_newlines_merge_in_the_history_is_stored_turn_by_turn():
+    tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
+    conversation = chat(("user", "a"), ("assistant", "\n\nreply"), ("user", "b"), ("assistant", "two"))
+    with pytest.warns(UserWarning, match="turn by turn, .*reply"):
+        rollouts, origin = conversation_rollouts([conversation], tokenizer)
+    assert origin.tolist() == [0, 0]
+    expected = [f"\n\nreply{END}", f"two{END}"]
+    assert [tokenizer.decode(each) for each in rollouts.completions] == expected
+    assert torch.equal(
+        rollouts.prompts[1],
+        torch.tensor(tokenizer.encode(render(tokenizer, conversation.messages[:3], add_generation_prompt=True))),
+    )
+    plain = chat(("user", "a"), ("assistant", "reply"), ("user", "b"), ("assistant", "two"))
+    assert conversation_rollouts([plain], tokenizer)[1].tolist() == [0]
 
 
 def test_qwen2_5_template_is_cut_exactly(tokenizer, conversations):
     qwen = with_template(tokenizer, published_template("qwen2_5"))
-    rollouts, _ = conversation_rollouts(conversations[:1], qwen)
+    rollouts, _ = conversation_rollouts(conversations[:1], qwen, per_turn=False)
     texts = texts_in_loss(tokenizer, rollouts.completions[0], rollouts.loss_mask[0])
     expected = assistant_texts(conversations[0])
     assert [text.replace("\n", "") for text in texts] == [text.replace("\n", "") for text in expected]
     assert tokenizer.decode(rollouts.sequences[0]) in render(qwen, conversations[0].messages)
 
 
-def test_qwen3_template_raises_unless_per_turn(tokenizer, conversations):
+def test_qwen3_template_stores_conversations_turn_by_turn(tokenizer, conversations):
     qwen = with_template(tokenizer, published_template("qwen3"))
-    with pytest.raises(ValueError, match=r"messages\[2\]: its tokens.*once messages\[4\] follows"):
-        conversation_rollouts(conversations, qwen)
-    rollouts, _ = conversation_rollouts(conversations, qwen, per_turn=True, template_options={"enable_thinking": False})
+    with pytest.warns(UserWarning, match=r"4 conversations stored turn by turn, .* conversation 0: messages\[2\] is"):
+        rollouts, origin = conversation_rollouts(conversations, qwen, template_options={"enable_thinking": False})
     texts = [tokenizer.decode(each) for each in rollouts.completions]
     assert texts == [text for conversation in conversations for text in assistant_texts(conversation)]
+    assert origin.unique().tolist() == [0, 1, 2, 3]
     assert tokenizer.decode(rollouts.prompts[0]).endswith("<think>\n\n</think>\n\n")
 
 
@@ -361,11 +378,12 @@ USERS_ONLY = "{% for m in messages if m.role == 'user' %}{{ m.content + '<|im_en
     [
         ([USER], BODY, "messages must have one of role assistant"),
         ([USER, {"role": "assistnat", "content": "b"}], BODY, "messages[1] must have a role of system, developer, "),
-        ([USER, {"role": "assistant", "text": "b"}], BODY, "messages[1] must have content or tool_calls, got ['role',"),
-        ([USER, ASSISTANT], PROMPTED, "messages[1]: the template does not render it as its generation prompt and what"),
-        ([ASSISTANT], PROMPTED, "messages[0]: the template does not render it as its generation prompt"),
+        ([USER, {"role": "assistant", "text": "b"}], BODY, "messages[1] must have content, tool_calls or reasoning"),
+        ([USER, ASSISTANT], PROMPTED, "messages[1]: where it begins is unknown: the template's generation prompt"),
+        ([ASSISTANT], PROMPTED, "messages[0]: where it begins is unknown: the template writes its generation prompt"),
         ([ASSISTANT], BODY, "messages[0] must have a token before it; put a system or user message in front"),
-        ([USER, ASSISTANT], USERS_ONLY, "messages[1] must have a token as the template renders it; drop the message"),
+        ([USER, ASSISTANT], USERS_ONLY, "messages[1]: the template leaves out its text 'b'"),
+        ([USER, ASSISTANT | {"content": ""}], USERS_ONLY, "messages[1] must have a token as the template renders it"),
         ([USER, ASSISTANT], "{{ raise_exception('no tools here') }}", "no tools here"),
     ],
 )
@@ -379,35 +397,6 @@ def test_reward_that_is_not_finite_in_float32_raises(tokenizer):
     for reward in (float("nan"), 1e39):
         with pytest.raises(ValueError, match="rewards must be finite"):
             conversation_rollouts([chat(("user", "a"), ("assistant", "b"), reward=reward)], tokenizer)
-
-
-# Messages of an API, and tau-bench's files
-
-
-def test_template_messages_parse_arguments_and_leave_their_input_unchanged():
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "é"]}'}}
-    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "x"}]
-    before = json.dumps(messages)
-    first, second = template_messages(messages)
-    assert first["content"] == "" and first["tool_calls"][0]["function"]["arguments"] == {"a": [1, "é"]}
-    assert (first["tool_calls"][0]["id"], second) == ("1", {"role": "tool", "content": "x"})
-    assert json.dumps(messages) == before
-    assert template_messages([first, second]) == [first, second]
-    call["function"]["arguments"] = "{"
-    with pytest.raises(ValueError, match=r"messages\[0\]: the arguments of a tool call must be JSON"):
-        template_messages(messages)
-
-
-def test_tau_bench_sample_is_read_with_parsed_calls(conversations):
-    assert [each.reward for each in conversations] == [1.0, 0.0, 0.0, 1.0]
-    raw = json.loads(SAMPLE.read_text())
-    for entry, conversation in zip(raw, conversations, strict=True):
-        assert conversation.tools is None
-        for theirs, ours in zip(entry["traj"], conversation.messages, strict=True):
-            assert (ours["role"], ours["content"]) == (theirs["role"], theirs["content"] or "")
-            for text, call in zip(theirs.get("tool_calls") or [], ours.get("tool_calls") or [], strict=True):
-                assert json.loads(text["function"]["arguments"]) == call["function"]["arguments"]
-    assert sum(len(m.get("tool_calls") or []) for each in conversations for m in each.messages) > 4
 
 
 # The example and docs/conversations.md

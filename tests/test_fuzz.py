@@ -411,22 +411,24 @@ def test_fuzz_read_rollouts_reads_what_was_written(tmp_path_factory, drawn, end,
 @given(st.lists(fuzz.conversations(), min_size=1, max_size=3), st.booleans())
 @fuzz.cases("conversations")
 def test_fuzz_conversations_have_only_assistant_tokens_in_the_loss(drawn, per_turn):
-    expected = []  # (tokens, loss mask, conversation)
+    expected = []  # (text, loss mask, conversation)
     for number, conversation in enumerate(drawn):
-        tokens, last = [fuzz.FIRST_LETTER] * len(conversation.tools or []), None
-        mask = [False] * len(tokens)
+        text = "T" * len(conversation.tools or [])
+        mask, last = [False] * len(text), None
         for message in conversation.messages:
-            is_answer, own = message["role"] == "assistant", fuzz.letters(message)
-            tokens = [*tokens, fuzz.role_token(message["role"]), *own, fuzz.END]
-            mask = [*mask, False, *[is_answer] * (len(own) + 1)]
+            content, is_answer = message["content"], message["role"] == "assistant"
+            drawn_tokens = len(content.rstrip("$")) + 1  # sampling would have ended at the first of several ends
+            text += fuzz.LetterChat.roles[message["role"]]
+            mask = [*mask, False, *[is_answer] * drawn_tokens]
             if is_answer:
-                turn = [False] * (len(tokens) - len(own) - 1) + [True] * (len(own) + 1)
-                last = tokens, turn if per_turn else mask, number
+                turn = [False] * (len(mask) - drawn_tokens) + [True] * drawn_tokens
+                last = (text + content + "$")[: len(mask)], turn if per_turn else mask, number
                 expected += [last] if per_turn else []
-            tokens, mask = [*tokens, fuzz.AFTER], [*mask, False]
+            text += f"{content}$\n"
+            mask = mask + [False] * (len(text) - len(mask))
         expected += [] if per_turn else [last]
     found, origin = conversation_rollouts(drawn, fuzz.LetterChat(), per_turn=per_turn)
-    assert [row.tolist() for row in found.sequences] == [tokens for tokens, _, _ in expected]
+    assert ["".join(map(chr, row.tolist())) for row in found.sequences] == [text for text, _, _ in expected]
     for row, start, (_, mask, _) in zip(found.loss_mask.tolist(), found.prompt_lens.tolist(), expected, strict=True):
         assert not any(mask[:start]) and mask[start]
         assert row == mask[start:] + [False] * (len(row) - len(mask) + start)

@@ -17,7 +17,9 @@ import flexpg
 PACKAGE = Path(flexpg.__file__).parent
 ORDER = [  # a module imports only from those before it; a package that is listed as a whole also from itself
     *("tree", "masks", "backends.dense", "backends.flex", "backends.split", "backends.dispatch", "backends"),
-    *("prefix_cache", "rollouts", "conversations", "micro_batches", "packing"),
+    *("prefix_cache", "rollouts"),
+    *("conversations.messages", "conversations.chat_template", "conversations.rollouts"),
+    *("conversations.transcripts", "conversations", "micro_batches", "packing"),
     *("logprobs", "losses", "sample_cache", "sampling"),
     *("layer_hooks", "integrations.fsdp", "integrations"),
     *("integrations.torchtune", "integrations.transformers", "integrations.trl"),

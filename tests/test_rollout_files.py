@@ -5,23 +5,18 @@ from functools import partial
 
 import pytest
 import torch
+from chat_tokenizers import chat_tokenizer
 
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.conversations import Conversation, conversation_rollouts
+from flexpg.conversations.transcripts import skipped_message
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CHAT = {"messages": [USER, ASSISTANT, USER, ASSISTANT], "reward": 1}
 PROMPT = {"prompt": [1, 2], "completions": [[3]]}
 
 
-class ByteChat:
-    """A tokenizer of bytes whose chat template is `<role>content` and a zero."""
-
-    eos_token_id = 0
-
-    def apply_chat_template(self, messages, *, add_generation_prompt, **options):
-        text = "".join(f"<{message['role']}>{message['content']}\0" for message in messages)
-        return list((text + "<assistant>" * add_generation_prompt).encode())
+TOKENIZER = chat_tokenizer("qwen2_5", "qwen2_5")
 
 
 @pytest.fixture
@@ -62,9 +57,9 @@ def test_read_rollouts_encodes_texts_separately_without_byte_order_mark(write):
 def test_read_rollouts_of_messages_equal_conversation_rollouts(per_turn, write):
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     other = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    rollouts, names = read_rollouts(write(CHAT, {"messages": other}), chat=ByteChat(), per_turn=per_turn)
-    conversations = [Conversation(CHAT["messages"], 1.0), Conversation([USER, {"role": "assistant", "content": ""}])]
-    expected, _ = conversation_rollouts(conversations, ByteChat(), per_turn=per_turn)
+    rollouts, names = read_rollouts(write(CHAT, {"messages": other}), chat=TOKENIZER, per_turn=per_turn)
+    conversations = [Conversation(CHAT["messages"], 1.0), Conversation(other)]
+    expected, _ = conversation_rollouts(conversations, TOKENIZER, per_turn=per_turn)
     assert all(map(torch.equal, rollouts.sequences, expected.sequences))
     assert torch.equal(rollouts.loss_mask, expected.loss_mask) and torch.equal(rollouts.group_ids, expected.group_ids)
     assert torch.equal(rollouts.rewards, expected.rewards)
@@ -74,10 +69,9 @@ def test_read_rollouts_of_messages_equal_conversation_rollouts(per_turn, write):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b'{"prompt": [1],', "Expecting property name"),
-        (b'{"a": "\xff"}', "can't decode byte 0xff"),
-        ({"prompt": [1]}, "must have the keys prompt and completions, .* got \\['prompt'\\]"),
-        (PROMPT | {"completion": [1]}, "must have the keys prompt and completions"),
+        (b'{"prompt": [1],', "must be JSON: Expecting property name"),
+        (b'{"a": "\xff"}', "must be UTF-8: .*can't decode byte 0xff"),
+        ({"prompt": [1]}, "must have the keys of a known format, such as messages, got prompt"),
         (PROMPT | {"prompt": []}, "prompt must be 1-D with at least one token id"),
         (PROMPT | {"completions": [[1], []]}, r"completions\[1\] must be 1-D with at least one token id"),
         (PROMPT | {"completions": []}, r"completions must be a list of at least one, got \[\]"),
@@ -95,16 +89,93 @@ def test_read_rollouts_of_broken_line_raises_with_its_number(row, message, write
 
 
 def test_read_rollouts_of_broken_messages_raises_with_line_number(write):
-    read = partial(read_rollouts, chat=ByteChat(), per_turn=True)
+    read = partial(read_rollouts, chat=TOKENIZER, per_turn=True)
     with pytest.raises(ValueError, match=r"rollouts.jsonl:2: messages must have one of role assistant"):
         read(write(CHAT, {"messages": [USER]}))
     with pytest.raises(ValueError, match=r"rollouts.jsonl:1: messages\[1\] must have a role of .* got 'assistnat'"):
         read(write({"messages": [USER, {"role": "assistnat", "content": "b"}]}))
-    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: KeyError: 'function'"):
-        read(write({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}))
-    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: reward must be finite, got nan"):
-        read(write(CHAT | {"reward": float("nan")}))
     with pytest.raises(ValueError, match=r"rollouts.jsonl:1: per-turn rollouts need `messages`"):
         read(write(PROMPT))
-    with pytest.raises(ValueError, match="must have at least one line"):
+    with pytest.raises(ValueError, match=r"must have at least one rollout$"):
         read(write(b" "))
+
+
+# Options and other forms of rows.
+
+
+def test_read_rollouts_skips_broken_lines_and_counts_them(write):
+    skipped = {}
+    rows = [b"{", PROMPT, PROMPT | {"completions": [[200]]}, CHAT]
+    rollouts, names = read_rollouts(write(*rows), vocab_size=200, skipped=skipped)
+    assert len(rollouts) == 1 and names == ["line 2, completions[0]"]
+    assert list(skipped) == ["line 1", "line 3", "line 4"]
+    assert skipped_message(skipped).startswith("skipped 3 rows: line 1, line 3, line 4; line 1: must be JSON: ")
+    with pytest.raises(ValueError, match="must have at least one rollout; skipped 1 row: line 1; line 1: must be JSON"):
+        read_rollouts(write(b"{"), skipped={})
+
+
+def test_read_rollouts_of_several_files_names_them(tmp_path):
+    for name, row in (("a", PROMPT), ("b", b"3"), ("c", PROMPT)):
+        (tmp_path / name).write_bytes(row if isinstance(row, bytes) else json.dumps(row).encode())
+    files = [tmp_path / name for name in "abc"]
+    skipped = {}
+    rollouts, names = read_rollouts(files, skipped=skipped)
+    assert rollouts.group_ids.tolist() == [0, 0]
+    assert names == [f"{tmp_path / name}, line 1, completions[0]" for name in "ac"]
+    assert list(skipped) == [f"{tmp_path / 'b'}, line 1"]
+
+
+def test_read_rollouts_stores_rewritten_conversations_turn_by_turn(write):
+    forgetful = chat_tokenizer("qwen3", "qwen3")
+    with pytest.warns(UserWarning, match=r"1 conversation stored turn by turn, .*; line 2: messages\[1\] is generated"):
+        _, names = read_rollouts(write(CHAT | {"messages": [USER, ASSISTANT]}, CHAT), chat=forgetful)
+    assert names == ["line 1", "line 2, turn 0", "line 2, turn 1"]
+    with pytest.raises(ValueError, match=r"rollouts.jsonl:1: .* per_turn=True"):
+        read_rollouts(write(CHAT), chat=forgetful, per_turn=False)
+
+
+def test_read_rollouts_passes_stop_tokens_and_template_options_on(write):
+    tokenizer = chat_tokenizer("qwen3", "qwen3_6")
+    row = {"messages": [USER, ASSISTANT]}
+    rollouts, _ = read_rollouts(write(row), chat=tokenizer, stop_tokens=[], template_options={"enable_thinking": False})
+    assert tokenizer.decode(rollouts.completions[0]) == "b<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "rewards"),
+    [
+        ({"input": "q", "output": "a", "score": 0.5, "gts": "a", "step": 1}, ["line 1"], [0.5]),  # verl
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["line 1, chosen", "line 1, rejected"], [0, 0]),
+        (
+            {"prompt": "q", "completions": ["a", "b"], "rewards": [1, 2]},
+            ["line 1, completions[0]", "line 1, completions[1]"],
+            [1, 2],
+        ),
+        ({"prompt": "q", "completion": "a", "reward": None}, ["line 1"], [0]),
+    ],
+)
+def test_read_rollouts_of_texts_of_other_tools(row, names, rewards, write):
+    rollouts, found = read_rollouts(write(row), encode=lambda text: list(text.encode()))
+    assert found == names and rollouts.rewards.tolist() == rewards
+    assert [bytes(own.tolist()) for own in rollouts.completions] == [b"a", b"b"][: len(names)]
+
+
+def test_read_rollouts_of_a_trace_has_its_sampled_tokens(write):
+    def node(parent, token_ids, mask):
+        return {"parent": parent, "message": USER, "token_ids": token_ids, "mask": mask}
+
+    nodes = [
+        node(None, [1, 2], [False, False]),
+        node(0, [3, 4, 5], [False, True, True]),
+        node(1, [6], [False]),
+        node(2, [7, 8, 9], [True, True, False]),  # what follows the last sampled token is cut off
+        node(0, [3, 10], [False, True]),
+    ]
+    row = {"nodes": nodes, "rewards": {"a": {"score": 1.0, "weight": 0.5}, "b": None, "c": {"score": 2.0}}}
+    rollouts, names = read_rollouts(write(row))
+    assert names == ["line 1, node 3", "line 1, node 4"]
+    assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 10]]
+    assert rollouts.loss_mask.tolist() == [[True, True, False, True, True], [True, False, False, False, False]]
+    assert rollouts.rewards.tolist() == [2.5, 2.5]
+    with pytest.raises(ValueError, match="a sampled token that has one before it, got 2 for 2 tokens, 0 sampled"):
+        read_rollouts(write({"nodes": nodes[:1]}))

@@ -16,7 +16,7 @@ from torchtune import training
 from torchtune.models.qwen2 import qwen2
 from transformers import AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
-from flexpg.training.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward, gsm8k, problems, tau_bench
+from flexpg.training.tasks import ByteTokenizer, Problem, arithmetic, arithmetic_reward, gsm8k, problems
 from flexpg.training.tasks.arithmetic import worked
 from recipes.assets import make_tiny_model
 
@@ -270,23 +270,6 @@ def test_gsm8k_answer_without_a_number_is_named(tmp_path, answer, shots):
     file = jsonl(tmp_path / "rows.jsonl", [good, bad, good])
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1: .* the answer must end in '####' and a number"):
         gsm8k(file, shots=shots)
-
-
-def test_tau_bench_entry_that_is_not_a_conversation_is_named(tmp_path):
-    good = {
-        "task_id": 1,
-        "reward": 0.5,
-        "traj": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-    }
-    file = tmp_path / "results.json"
-    for change, message in (
-        ({"reward": None}, "TypeError"),
-        ({"traj": None}, "Error"),
-        ({"task_id": "x"}, "ValueError"),
-    ):
-        file.write_text(json.dumps([good, good | change]))
-        with pytest.raises(ValueError, match=f"results.json, entry 1: .*{message}"):
-            tau_bench(file)
 
 
 # The tiny model.

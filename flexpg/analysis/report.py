@@ -108,8 +108,8 @@ class Report:
         if shape.frozen_weights:
             options.append(f"{1 - shape.frozen_weights / shape.layer_weights:.1%} of weights trained")
         return [
-            f"{count:,} rollouts of {self.prompts:,} prompts: {short(self.prompt_tokens)} prompt tokens, "
-            f"{short(self.completion_tokens)} completion tokens, {short(self.loss_tokens)} in the loss",
+            f"{plural(count, 'rollout')} of {plural(self.prompts, 'prompt')}: {short(self.prompt_tokens)} prompt "
+            f"tokens, {short(self.completion_tokens)} completion tokens, {short(self.loss_tokens)} in the loss",
             f"model: {shape.num_layers} layers of width {shape.embed_dim:,}, vocabulary {shape.vocab_size:,}; "
             + ", ".join(options),
         ]
@@ -230,6 +230,15 @@ def short(count: int) -> str:
     ['9,999', '12.3 k', '6.75 M', '3.00 P']
     """
     return f"{count:,}" if count < 10_000 else _scaled(count, 1000, ("k", "M", "G", "T", "P", "E"))
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    >>> plural(1, "prompt"), plural(2345, "prompt")
+    ('1 prompt', '2,345 prompts')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def short_bytes(count: int) -> str:

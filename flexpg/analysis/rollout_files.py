@@ -1,23 +1,22 @@
-"""JSONL files -> rollouts: prompts with completions, as texts or token ids, or conversations."""
+"""Files of completions or conversations -> rollouts: texts, token ids or messages."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from math import isfinite
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexpg.conversations import (
-    ChatTokenizer,
-    Conversation,
+from flexpg.conversations.chat_template import ChatTokenizer
+from flexpg.conversations.rollouts import (
     MaskedSequence,
+    by_turn_message,
     conversation_sequences,
     rollouts_from_masked,
-    template_messages,
 )
+from flexpg.conversations.transcripts import Row, conversations_of, is_messages, read_rows, rewards_of, skipped_message
 from flexpg.rollouts import Rollouts
 from flexpg.tree import token_ids
 
@@ -25,84 +24,103 @@ Encode = Callable[[str], Sequence[int]]  # a text's token ids, without special t
 
 
 def read_rollouts(
-    path: Path | str,
+    paths: Path | str | Sequence[Path | str],
     *,
     encode: Encode | None = None,
     chat: ChatTokenizer | None = None,
-    per_turn: bool = False,
+    per_turn: bool | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    template_options: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> tuple[Rollouts, list[str]]:
-    """Read the rollouts of one step; those with equal prompts share a group, wherever they are in the file.
+    """Read the rollouts of one step; those with equal prompts share a group, wherever they are in the files.
 
-    Each line is an object: {"prompt": ..., "completions": [...]} or {"prompt": ..., "completion": ...}, each a text or
-    a list of token ids, or {"messages": [...]}, optionally with "reward" and "tools". Other keys are ignored, and so
-    are empty lines.
+    A row has `prompt` and `completion`, `completions`, or `chosen` and `rejected`, each a text or a list of token ids;
+    `input` and `output`, as verl dumps them; the `nodes` of a trace of verifiers and prime-rl, with the sampled token
+    ids; or messages in one of the formats of `flexpg.conversations.transcripts`. Other keys are ignored.
 
     Args:
-        path: The file.
+        paths: A file or several; "-" for standard input.
         encode: For texts; a prompt and its completion are encoded separately.
         chat: For messages: a tokenizer with a chat template.
-        per_turn: Of messages, read a rollout for each assistant turn instead of one for all.
+        per_turn: Of messages, a rollout for each assistant turn; None where one cannot hold all, with a warning.
+        stop_tokens: Ids that end an assistant turn; None for those of `chat`.
+        template_options: Further options of the chat template.
         vocab_size: Of the model; None to accept any token id.
+        skipped: Receives why a row is not read, by its name; None to raise an error at the first.
 
     Returns:
-        The rollouts, and for each the line that it is from, such as "line 17, completions[2]".
+        The rollouts, and for each the row that it is from, such as "line 17, completions[2]".
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If a line is of another form, needs `encode` or `chat`, or has a token id that the model does not
-            have; or there is no line.
+        OSError: If a file cannot be read.
+        ValueError: If a row is of another form, needs `encode` or `chat`, or has a token id that the model does not
+            have; or there is none.
     """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    options = {"per_turn": per_turn, "stop_tokens": stop_tokens, "template_options": template_options}
+
+    def convert(row: Row) -> list[tuple[str, MaskedSequence, float, str]]:
+        found = _of_row(row, encode, chat, options)
+        largest = max((int(sequence[0].max()) for _, sequence, *_ in found), default=0)
+        if vocab_size is not None and largest >= vocab_size:
+            raise ValueError(
+                f"token ids must be below the model's vocabulary size of {vocab_size}, got {largest}; use the "
+                "tokenizer that belongs to the model"
+            )
+        return found
+
     sequences: list[MaskedSequence] = []
     rewards: list[float] = []
     names: list[str] = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)  # of bytes, so a byte-order mark is skipped
-            if "messages" in row:
-                own = _read_messages(row, chat, per_turn)
-                parts = [f", turn {n}" if per_turn else "" for n in range(len(own))]
-            elif per_turn:
-                raise ValueError("per-turn rollouts need `messages`")
-            else:
-                own = _read_prompt(row, encode)
-                parts = [f", completions[{i}]" if "completions" in row else "" for i in range(len(own))]
-            reward = float(row.get("reward") or 0.0)
-            if not isfinite(reward):
-                raise ValueError(f"reward must be finite, got {reward}")
-            largest = max((int(tokens.max()) for tokens, _ in own), default=0)
-            if vocab_size is not None and largest >= vocab_size:
-                raise ValueError(
-                    f"token ids must be below the model's vocabulary size of {vocab_size}, got {largest}; use the "
-                    "tokenizer that belongs to the model"
-                )
-        except Exception as error:  # a chat template may raise anything
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            raise ValueError(f"{path}:{number}: {kind}{error}") from error
-        sequences += own
-        rewards += [reward] * len(own)
-        names += [f"line {number}{part}" for part in parts]
+    by_turn: dict[str, str] = {}
+    for path in paths:
+        own_skipped: dict[str, str] | None = None if skipped is None else {}
+        prefix = f"{path}, " if len(paths) > 1 else ""
+        for name, found in read_rows(path, convert, own_skipped):
+            for part, sequence, reward, reason in found:
+                sequences.append(sequence)
+                rewards.append(reward)
+                names.append(f"{prefix}{name}{part}")
+                if reason:
+                    by_turn[f"{prefix}{name}"] = reason
+        if skipped is not None and own_skipped:
+            skipped |= {f"{prefix}{name}": reason for name, reason in own_skipped.items()}
     if not sequences:
-        raise ValueError(f"{path} must have at least one line, a JSON object")
+        why = f"; {skipped_message(skipped)}" if skipped else ""
+        raise ValueError(f"{', '.join(map(str, paths))} must have at least one rollout{why}")
+    if by_turn:
+        warnings.warn(by_turn_message(by_turn), stacklevel=2)
     return rollouts_from_masked(sequences, rewards), names
 
 
-def _read_prompt(row: dict[str, Any], encode: Encode | None) -> list[MaskedSequence]:
-    if "prompt" not in row or ("completion" in row) == ("completions" in row):
-        raise ValueError(
-            f"a line must have the keys prompt and completions, prompt and completion, or messages, got {list(row)}"
-        )
-    prompt = _tokens("prompt", row["prompt"], encode)
-    completions = row["completions"] if "completions" in row else [row["completion"]]
-    if not isinstance(completions, list) or not completions:
-        raise ValueError(f"completions must be a list of at least one, got {completions!r}")
+def _of_row(
+    row: Row, encode: Encode | None, chat: ChatTokenizer | None, options: dict[str, Any]
+) -> list[tuple[str, MaskedSequence, float, str]]:
+    """Return the sequences of a row, each with its name in the row, reward, and why it is a turn only."""
+    if "nodes" in row:
+        return _of_trace(row)
+    keys = [key for key in ("completions", "chosen", "completion", "output") if key in row]
+    prompt = row.get("prompt", row.get("input"))
+    if prompt is None or is_messages(prompt) or not keys:
+        return _of_messages(row, chat, options)
+    if options["per_turn"]:
+        raise ValueError("per-turn rollouts need `messages`")
+    key = keys[0]
+    many = row[key] if key == "completions" else [row["chosen"], row["rejected"]] if key == "chosen" else [row[key]]
+    if not isinstance(many, list) or not many:
+        raise ValueError(f"completions must be a list of at least one, got {many!r}")
+    parts = [f"completions[{i}]" if key == "completions" else key for i in range(len(many))]
+    if key == "chosen":
+        parts = ["chosen", "rejected"]
+    first = _tokens("prompt", prompt, encode)
     sequences = []
-    for i, completion in enumerate(completions):
-        own = _tokens(f"completions[{i}]", completion, encode)
-        sequences.append((np.concatenate([prompt, own]), np.arange(len(prompt) + len(own)) >= len(prompt)))
-    return sequences
+    for part, completion in zip(parts, many, strict=True):
+        own = _tokens(part, completion, encode)
+        sequences.append((np.concatenate([first, own]), np.arange(len(first) + len(own)) >= len(first)))
+    suffixes = [f", {part}" if len(many) > 1 or key == "completions" else "" for part in parts]
+    return list(zip(suffixes, sequences, rewards_of(row, len(many)), [""] * len(many), strict=True))
 
 
 def _tokens(name: str, value: str | list[int], encode: Encode | None) -> np.ndarray:
@@ -113,8 +131,41 @@ def _tokens(name: str, value: str | list[int], encode: Encode | None) -> np.ndar
     return token_ids(name, value).numpy()
 
 
-def _read_messages(row: dict[str, Any], chat: ChatTokenizer | None, per_turn: bool) -> list[MaskedSequence]:
+def _of_messages(
+    row: Row, chat: ChatTokenizer | None, options: dict[str, Any]
+) -> list[tuple[str, MaskedSequence, float, str]]:
+    conversations = conversations_of(row)
     if chat is None:
         raise ValueError("messages need a tokenizer with a chat template")
-    conversation = Conversation(template_messages(row["messages"]), tools=row.get("tools"))
-    return conversation_sequences(conversation, chat, per_turn=per_turn)
+    found = []
+    for i, conversation in enumerate(conversations):
+        sequences, reason = conversation_sequences(conversation, chat, **options)
+        name = f", completions[{i}]" if len(conversations) > 1 else ""
+        turns = [f", turn {n}" if options["per_turn"] or reason else "" for n in range(len(sequences))]
+        found += [(name + turn, own, conversation.reward, reason) for turn, own in zip(turns, sequences, strict=True)]
+    return found
+
+
+def _of_trace(row: Row) -> list[tuple[str, MaskedSequence, float, str]]:
+    """Return a sequence for each branch of a trace: the messages from a root to a leaf, with the sampled token ids."""
+    nodes = row["nodes"]
+    parents = {node.get("parent") for node in nodes}
+    given = [reward for reward in (row.get("rewards") or {}).values() if reward is not None]
+    reward = sum(float(own["score"]) * float(own.get("weight", 1.0)) for own in given)
+    found = []
+    for leaf in (n for n in range(len(nodes)) if n not in parents):
+        path: list[Any] = []
+        n: int | None = leaf
+        while n is not None:
+            path.insert(0, nodes[n])
+            n = nodes[n].get("parent")
+        tokens = token_ids("token_ids", [token for node in path for token in node["token_ids"]]).numpy()
+        trained = np.array([own for node in path for own in node["mask"]], dtype=bool)
+        if len(trained) != len(tokens) or not trained.any() or trained[0]:
+            raise ValueError(
+                f"nodes must have a mask for each token, with a sampled token that has one before it, got "
+                f"{len(trained)} for {len(tokens)} tokens, {int(trained.sum())} sampled"
+            )
+        last = len(trained) - int(trained[::-1].argmax())
+        found.append((f", node {leaf}", (tokens[:last], trained[:last]), reward, ""))
+    return found

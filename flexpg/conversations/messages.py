@@ -1,0 +1,220 @@
+"""Messages as APIs and files write them -> messages as chat templates read them.
+
+Chat templates of transformers expect a text as content, and OpenAI's tool calls with parsed arguments. What else is
+common is converted where its meaning is clear: content as parts, blocks of Anthropic's API, `function_call`, reasoning
+under its several names, numbers, arguments as JSON. Anything else raises an error, because most templates would leave
+it out silently or write Python's repr of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Message = dict[str, Any]
+
+# The key of the text in a part, by its type.
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # Qwen and others; OpenRouter and vLLM; gpt-oss
+IMAGE_PARTS = ("image", "image_url", "input_image", "video", "video_url")
+
+
+def template_messages(messages: Sequence[Mapping[str, Any]], *, parse_arguments: bool = True) -> list[Message]:
+    """Convert messages to the form that most chat templates take; `messages` do not change.
+
+    - Text parts are joined. Anthropic's `tool_use` becomes a tool call, `tool_result` a message of its own with the
+      role tool, `thinking` the reasoning; OpenAI's `function_call` becomes a tool call.
+    - Reasoning is given under all names that templates read: `reasoning_content`, `reasoning` and `thinking`.
+    - A content of None, or none at all, becomes "" next to tool calls or reasoning.
+    - Arguments of tool calls that are a JSON object are parsed, as a template that writes JSON would quote them again.
+      Missing or empty ones, and null, become {}. Other text, such as JSON that was cut off, stays text.
+    - Empty `tool_calls` are left out, and so are all values of None.
+
+    Args:
+        messages: Dicts with a "role" and "content", "tool_calls" or reasoning.
+        parse_arguments: False to write the arguments of tool calls as JSON, for templates that concatenate them.
+
+    Raises:
+        ValueError: If a message has no known role or nothing to render, or content whose meaning is not clear.
+
+    >>> call = {"function": {"name": "cancel", "arguments": '{"id": "ZFA04Y"}'}}
+    >>> template_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
+    [{'type': 'function', 'function': {'name': 'cancel', 'arguments': {'id': 'ZFA04Y'}}}]
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"messages must be a list, got {_short(messages)}")
+    converted: list[Message] = []
+    for j, message in enumerate(messages):
+        try:
+            if not isinstance(message, Mapping):
+                raise ValueError(f"must be an object with role and content, got {_short(message)}")
+            converted += _convert({key: value for key, value in message.items() if value is not None}, parse_arguments)
+        except ValueError as error:
+            raise ValueError(f"messages[{j}] {error}") from error
+    return converted
+
+
+def template_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Convert schemas of tools to OpenAI's form, which chat templates take; None if there are none.
+
+    Args:
+        tools: OpenAI's or Anthropic's schemas, bare functions `{"name", "description", "parameters"}`, or JSON of
+            these.
+
+    Raises:
+        ValueError: If they are anything else.
+
+    >>> template_tools([{"name": "find", "input_schema": {"type": "object"}}])
+    [{'type': 'function', 'function': {'name': 'find', 'parameters': {'type': 'object'}}}]
+    """
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"tools must be JSON, got {_short(tools)}: {error}") from error
+    if not tools:
+        return None
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise ValueError(f"tools must be a list of schemas, got {_short(tools)}")
+    return [_tool(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping):
+        return dict(tool)
+    if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
+        raise ValueError(f"tools must be schemas with a name, got {_short(tool)}")
+    parameters = tool.get("parameters", tool.get("input_schema"))
+    function = {key: tool[key] for key in ("name", "description") if tool.get(key) is not None}
+    return {"type": "function", "function": function | ({} if parameters is None else {"parameters": parameters})}
+
+
+def _convert(message: Message, parse_arguments: bool) -> list[Message]:
+    """Return one message, or several: tool results inside a user message are messages of their own."""
+    role = {"function": "tool"}.get(message.get("role", ""), message.get("role"))
+    if role not in ROLES:
+        raise ValueError(f"must have a role of {', '.join(ROLES)}, got {role!r}")
+    content: Any = message.get("content") or message.get("refusal", message.get("content"))
+    content = None if content == [] and role != "tool" else content
+    parts = [_part(part, role) for part in content] if _is_parts(content, role) else [{"type": "text", "text": content}]
+    texts: list[str | None] = []
+    results: list[Message] = []
+    calls: list[Any] = []
+    reasoning: list[str] = []
+    for part in parts:
+        kind = part["type"]
+        if kind == "tool_result":
+            results.append(_tool_result(part))
+        elif kind == "tool_use":
+            function = {"name": part.get("name"), "arguments": part.get("input")}
+            calls.append({"id": part.get("id"), "type": "function", "function": function})
+        elif calls and role == "assistant":
+            raise ValueError(f"must not have {kind} after a tool call: templates write tool calls last")
+        elif kind == "thinking" and texts:
+            raise ValueError("must not have reasoning after text: templates write reasoning first")
+        elif kind == "thinking":
+            reasoning.append(_text("thinking", part.get("thinking"), role))
+        else:
+            texts.append(_text("content", part["text"], role) if part["text"] is not None else None)
+    out = {key: value for key, value in message.items() if key not in ("function_call", "refusal", *REASONING_KEYS)}
+    given = next((message[key] for key in REASONING_KEYS if key in message), None)
+    if given is not None:
+        reasoning.insert(0, _text("reasoning", given, role))
+    if any(reasoning):
+        out |= dict.fromkeys(REASONING_KEYS, "".join(reasoning))
+    if calls := [*_listed(message.get("tool_calls")), *calls, *_listed(message.get("function_call"))]:
+        out["tool_calls"] = [_call(call, parse_arguments) for call in calls]
+    else:
+        out.pop("tool_calls", None)
+    has_text = any(text is not None for text in texts)
+    if not (has_text or results or calls or any(reasoning)):
+        raise ValueError("must have content, tool_calls or reasoning, got none")
+    if results and not any(texts):
+        return results
+    return [*results, out | {"role": role, "content": "".join(text or "" for text in texts)}]
+
+
+def _is_parts(content: Any, role: str) -> bool:
+    """Return whether a content is a list of parts; a tool's result may be a list of its own."""
+    if not isinstance(content, Sequence) or isinstance(content, str) or not content:
+        return False
+    return role != "tool" or all(isinstance(part, Mapping) and "type" in part for part in content)
+
+
+def _part(part: Any, role: str) -> Message:
+    """Return a part of a content as one of text, thinking, tool_use and tool_result."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"content must be a text or a list of parts, got a list with {_short(part)}")
+    kind = part.get("type", "text" if "text" in part else None)
+    if kind in TEXT_PARTS and isinstance(part.get(TEXT_PARTS[kind]), str):
+        return {"type": "text", "text": part[TEXT_PARTS[kind]]}
+    allowed = {"assistant": ("thinking", "tool_use"), "user": ("tool_result",)}.get(role, ())
+    if kind in allowed:
+        return dict(part)
+    if kind in IMAGE_PARTS:
+        raise ValueError(f"has a part of type {kind!r}: conversations with images are not supported")
+    raise ValueError(f"has a part of type {kind!r} for {role}, expected text{''.join(f' or {own}' for own in allowed)}")
+
+
+def _text(name: str, value: Any, role: str) -> str:
+    """Return a value as text: numbers, and structured results of tools as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return json.dumps(value)
+    if role == "tool" and isinstance(value, Mapping | Sequence | bool):
+        return json.dumps(value, ensure_ascii=False)
+    raise ValueError(f"{name} must be a text or a list of parts, got {_short(value)}")
+
+
+def _tool_result(part: Message) -> Message:
+    content = part.get("content") or ""
+    texts = [_part(own, "tool")["text"] for own in content] if _is_parts(content, "tool") else [content]
+    joined = "".join(_text("tool_result", text, "tool") for text in texts)
+    return {"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": joined}
+
+
+def _listed(calls: Any) -> list[Any]:
+    return [] if not calls else list(calls) if isinstance(calls, Sequence) and not isinstance(calls, str) else [calls]
+
+
+def _call(call: Any, parse_arguments: bool) -> dict[str, Any]:
+    """Return a tool call in OpenAI's form, from that form, a bare function, or JSON of one."""
+    if isinstance(call, str):
+        try:
+            call = json.loads(call)
+        except ValueError as error:
+            raise ValueError(f"tool_calls must be objects or JSON, got {_short(call)}: {error}") from error
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"tool_calls must have a function with a name, got {_short(call)}")
+    arguments = _arguments(function.get("arguments"))
+    if not parse_arguments and not isinstance(arguments, str):
+        given = function.get("arguments")
+        arguments = given if arguments and isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+    own = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _arguments(given: Any) -> dict[str, Any] | str:
+    if isinstance(given, str) and given.strip():
+        try:
+            parsed = json.loads(given)
+        except ValueError:  # cut off, or never JSON
+            return given
+        return given if not isinstance(parsed, Mapping | None) else dict(parsed or {})
+    if given is None or isinstance(given, str):
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"tool_calls must have arguments that are an object or JSON, got {_short(given)}")
+    return dict(given)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

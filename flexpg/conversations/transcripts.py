@@ -1,0 +1,297 @@
+"""Files of recorded conversations and completions -> rows -> conversations, in the formats of common tools.
+
+| format | keys of a row |
+| --- | --- |
+| OpenAI, Anthropic, mini-SWE-agent | `messages`, with `system` and `tools` if there are any |
+| TRL (conversational), verifiers, prime-rl | `prompt` and `completion` or `completions`, as messages |
+| preference pairs | `prompt`, `chosen` and `rejected`, or the latter two with the prompt in both |
+| ShareGPT | `conversations`, with `from` and `value` |
+| tau-bench | `traj` |
+| tau2-bench | `simulations`, each with `messages` and `reward_info` |
+| SWE-agent | `history` |
+
+A file holds JSON lines, a JSON array or object, or Parquet, and may be compressed by gzip.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flexpg.conversations.messages import Message, template_messages
+from flexpg.conversations.rollouts import Conversation
+
+Row = dict[str, Any]
+Converted = TypeVar("Converted")
+
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
+    **{role: role for role in ("system", "developer")},
+}
+NAMED = 10  # skipped rows that a message names
+
+
+def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = None) -> list[Conversation]:
+    """Read the conversations of a file, in order.
+
+    Conversations with the same `task_id` or `example_id` have the same `task`: that id if all are integers, otherwise a
+    number. Without ids, those that open with the same messages do.
+
+    Args:
+        path: The file; "-" for standard input.
+        skipped: Receives why a row is not a conversation, by the row's name; None to raise an error at the first.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If a row is not a conversation, with its line or number; or there is none.
+    """
+    found: list[Conversation] = []
+    ids: list[Any] = []
+    for _, (row, own) in read_rows(path, lambda row: (row, conversations_of(row)), skipped):
+        found += own
+        ids += [_task_of(row, each) for each in own]
+    if not found:
+        raise ValueError(f"{path} must have a conversation{f'; {skipped_message(skipped)}' if skipped else ''}")
+    if not all(isinstance(own, int) for own in ids):
+        number = {own: n for n, own in enumerate(dict.fromkeys(ids))}
+        ids = [number[own] for own in ids]
+    return [replace(conversation, task=task) for conversation, task in zip(found, ids, strict=True)]
+
+
+def read_rows(
+    path: str | Path, convert: Callable[[Row], Converted], skipped: dict[str, str] | None = None
+) -> Iterator[tuple[str, Converted]]:
+    """Yield the name of every row of a file, such as "line 17", and what `convert` makes of it.
+
+    Args:
+        path: The file; "-" for standard input.
+        convert: Called with each row; it may raise any exception.
+        skipped: Receives why a row cannot be read or converted, by its name; None to raise an error at the first.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file, or without `skipped` a row, cannot be read or converted; with its line or number.
+    """
+    for name, row in _rows(path):
+        try:
+            converted = convert(_checked(row))
+        except Exception as error:  # a chat template may raise anything
+            reason = f"{'' if isinstance(error, ValueError) else f'{type(error).__name__}: '}{error}"
+            if skipped is None:
+                line = f":{name.removeprefix('line ')}" if name.startswith("line ") else f", {name}"
+                raise ValueError(f"{path}{line}: {reason}") from error
+            skipped[name] = reason
+            continue
+        yield name, converted
+
+
+def skipped_message(skipped: Mapping[str, str]) -> str:
+    """Return a sentence on the rows that were skipped.
+
+    >>> skipped_message({"line 7": "must be JSON", "line 9": "reward must be finite, got nan"})
+    'skipped 2 rows: line 7, line 9; line 7: must be JSON'
+    """
+    names = [*skipped]
+    named = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
+    return f"skipped {len(names)} row{'s' * (len(names) > 1)}: {named}; {names[0]}: {skipped[names[0]]}"
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value of a row is a list of messages, not a text or token ids."""
+    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
+
+
+def conversations_of(row: Row) -> list[Conversation]:
+    """Return the conversations of a row, in any of the formats above.
+
+    Raises:
+        ValueError: If it has none of these formats, or a message cannot be converted.
+    """
+    conversations = _conversations_of(row)
+    for own in conversations:
+        template_messages(own.messages)
+    return conversations
+
+
+def _conversations_of(row: Row) -> list[Conversation]:
+    if "history" in row:  # SWE-agent: demonstrations come first
+        demos = max((j for j, message in enumerate(row["history"]) if message.get("is_demo")), default=-1)
+        return _conversations(row, _context(row["history"][: demos + 1]), [row["history"][demos + 1 :]])
+    for key in ("messages", "traj"):
+        if key in row:
+            messages = json.loads(row[key]) if isinstance(row[key], str) else row[key]
+            return _conversations(row, [], [messages])
+    if "conversations" in row:
+        return _conversations(row, [], [[_sharegpt(message) for message in row["conversations"]]])
+    if "chosen" in row and "rejected" in row:
+        completions = [row["chosen"], row["rejected"]]
+    else:
+        completions = row["completions"] if "completions" in row else [row["completion"]] if "completion" in row else []
+    if not completions:
+        raise ValueError(f"must have the keys of a known format, such as messages, got {', '.join(row) or 'none'}")
+    if "prompt" not in row:  # of a pair: what both have in common is their prompt
+        shared = next((n for n, (a, b) in enumerate(zip(*completions, strict=False)) if a != b), 0)
+        completions = [[*_context(own[:shared]), *own[shared:]] for own in completions]
+    return _conversations(row, _context(_listed(row.get("prompt", []), "user")), completions)
+
+
+def rewards_of(row: Row, count: int) -> list[float]:
+    """Return the rewards of a row's completions: `reward`, `rewards` or `score`, one for all or one each; 0 without.
+
+    Raises:
+        ValueError: If one is not a finite number, or there are fewer or more.
+    """
+    info = row.get("reward_info")
+    given = [row.get("reward"), row.get("rewards"), row.get("score"), info.get("reward") if info else None]
+    reward = next((value for value in given if value is not None), 0.0)
+    rewards = reward if isinstance(reward, list) else [reward] * count
+    if len(rewards) != count:
+        raise ValueError(f"rewards must be one for each of {count} completions, got {len(rewards)}")
+    for value in rewards:
+        if not isinstance(value, int | float) or not isfinite(value):
+            raise ValueError(f"reward must be a finite number, got {value!r}")
+    return [float(value) for value in rewards]
+
+
+def _conversations(row: Row, prompt: list[Message], completions: Sequence[Any]) -> list[Conversation]:
+    system = row.get("system")
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
+    tools = row.get("tools") or row.get("tool_defs") or row.get("functions") or None
+    return [
+        Conversation([*first, *prompt, *_listed(own, "assistant")], reward, tools=tools)
+        for own, reward in zip(completions, rewards_of(row, len(completions)), strict=True)
+    ]
+
+
+def _listed(messages: Any, role: str) -> list[Message]:
+    if isinstance(messages, str):
+        return [{"role": role, "content": messages}]
+    if not isinstance(messages, Sequence):
+        messages = [messages]
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"messages must be objects with role and content, got {message!r}")
+    return list(messages)
+
+
+def _context(messages: Iterable[Message]) -> list[Message]:
+    """Return messages whose assistant turns are not in the loss."""
+    return [message | {"weight": 0} if message.get("role") == "assistant" else message for message in messages]
+
+
+def _sharegpt(message: Message) -> Message:
+    if "from" not in message:
+        return message
+    role, text = message["from"], message.get("value")
+    if role == "function_call":
+        return {"role": "assistant", "tool_calls": json.loads(text or "null")}
+    if role not in SHAREGPT_ROLES:
+        raise ValueError(f"from must be one of {', '.join(SHAREGPT_ROLES)}, function_call, got {role!r}")
+    return {"role": SHAREGPT_ROLES[role], "content": text}
+
+
+def _task_of(row: Row, conversation: Conversation) -> Any:
+    given = row.get("task_id", row.get("example_id"))
+    if given is not None:
+        return given if isinstance(given, int) else str(given)
+    messages = conversation.messages
+    is_turn = [message.get("role") == "assistant" and message.get("weight") != 0 for message in messages]
+    return json.dumps(messages[: is_turn.index(True) if True in is_turn else None], default=str)
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
+    data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError) as error:
+            raise ValueError(f"{path} must be a complete gzip file: {error}") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} must be UTF-8, got UTF-16; convert it, as with `iconv -f UTF-16 -t UTF-8`")
+    found = _parquet_rows(data) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)
+    for name, row in found:
+        if isinstance(row, dict) and isinstance(row.get("simulations"), list):
+            for n, simulation in enumerate(row["simulations"]):
+                yield f"simulations[{n}]", _tau2(row, simulation)
+        else:
+            yield name, row
+
+
+def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
+    if data.lstrip().startswith(b"["):
+        try:
+            entries = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"{path} must be a JSON array: {error}") from error
+        yield from ((f"entry {n}", entry) for n, entry in enumerate(entries))
+        return
+    lines = data.split(b"\n")
+    first = next((line for line in lines if line.strip()), b"")
+    if isinstance(_parsed(first), Exception) and isinstance(whole := _parsed(data), dict):
+        yield "the object", whole
+        return
+    yield from ((f"line {n}", _parsed(line)) for n, line in enumerate(lines, start=1) if line.strip())
+
+
+def _parsed(data: bytes) -> Row | Exception:
+    try:
+        parsed: Row = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        return ValueError(f"must be UTF-8: {error}")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"must be JSON: {error}")
+    return parsed
+
+
+def _parquet_rows(data: bytes) -> Iterator[tuple[str, Row | Exception]]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ImportError(f"{error}; Parquet files need pyarrow: pip install pyarrow") from error
+    rows = (row for batch in ParquetFile(BytesIO(data)).iter_batches() for row in batch.to_pylist())
+    yield from ((f"row {n}", _without_none(row)) for n, row in enumerate(rows))
+
+
+def _without_none(value: Any) -> Any:
+    """Return a value without the keys that Parquet adds because other rows have them."""
+    if isinstance(value, dict):
+        return {key: _without_none(own) for key, own in value.items() if own is not None}
+    return [_without_none(own) for own in value] if isinstance(value, list) else value
+
+
+def _tau2(results: Row, simulation: Row) -> Row | Exception:
+    """Return a simulation of tau2-bench with the policy in front, as the agent saw it: without the user's own tools."""
+    try:
+        messages = [
+            part
+            for message in simulation["messages"]
+            for part in message.get("tool_messages") or [message]
+            if not (part["role"] == "user" and part.get("tool_calls")) and part.get("requestor") != "user"
+        ]
+        policy = ((results.get("info") or {}).get("environment_info") or {}).get("policy")
+    except (AttributeError, KeyError, TypeError) as error:
+        return error
+    system = [{"role": "system", "content": policy}] if policy and messages[0]["role"] != "system" else []
+    return simulation | {"messages": system + messages}
+
+
+def _checked(row: Row | Exception) -> Row:
+    if isinstance(row, Exception):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"text must not contain lone surrogates, which are not Unicode, got {surrogate}") from None
+    return row

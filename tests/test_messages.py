@@ -1,0 +1,221 @@
+"""Messages ofrom flexpg.conversations import template_messages, template_tools
+f several APIs become what chat templates read, or raise an error that names the message."""
+
+import copy
+import re
+
+import pytest
+
+from flexpg.conversations import template_messages, template_tools
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": [1, "é"]}}}
+
+
+def assistant(**fields) -> dict:
+    return {"role": "assistant", **fields}
+
+
+def call(arguments) -> dict:
+    return {"function": {"name": "f"} if arguments is ... else {"name": "f", "arguments": arguments}}
+
+
+# OpenAI's messages.
+
+
+def test_arguments_are_parsed_and_messages_do_not_change():
+    written = copy.deepcopy(CALL)
+    written["function"]["arguments"] = '{"a": [1, "é"]}'
+    messages = [assistant(content=None, tool_calls=[written]), {"role": "tool", "content": "x", "tool_call_id": "1"}]
+    before = copy.deepcopy(messages)
+    converted = template_messages(messages)
+    assert converted == [assistant(content="", tool_calls=[CALL]), messages[1]]
+    assert messages == before and template_messages(converted) == converted
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed", "written"),
+    [
+        ("", {}, "{}"),
+        (" ", {}, "{}"),
+        ("null", {}, "{}"),
+        (None, {}, "{}"),
+        (..., {}, "{}"),
+        ("{}", {}, "{}"),
+        ('{"id":"X"}', {"id": "X"}, '{"id":"X"}'),
+        ({"id": "é"}, {"id": "é"}, '{"id": "é"}'),
+        ('{"id": "ZFA0', '{"id": "ZFA0', '{"id": "ZFA0'),  # cut off
+        ("[1]", "[1]", "[1]"),
+        ("rm -rf build", "rm -rf build", "rm -rf build"),
+    ],
+    ids=[
+        *("empty", "blank", "null", "none", "missing", "empty-object", "compact", "object", "cut-off", "list", "text"),
+    ],
+)
+def test_arguments_missing_empty_or_cut_off_raise_nothing(given, parsed, written):
+    messages = [assistant(content="", tool_calls=[call(given)])]
+    for parse, expected in ((True, parsed), (False, written)):
+        (message,) = template_messages(messages, parse_arguments=parse)
+        assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": expected}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [CALL], "content": []},
+        {
+            "tool_calls": ['{"id": "1", "function": {"name": "f", "arguments": "{\\"a\\": [1, \\"é\\"]}"}}']
+        },  # verifiers'
+        {"tool_calls": [{"id": "1", "name": "f", "arguments": {"a": [1, "é"]}}]},  # tau2-bench's
+        {"content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": [1, "é"]}}]},  # Anthropic's
+    ],
+)
+def test_spellings_of_a_tool_call_are_converted(fields):
+    assert template_messages([assistant(**fields)]) == [assistant(content="", tool_calls=[CALL])]
+
+
+def test_function_call_and_its_result_are_a_tool_call():
+    old = [
+        assistant(content=None, function_call={"name": "f", "arguments": '{"a": 1}'}),
+        {"role": "function", "content": 3},
+    ]
+    function = {"name": "f", "arguments": {"a": 1}}
+    new = [
+        assistant(content="", tool_calls=[{"type": "function", "function": function}]),
+        {"role": "tool", "content": "3"},
+    ]
+    assert template_messages(old) == new
+
+
+def test_empty_and_null_keys_are_left_out():
+    empty = assistant(content="a", tool_calls=[], function_call=None, refusal=None, name=None, reasoning="")
+    assert template_messages([empty]) == [assistant(content="a")]
+    assert template_messages([assistant(content="")]) == [assistant(content="")]
+
+
+# Content.
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "expected"),
+    [
+        ("user", [{"type": "text", "text": "a "}, {"type": "input_text", "text": "b"}, "c", {"text": "d"}], "a bcd"),
+        ("assistant", [{"type": "output_text", "text": "a"}, {"type": "refusal", "refusal": "no"}], "ano"),
+        ("user", 42, "42"),
+        ("assistant", 0, "0"),
+        ("assistant", 2.5, "2.5"),
+        ("tool", {"ok": True, "é": None}, '{"ok": true, "é": null}'),
+        ("tool", [{"id": 1}, 2], '[{"id": 1}, 2]'),
+        ("tool", [], "[]"),
+        ("tool", False, "false"),
+        ("tool", [{"type": "text", "text": "a"}], "a"),
+    ],
+)
+def test_content_whose_meaning_is_clear_is_converted(role, content, expected):
+    assert template_messages([{"role": role, "content": content}]) == [{"role": role, "content": expected}]
+
+
+def test_refusal_is_what_the_assistant_wrote():
+    for content in (None, ""):
+        assert template_messages([assistant(content=content, refusal="I can't.")]) == [assistant(content="I can't.")]
+
+
+def test_reasoning_is_given_under_all_names():
+    expected = [assistant(content="ok", reasoning_content="hm", reasoning="hm", thinking="hm")]
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        assert template_messages([assistant(content="ok", **{key: "hm"})]) == expected
+    blocks = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "ok"}]
+    assert template_messages([assistant(content=blocks)]) == expected
+
+
+def test_tool_results_in_a_user_message_are_messages_of_their_own():
+    results = [
+        {
+            "type": "tool_result",
+            "tool_use_id": "1",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        },
+        {"type": "tool_result", "tool_use_id": "2", "content": "c", "is_error": True},
+        {"type": "tool_result", "tool_use_id": "3"},
+        {"type": "text", "text": "go on"},
+    ]
+    tools = [{"role": "tool", "tool_call_id": str(n), "content": text} for n, text in ((1, "ab"), (2, "c"), (3, ""))]
+    assert template_messages([{"role": "user", "content": results}]) == [*tools, {"role": "user", "content": "go on"}]
+    assert template_messages([{"role": "user", "content": results[:3]}]) == tools
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("text", "must be an object with role and content, got 'text'"),
+        ({"content": "a"}, "must have a role of system, developer, user, assistant, tool, got None"),
+        ({"role": "assistnat", "content": "a"}, "must have a role of system, "),
+        (assistant(), "must have content, tool_calls or reasoning, got none"),
+        (assistant(content=None), "must have content, tool_calls or reasoning, got none"),
+        ({"role": "user", "content": []}, "must have content"),
+        (assistant(content=True), "content must be a text or a list of parts, got True"),
+        (assistant(content={"answer": 5}), "content must be a text or a list of parts, got {'answer': 5}"),
+        ({"role": "user", "content": [3]}, "content must be a text or a list of parts, got a list with 3"),
+        (
+            {"role": "user", "content": [{"type": "image_url"}]},
+            "has a part of type 'image_url': conversations with images",
+        ),
+        (
+            {"role": "user", "content": [{"type": "file"}]},
+            "has a part of type 'file' for user, expected text or tool_result",
+        ),
+        (
+            assistant(content=[{"type": "tool_result"}]),
+            "'tool_result' for assistant, expected text or thinking or tool_use",
+        ),
+        (assistant(content=[{"type": "text", "text": None}]), "has a part of type 'text'"),
+        (assistant(content=[{"type": "redacted_thinking", "data": "x"}]), "has a part of type 'redacted_thinking'"),
+        (
+            assistant(content=[{"type": "tool_use", "name": "f", "input": {}}, {"type": "text", "text": "a"}]),
+            "must not have text after a tool call",
+        ),
+        (
+            assistant(content=[{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"}]),
+            "must not have reasoning after text",
+        ),
+        (assistant(content="", tool_calls=[{}]), "tool_calls must have a function with a name, got {}"),
+        (assistant(content="", tool_calls="f("), "tool_calls must be objects or JSON, got 'f('"),
+        (assistant(content="", tool_calls=[call(3)]), "arguments that are an object or JSON, got 3"),
+        (assistant(content="a", reasoning={"summary": "x"}), "reasoning must be a text"),
+    ],
+)
+def test_message_whose_meaning_is_not_clear_raises_with_its_number(message, words):
+    with pytest.raises(ValueError, match=r"^messages\[1\] .*" + re.escape(words)):
+        template_messages([{"role": "user", "content": "a"}, message])
+
+
+def test_messages_that_are_not_a_list_raise():
+    for messages in ("text", {"role": "user"}, None):
+        with pytest.raises(ValueError, match=r"^messages must be a list, got "):
+            template_messages(messages)
+
+
+# Tools.
+
+
+def test_spellings_of_tools_are_converted():
+    schema = {"type": "object", "properties": {}}
+    expected = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}]
+    bare = {"name": "f", "description": "d", "parameters": schema}
+    for tools in (
+        expected,
+        [bare],
+        [{"type": "function", **bare}],
+        [{"name": "f", "description": "d", "input_schema": schema}],
+        '[{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}]',
+        ['{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}'],
+    ):
+        assert template_tools(tools) == expected
+    for tools in (None, [], "", "[]", "null", {}):
+        assert template_tools(tools) is None
+
+
+@pytest.mark.parametrize("tools", ["[{", {"name": "f"}, [{"parameters": {}}], [3], "3"])
+def test_tools_that_are_not_schemas_raise(tools):
+    with pytest.raises(ValueError, match="tools must be "):
+        template_tools(tools)

@@ -1,0 +1,249 @@
+"""Recorded conversations are read from the formats of common tools, and a broken row is named or skipped."""
+
+import gzip
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flexpg.conversations import Conversation, read_conversations, template_messages
+from flexpg.conversations.transcripts import read_rows
+
+SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "tau_bench_sample.json"
+SYSTEM = {"role": "system", "content": "P"}
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+TOOL = {"role": "tool", "content": "r"}
+TURNS = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, TOOL, ASSISTANT]
+
+
+def context(message: dict) -> dict:
+    return message | {"weight": 0}
+
+
+# Each row, and the conversations that it is.
+FORMATS = {
+    "openai": ({"messages": TURNS, "reward": 1, "tools": []}, [Conversation(TURNS, 1.0)]),
+    "messages as JSON": ({"messages": json.dumps(TURNS)}, [Conversation(TURNS)]),
+    "anthropic": (
+        {"system": "P", "messages": [USER, ASSISTANT], "tools": [{"name": "f", "input_schema": {}}]},
+        [Conversation([SYSTEM, USER, ASSISTANT], tools=[{"name": "f", "input_schema": {}}])],
+    ),
+    "trl": ({"prompt": [USER], "completion": [ASSISTANT]}, [Conversation([USER, ASSISTANT])]),
+    "trl with a group": (
+        {"prompt": [USER], "completions": [[ASSISTANT], [ASSISTANT, USER, ASSISTANT]], "rewards": [0, 0.5]},
+        [Conversation([USER, ASSISTANT]), Conversation([USER, ASSISTANT, USER, ASSISTANT], 0.5)],
+    ),
+    "prompt with a worked example": (
+        {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+        [Conversation([USER, context(ASSISTANT), USER, ASSISTANT])],
+    ),
+    "completion as text": ({"prompt": [USER], "completions": ["b"]}, [Conversation([USER, ASSISTANT])]),
+    "preference": (
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT | {"content": "c"}]},
+        [Conversation([USER, ASSISTANT]), Conversation([USER, ASSISTANT | {"content": "c"}])],
+    ),
+    "preference with the prompt in both": (
+        {
+            "chosen": [USER, ASSISTANT, USER, ASSISTANT],
+            "rejected": [USER, ASSISTANT, USER, ASSISTANT | {"content": "c"}],
+        },
+        [
+            Conversation([USER, context(ASSISTANT), USER, ASSISTANT]),
+            Conversation([USER, context(ASSISTANT), USER, ASSISTANT | {"content": "c"}]),
+        ],
+    ),
+    "sharegpt": (
+        {
+            "system": "P",
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "r"},
+                {"from": "gpt", "value": "b"},
+            ],
+        },
+        [Conversation([SYSTEM, *TURNS])],
+    ),
+    "verifiers": (
+        {
+            "example_id": 3,
+            "prompt": [SYSTEM, USER],
+            "completion": [TURNS[1] | {"tool_calls": [json.dumps({"id": "1", **CALL})]}, TOOL, ASSISTANT],
+            "reward": 0.25,
+            "metrics": {},
+            "tool_defs": None,
+        },
+        [
+            Conversation(
+                [SYSTEM, USER, {**TURNS[1], "tool_calls": [{"id": "1", **CALL}]}, TOOL, ASSISTANT], 0.25, task=3
+            )
+        ],
+    ),
+    "tau-bench": (
+        {"task_id": 7, "reward": 1.0, "traj": [SYSTEM, *TURNS]},
+        [Conversation([SYSTEM, *TURNS], 1.0, task=7)],
+    ),
+    "tau2-bench": (
+        {
+            "info": {"environment_info": {"policy": "P"}},
+            "simulations": [
+                {
+                    "task_id": "12",
+                    "reward_info": {"reward": 1.0},
+                    "messages": [
+                        USER,
+                        TURNS[1] | {"tool_calls": [{"name": "f", "arguments": {"a": 1}, "requestor": "assistant"}]},
+                        {"role": "tool", "tool_messages": [TOOL | {"requestor": "assistant"}]},
+                        {"role": "user", "content": None, "tool_calls": [{"name": "look", "arguments": {}}]},
+                        TOOL | {"requestor": "user"},
+                        ASSISTANT,
+                    ],
+                },
+                {"task_id": "13", "reward_info": None, "messages": [SYSTEM, USER, ASSISTANT]},
+            ],
+        },
+        [Conversation([SYSTEM, *TURNS], 1.0, task=0), Conversation([SYSTEM, USER, ASSISTANT], task=1)],
+    ),
+    "swe-agent": (
+        {
+            "trajectory": [{"action": "ls"}],
+            "history": [
+                SYSTEM | {"message_type": "system_prompt"},
+                ASSISTANT | {"is_demo": True},
+                USER | {"content": [{"type": "text", "text": "a"}]},
+                *TURNS[1:],
+            ],
+            "info": {"exit_status": "submitted"},
+        },
+        [Conversation([SYSTEM, context(ASSISTANT), *TURNS])],
+    ),
+}
+
+
+def essentials(conversation: Conversation) -> Conversation:
+    """Convert messages, and leave out what templates do not read."""
+    keys = ("role", "content", "tool_calls", "weight")
+    messages = [{key: own[key] for key in keys if key in own} for own in template_messages(conversation.messages)]
+    return replace(conversation, messages=messages, tools=conversation.tools or None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("container", ["lines", "object", "array", "gzip"])
+def test_formats_of_common_tools_are_read(name, container, tmp_path):
+    row, expected = FORMATS[name]
+    text = {"lines": json.dumps(row), "object": json.dumps(row, indent=2)}.get(container, json.dumps([row], indent=2))
+    file = tmp_path / "file"
+    file.write_bytes(gzip.compress(text.encode()) if container == "gzip" else text.encode())
+    assert list(map(essentials, read_conversations(file))) == list(map(essentials, expected))
+
+
+def test_parquet_is_read_without_the_keys_of_other_rows(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    other = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "g", "arguments": {"b": 2}}}]}
+    own = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    rows = [{"messages": [USER, own], "task_id": 5}, {"messages": [USER, other], "task_id": 6}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    first, second = map(essentials, read_conversations(tmp_path / "rows.parquet"))
+    assert [first.messages, second.messages] == [template_messages([USER, own]), template_messages([USER, other])]
+    assert (first.task, second.task) == (5, 6)
+
+
+def test_standard_input_is_read(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({"messages": TURNS}).encode())))
+    assert len(read_conversations("-")) == 1
+
+
+def test_tau_bench_sample_keeps_tasks_rewards_and_calls():
+    conversations = read_conversations(SAMPLE)
+    assert [(each.task, each.reward) for each in conversations] == [(43, 1.0), (43, 0.0), (44, 0.0), (44, 1.0)]
+    for entry, conversation in zip(json.loads(SAMPLE.read_text()), conversations, strict=True):
+        assert conversation.messages == entry["traj"] and conversation.tools is None
+
+
+def test_tasks_without_ids_are_conversations_with_the_same_prompt(tmp_path):
+    other = [USER | {"content": "c"}, ASSISTANT]
+    rows = [TURNS, other, [USER, ASSISTANT], [*other, USER, ASSISTANT]]
+    (tmp_path / "rows").write_text("\n".join(json.dumps({"messages": messages}) for messages in rows))
+    assert [each.task for each in read_conversations(tmp_path / "rows")] == [0, 1, 0, 1]
+
+
+# Broken rows.
+
+GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (b'{"messages": [', "must be JSON: "),
+        (b"[1]", "must be a JSON object, got list"),
+        (b'{"a": "\xff"}', "must be UTF-8: "),
+        (rb'{"messages": "\ud800"}', r"text must not contain lone surrogates, .* got \\ud800"),
+        (b'{"text": "a", "id": 3}', "must have the keys of a known format, such as messages, got text, id"),
+        (b"{}", "must have the keys of a known format, such as messages, got none"),
+        (b'{"prompt": [], "completions": []}', "must have the keys of a known format"),
+        (b'{"messages": [3]}', "messages must be objects with role and content, got 3"),
+        (b'{"messages": "["}', "Expecting value"),
+        (b'{"messages": [{"role": "user"}]}', r"messages\[0\] must have content, tool_calls or reasoning"),
+        (b'{"messages": [{"role": "bot", "content": "a"}]}', r"messages\[0\] must have a role of "),
+        (b'{"conversations": [{"from": "robot", "value": "a"}]}', "from must be one of human, .* got 'robot'"),
+        (GOOD[:-1] + b', "reward": "high"}', "reward must be a finite number, got 'high'"),
+        (GOOD[:-1] + b', "reward": NaN}', "reward must be a finite number, got nan"),
+        (GOOD[:-1] + b', "rewards": [1, 2]}', "rewards must be one for each of 1 completions, got 2"),
+        (b'{"history": [3]}', "AttributeError: "),
+    ],
+)
+def test_first_broken_row_raises_with_its_line(row, words, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join([GOOD, b"", row, b"{"]))
+    with pytest.raises(ValueError, match=f"rows.jsonl:3: {words}"):
+        read_conversations(file)
+    skipped = {}
+    assert len(read_conversations(file, skipped=skipped)) == 1
+    assert list(skipped) == ["line 3", "line 4"]
+
+
+def test_broken_entry_of_an_array_raises_with_its_number(tmp_path):
+    (tmp_path / "rows.json").write_text(f"[{GOOD.decode()}, 3]")
+    with pytest.raises(ValueError, match=r"rows.json, entry 1: must be a JSON object, got int"):
+        read_conversations(tmp_path / "rows.json")
+    (tmp_path / "tau2.json").write_text('{"simulations": [{"messages": [3]}]}')
+    with pytest.raises(ValueError, match=r"tau2.json, simulations\[0\]: AttributeError"):
+        read_conversations(tmp_path / "tau2.json")
+
+
+def test_file_without_a_conversation_raises(tmp_path):
+    file = tmp_path / "rows"
+    file.write_bytes(b" \n")
+    with pytest.raises(ValueError, match=r"rows must have a conversation$"):
+        read_conversations(file)
+    file.write_bytes(b"{}\n3")
+    with pytest.raises(
+        ValueError, match="must have a conversation; skipped 2 rows: line 1, line 2; line 1: must have the"
+    ):
+        read_conversations(file, skipped={})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("{}".encode("utf-16"), "must be UTF-8, got UTF-16; convert it"),
+        (b"[1, 2", "must be a JSON array: "),
+        (gzip.compress(GOOD * 99)[:-9], "must be a complete gzip file: "),
+    ],
+)
+def test_broken_file_raises_even_if_rows_are_skipped(data, words, tmp_path):
+    (tmp_path / "rows").write_bytes(data)
+    with pytest.raises(ValueError, match=f"rows {words}"):
+        read_conversations(tmp_path / "rows", skipped={})
+
+
+def test_read_rows_skips_what_convert_refuses(tmp_path):
+    (tmp_path / "rows").write_text('{"a": 1}\n{"b": 2}\n{"a": 3}')
+    skipped = {}
+    assert list(read_rows(tmp_path / "rows", lambda row: row["a"], skipped)) == [("line 1", 1), ("line 3", 3)]
+    assert skipped == {"line 2": "KeyError: 'a'"}
