@@ -11,6 +11,7 @@ keys, query block i and key block j are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,9 @@ class TreeBlockMask(BlockMask):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy: a mask_mod is a closure, which cannot be pickled
+        return type(self), (self.tree, self.window, self.first_query)
 
     def for_window(self, window: int | None) -> TreeBlockMask:
         """Return the same mask with another sliding window; computed once, however many layers ask for it."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,11 @@ class PrefixBlockMask(TreeBlockMask):
     def __init__(self, cache: PrefixCache, tree: PrefixTree, window: int | None = None, first_query: int = 0) -> None:
         super().__init__(tree, window, first_query)
         self.cache = cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "PrefixBlockMask cannot be pickled or copied: its cache collects gradients of the prompt; pickle mask.tree"
+        )
 
     def _replace(self, tree: PrefixTree, window: int | None) -> TreeBlockMask:
         return PrefixBlockMask(self.cache, tree, window, self.first_query)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -155,6 +158,26 @@ def test_for_window_caches_one_mask_per_window():
     assert mask.for_window(9) is mask.for_window(9)
     assert mask.for_window(9).window == 9 and mask.for_window(8).window == 8
     assert mask.for_window(9).tree is mask.tree and mask.window is None
+
+
+def pickled(mask: TreeBlockMask) -> TreeBlockMask:
+    return pickle.loads(pickle.dumps(mask))
+
+
+@pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy, copy.copy])
+@pytest.mark.parametrize(("window", "first_query"), [(None, 0), (50, 0), (None, 128), (50, 128)])
+def test_pickled_or_copied_mask_equals_the_mask(duplicate: Callable, window, first_query, device):
+    mask = block_mask(forest(3), window, first_query=first_query).to(device)
+    mask.for_window(9)
+    twin = duplicate(mask)
+    assert type(twin) is TreeBlockMask and twin is not mask
+    assert (twin.window, twin.first_query, twin.seq_lengths) == (window, first_query, mask.seq_lengths)
+    for name in (name for pair in TABLES for name in pair):
+        assert torch.equal(getattr(twin, name), getattr(mask, name)), name
+    for name in ("tokens", "end", "node", "lengths", "position_ids"):
+        assert torch.equal(getattr(twin.tree, name), getattr(mask.tree, name)), name
+    queries, keys = (torch.arange(length, device=device) for length in mask.seq_lengths)
+    assert torch.equal(*(each.mask_mod(None, None, queries[:, None], keys) for each in (twin, mask)))
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -5,6 +5,8 @@ Whole models with cached prompts are in test_packed_logprobs.py and test_matrix.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import hf_models as hf
@@ -97,6 +99,13 @@ def test_cached_mask_for_another_window_or_device_keeps_its_cache():
     mask = prefix.mask_for(tree_of(PROMPT, COMPLETIONS))
     for other in (mask.for_window(5), mask.to("meta")):
         assert isinstance(other, PrefixBlockMask) and other.cache is prefix and other.first_query == mask.first_query
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.deepcopy, copy.copy])
+def test_pickle_or_copy_of_cached_mask_raises(duplicate):
+    mask = cache_without_model(PROMPT).mask_for(tree_of(PROMPT, COMPLETIONS))
+    with pytest.raises(TypeError, match=r"PrefixBlockMask cannot be pickled or copied: .*; pickle mask\.tree"):
+        duplicate(mask)
 
 
 # Gradients
