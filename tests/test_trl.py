@@ -23,6 +23,9 @@ import pytest
 import torch
 import transformers
 import trl.trainer.utils
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
 from cases import VOCAB, assert_within_budget, float32_floor
 from cases import largest_error as largest_relative_error
 from datasets import Dataset
@@ -596,6 +599,20 @@ def test_gradient_accumulation_trains_as_trl(saved):
     assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())  # Trainer sums losses in float32
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:steps_per_generation=2 is more")
+@pytest.mark.parametrize(("group_size", "equal"), [(8, True), (4, False)])
+def test_steps_of_part_of_one_group_train_as_trl(group_size, equal, saved):
+    """Of several groups they do not, which is what the warning says."""
+    settings = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_generations": group_size}
+    ours, expected = (train(each, saved("qwen2"), **settings) for each in (SharedPrefixGRPOTrainer, GRPOTrainer))
+    assert ours.batches[0] == expected.batches[0]
+    if equal:
+        assert_trained_alike(ours, expected)
+    else:
+        assert abs(ours.logged("loss")[0] - expected.logged("loss")[0]) > 1e-3
+
+
 def rollouts_with_tool_tokens(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     """Draw completions with a tool's tokens between the model's; two of each four start alike."""
     draw = torch.Generator().manual_seed(trainer.state.global_step)
@@ -787,6 +804,22 @@ def test_split_groups_warn_with_their_cost(trainer_class, splits, saved):
     assert [message[: len(words)] for message in ours] == ([words] if splits else [])
 
 
+@pytest.mark.parametrize("trainer_class", [SharedPrefixGRPOTrainer, SharedPrefixRLOOTrainer])
+@pytest.mark.parametrize(
+    ("generations", "steps", "group_size", "differs"), [(2, 1, 4, True), (2, 2, 4, False), (2, 1, 8, False)]
+)
+def test_steps_of_part_of_a_generation_batch_warn(trainer_class, generations, steps, group_size, differs, saved):
+    settings = {"per_device_train_batch_size": 4, "num_generations": group_size}
+    settings |= {"steps_per_generation": generations, "gradient_accumulation_steps": steps}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_run(trainer_class, saved("qwen2"), **settings)
+    words = "steps_per_generation=2 is more than gradient_accumulation_steps=1: an optimizer step has whole groups"
+    assert [str(w.message).startswith(words) for w in caught if "steps_per_generation=" in str(w.message)] == (
+        [True] if differs else []
+    )
+
+
 # The log, and the trained model.
 
 
@@ -828,16 +861,63 @@ def test_saved_model_is_an_ordinary_checkpoint_and_generates_the_same(saved, tmp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"torch_compile": True}, "torch_compile must be False: every batch's prefix tree would recompile"),
-        (
-            {"use_transformers_continuous_batching": True},
-            "use_transformers_continuous_batching must be False: it generates with sdpa only",
-        ),
         ({"attention_dropout": 0.1}, "has attention_dropout=0.1, which would differ between the copies of a prefix"),
         ({"lora": True, "lora_dropout": 0.1}, "has dropout 0.1, which would differ between the copies of a prefix"),
     ],
-    ids=["torch_compile", "continuous_batching", "attention_dropout", "lora_dropout"],
+    ids=["attention_dropout", "lora_dropout"],
 )
-def test_unsupported_option_is_refused_before_training(saved, settings, words):
+def test_dropout_is_refused_before_training(saved, settings, words):
     with refused(ValueError, words):
         make_run(SharedPrefixGRPOTrainer, saved("qwen2"), **settings)
+
+
+CONFIGS = {
+    SharedPrefixGRPOTrainer: GRPOConfig,
+    SharedPrefixRLOOTrainer: RLOOConfig,
+    SharedPrefixDPOTrainer: DPOConfig,
+}
+NO_MODEL = "a folder that does not exist"  # which TRL would fail to load
+
+
+RECOMPILES = "torch_compile must be False: every batch's prefix tree would recompile"
+REFUSED_OPTIONS = {
+    "torch_compile": (True, RECOMPILES),
+    "torch_compile_backend": ("eager", RECOMPILES),
+    "neftune_noise_alpha": (5.0, "neftune_noise_alpha must be None: noise would differ between the copies of a prefix"),
+    "use_transformers_continuous_batching": (
+        True,
+        "use_transformers_continuous_batching must be False: it generates with sdpa only",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "option"),
+    [(c, o) for c in CONFIGS for o in REFUSED_OPTIONS if hasattr(CONFIGS[c], o)],  # DPO does not generate
+)
+def test_unsupported_option_is_refused_before_models_load(trainer_class, option, tmp_path):
+    value, words = REFUSED_OPTIONS[option]
+    options = CONFIGS[trainer_class](output_dir=str(tmp_path), use_cpu=True, bf16=False, **{option: value})
+    with refused(ValueError, words):
+        trainer_class(NO_MODEL, None, options)
+    with refused(ValueError, words):
+        trainer_class(model=NO_MODEL, args=options)
+
+
+COMPILED = "accelerate's dynamo_backend must be 'no', got 'eager': every batch's prefix tree would recompile; unset"
+
+
+@pytest.mark.parametrize("trainer_class", CONFIGS)
+def test_compile_by_accelerate_environment_is_refused(trainer_class, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    for options in (None, CONFIGS[trainer_class](output_dir=str(tmp_path), use_cpu=True, bf16=False)):
+        with refused(ValueError, COMPILED):
+            trainer_class(model=NO_MODEL, args=options)
+
+
+def test_compile_by_an_existing_accelerator_is_refused(monkeypatch, tmp_path):
+    options = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    Accelerator(cpu=True)
+    monkeypatch.setattr(AcceleratorState(), "dynamo_plugin", TorchDynamoPlugin(backend="eager"))
+    with refused(ValueError, COMPILED):
+        SharedPrefixGRPOTrainer(NO_MODEL, args=options)

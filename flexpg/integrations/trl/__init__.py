@@ -18,7 +18,9 @@ from torch import Tensor
 from flexpg.integrations.trl.forward import share_prefixes  # first: it refuses other versions of TRL
 
 # isort: split
-from transformers import Trainer
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_tensor_dict
 
@@ -51,11 +53,9 @@ class _SharedPrefixTrainer(Trainer):
     _metrics: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = (*args, *kwargs.values())
+        check_options(next((value for value in given if isinstance(value, TrainingArguments)), None))
         super().__init__(*args, **kwargs)
-        if self.args.torch_compile:
-            raise ValueError("torch_compile must be False: every batch's prefix tree would recompile")
-        if getattr(self.args, "use_transformers_continuous_batching", False):  # not in DPOConfig
-            raise ValueError("use_transformers_continuous_batching must be False: it generates with sdpa only")
         check_no_dropout(self.model, will_train=True)
         self._cost, self._update_began = UpdateCost(), 0.0
         for model in (self.model, self.ref_model):
@@ -95,6 +95,34 @@ class _SharedPrefixTrainer(Trainer):
         super().log(logs, start_time)
 
 
+def check_options(options: TrainingArguments | None) -> None:
+    """Refuse options with which no model could share prefixes.
+
+    Args:
+        options: The trainer's `args`; None for TRL's defaults.
+
+    Raises:
+        ValueError: If the model would be compiled, get noise, or generate with continuous batching.
+    """
+    recompiles = "every batch's prefix tree would recompile"
+    plugins = [TorchDynamoPlugin()]  # what `accelerate launch` sets in the environment
+    if options is not None:
+        if options.torch_compile:
+            raise ValueError(f"torch_compile must be False: {recompiles}")
+        if getattr(options, "use_transformers_continuous_batching", False):  # not in DPOConfig
+            raise ValueError("use_transformers_continuous_batching must be False: it generates with sdpa only")
+        if options.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha must be None: noise would differ between the copies of a prefix")
+        if is_initialized():  # by an Accelerator, whose settings the trainer's takes over
+            plugins.append(AcceleratorState().dynamo_plugin)
+    for plugin in plugins:
+        if plugin.backend != DynamoBackend.NO:
+            raise ValueError(
+                f"accelerate's dynamo_backend must be 'no', got {plugin.backend.value.lower()!r}: {recompiles}; unset "
+                "ACCELERATE_DYNAMO_BACKEND, or dynamo_config in the file of `accelerate config`"
+            )
+
+
 class _GroupTrainer(_SharedPrefixTrainer):
     """Common to the trainers that sample groups: micro-batches of whole groups."""
 
@@ -112,6 +140,14 @@ class _GroupTrainer(_SharedPrefixTrainer):
                 f"per_device_train_batch_size={batch_size} splits groups of num_generations={group_size}: a prompt is "
                 f"encoded {parts:.3g} times per update instead of once; use a multiple of {group_size}, with fewer "
                 "gradient_accumulation_steps",
+                stacklevel=2,
+            )
+        generations, steps = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if generations > steps and batch_size * generations > group_size:
+            warnings.warn(
+                f"steps_per_generation={generations} is more than gradient_accumulation_steps={steps}: an optimizer "
+                "step has whole groups instead of rows of many groups, so steps differ from TRL's own trainer; with "
+                "equal values they do not",
                 stacklevel=2,
             )
 
