@@ -645,6 +645,7 @@ DPO_CASES = {
     "sigmoid_evaluated": {"loss_type": ["sigmoid"], "evaluated": True, "eval_strategy": "steps", "eval_steps": 5},
     "sigmoid_and_bco_pair_weighted": {"loss_type": ["sigmoid", "bco_pair"], "use_weighting": True},
     "lora": {"loss_type": ["sigmoid"], "lora": True},
+    "precomputed_reference": {"loss_type": ["sigmoid"], "precompute_ref_log_probs": True},
 }
 
 
