@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -23,9 +24,9 @@ import pytest
 import torch
 import transformers
 import trl.trainer.utils
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from cases import VOCAB, assert_within_budget, float32_floor
 from cases import largest_error as largest_relative_error
 from datasets import Dataset
@@ -459,9 +460,10 @@ def make_run(
     evaluated: bool = False,
     attention_dropout: float = 0.0,
     rollout_func: Callable | None = None,
+    convert: Callable = in_float64,
     **settings: Any,
 ) -> Run:
-    """Build a trainer of a float64 model, always from the same seed."""
+    """Build a trainer of a float64 model, or of what `convert` returns, always from the same seed."""
     torch.manual_seed(0)  # LoRA draws its matrices before the trainer sets its seed
     is_dpo = issubclass(trainer_class, DPOTrainer)
     config = DPOConfig if is_dpo else RLOOConfig if issubclass(trainer_class, RLOOTrainer) else GRPOConfig
@@ -482,7 +484,7 @@ def make_run(
     options = {} if is_dpo else {"reward_funcs": reward}
     options |= {} if rollout_func is None else {"rollout_func": rollout_func}
     trainer = trainer_class(
-        model=in_float64(model),
+        model=convert(model),
         args=config(**{"output_dir": folder + "/runs"} | QUIET | own | settings),
         processing_class=tokenizer(),
         peft_config=adapter if lora else None,
@@ -492,7 +494,7 @@ def make_run(
     )
     for each in (trainer.model, trainer.ref_model):  # TRL adds adapters and loads a reference model in float32
         if each is not None:
-            in_float64(each)
+            convert(each)
     return Run(trainer, batches)
 
 
@@ -670,6 +672,91 @@ def test_two_ranks_train_as_trl(saved):
     (expected, ours), (_, on_the_other) = run_processes(2, train_both, saved("qwen2"))
     assert torch.equal(ours, on_the_other)
     assert (ours - expected).norm() < 1e-12 * expected.norm()
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",  # a mesh of the CPU; torch's own would be of CUDA in its CUDA builds
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+ZERO3_CONFIG = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,  # or parameters as small as these would not be sharded
+        "stage3_gather_16bit_weights_on_model_save": True,  # for accelerate's get_state_dict, whatever the dtype
+    },
+    "bf16": {"enabled": False},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def unconverted(model: nn.Module) -> nn.Module:
+    """Leave a model in float32: TRL shards its reference model at once, after which norms cannot be replaced."""
+    return model
+
+
+def train_sharded(rank: int, trainers: list[type], folder: str, variables: dict, settings: dict) -> list[Any]:
+    """Return the samples, the log and the parameters of each trainer, in one of several processes."""
+    os.environ.update(variables | {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""})
+    # accelerate shards on accelerators only, and takes the CPU for one here.
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    trl.trainer.utils._ChunkedLogProbFunction = Float64Head
+    results = []
+    for trainer_class in trainers:
+        run = train(trainer_class, folder, use_cpu=False, max_steps=3, beta=0.1, **settings)
+        trainer = run.trainer
+        assert trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        log = {name: run.logged(name) for name in ("loss", "grad_norm")}
+        results.append((run.batches, log, trainer.accelerator.get_state_dict(trainer.model_wrapped)))
+    return results
+
+
+def assert_sharded_train_alike(
+    trainers: list[type], folder: str, variables: dict, settings: dict, tolerance: float
+) -> None:
+    (expected, ours), _ = run_processes(2, train_sharded, trainers, folder, variables, settings)
+    assert ours[0] == expected[0]
+    for name, values in expected[1].items():
+        assert len(values) == 3 and ours[1][name] == pytest.approx(values, rel=tolerance, abs=tolerance), name
+    assert largest_error(ours[2], expected[2]) < tolerance
+
+
+GRPO, RLOO = [GRPOTrainer, SharedPrefixGRPOTrainer], [RLOOTrainer, SharedPrefixRLOOTrainer]
+DPO = [DPOTrainer, SharedPrefixDPOTrainer]
+FULL = {"convert": unconverted}
+ACCUMULATED = FULL | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+ADAPTER = {"lora": True, "gradient_checkpointing": True}
+SHARDED_CASES = {
+    "grpo": (GRPO, ACCUMULATED, 2e-4),
+    "grpo_lora": (GRPO, ADAPTER, 1e-12),
+    "rloo": (RLOO, FULL, 2e-4),
+    "dpo": (DPO, FULL, 2e-4),
+    "dpo_lora": (DPO, ADAPTER, 1e-12),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", SHARDED_CASES)
+def test_fsdp2_trains_as_trl(case, saved):
+    trainers, settings, tolerance = SHARDED_CASES[case]
+    assert_sharded_train_alike(trainers, saved("qwen2"), FSDP2, settings, tolerance)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("case", SHARDED_CASES)
+def test_deepspeed_zero3_trains_as_trl(case, saved):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    trainers, settings, _ = SHARDED_CASES[case]
+    settings = settings | {"convert": unconverted, "deepspeed": ZERO3_CONFIG}  # which computes in float32
+    assert_sharded_train_alike(trainers, saved("qwen2"), ZERO3, settings, 2e-4)
 
 
 def prefixes(rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> int:
