@@ -6,107 +6,19 @@ import doctest
 import math
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from flexpg.training.rewards import (
     Reward,
     build_rewards,
-    math_correct,
-    number_closeness,
-    number_correct,
     score,
 )
 
 PAGE = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
-
-# Numbers.
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "value"),
-    [
-        (" 2+70000 = <<2+70000=70002>>70,002\n#### 70,002", "70002", 1.0),
-        ("#### $1,234.00", "1,234", 1.0),
-        ("####18.50", "18.5", 1.0),
-        ("#### -3", "-3", 1.0),
-        ("#### 3", "-3", 0.0),
-        ("#### .5", "0.5", 1.0),
-        ("#### 007", "7", 1.0),
-        ("#### 5 apples out of 9", "5", 1.0),
-        ("#### 6 #### 5", "5", 1.0),  # the last mark counts
-        ("#### 5\n\nQuestion: next? #### 7", "5", 1.0),
-        ("#### 6", "5", 0.0),
-        ("it is 5", "5", 0.0),
-        ("5 ####", "5", 0.0),
-        ("", "5", 0.0),
-    ],
-)
-def test_number_correct_compares_the_number_after_the_last_mark(completion, answer, value):
-    assert number_correct(completion, answer, until="\nQuestion:") == value
-
-
-def test_number_closeness_falls_with_the_distance_of_the_last_number():
-    assert number_closeness("100", "100") == number_closeness("1 + 99 = 100.", "100") == 1.0
-    assert number_closeness("50", "100") == number_closeness("150", "100") == 2 / 3
-    assert number_closeness("1", "0") == 0.5  # near 0 the distance itself counts
-    assert number_closeness("no idea", "100") == 0.0
-    assert number_closeness("text 100\nQuestion: 7", "100", until="\nQuestion:") == 1.0
-    assert number_closeness("text 100\nQuestion: 7", "7") == 1.0
-
-
-@given(st.integers(min_value=0, max_value=10**15), st.integers(min_value=0, max_value=4))
-@settings(max_examples=60, deadline=None)
-def test_thousands_commas_and_trailing_zeros_do_not_matter(number, zeros):
-    text = f"#### ${number:,}{'.' + '0' * zeros if zeros else ''}."
-    assert number_correct(text, str(number)) == number_closeness(text, str(number)) == 1.0
-    assert number_correct(text, str(number + 1)) == 0.0
-
-
-@given(st.text(alphabet=st.sampled_from("0123456789.,-+eE/\\{}$ %#boxedfrac\N{MINUS SIGN}٣²"), max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_no_completion_makes_a_number_reward_raise(completion):
-    assert number_correct(completion, "5") in (0.0, 1.0)
-    assert 0.0 <= number_closeness(completion, "5") <= 1.0
-
-
-@pytest.mark.parametrize("unit", ["9", "9,", "1/", "-", ".", "$", "1.1", "#", "####", "1e", "$-"])
-def test_number_rewards_take_time_linear_in_the_completion(unit):
-    started = time.process_time()
-    for completion in (unit * 10_000, "#### " + unit * 10_000):
-        assert 0.0 <= number_correct(completion, "5") + number_closeness(completion, "5") < 1.0
-    assert time.process_time() - started < 0.5  # 40,000 characters squared would take minutes
-
-
-@pytest.mark.parametrize("function", [number_correct, number_closeness])
-def test_answer_without_a_number_raises(function):
-    with pytest.raises(ValueError, match="the answer must have a number, got 'Paris'"):
-        function("#### 4", "Paris")
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "value"),
-    [
-        (r"first \boxed{3}. So it is \boxed{\frac{1}{2}}", "0.5", 1.0),
-        (r"\boxed{3} or \boxed{4}", "4", 0.0),
-        (r"\boxed{1{,}234}", "1234", 1.0),
-        (r"\boxed{5} apples of 9", "5", 1.0),
-        ("the answer is 72", "72", 1.0),
-        (r"\boxed{71}, not 72", "72", 0.0),
-        ("I do not know", "72", 0.0),
-        ("", "72", 0.0),
-        (r"\boxed{\boxed{", "72", 0.0),
-    ],
-)
-def test_math_correct_compares_expressions_and_prefers_the_box(completion, answer, value):
-    assert math_correct(completion, answer) == value
-
 
 # Components.
 

@@ -14,16 +14,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexpg.training.answers import claimed_number, equal_expressions, last_number, marked_number
 from flexpg.training.errors import error_context
-
-_NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,7 @@ def number_correct(completion: str, answer: str, until: str | None = None) -> fl
     >>> number_correct("#### $1,234.50", "1234.5"), number_correct("#### 5\n\nQuestion: #### 7", "5", until="Question:")
     (1.0, 1.0)
     """
-    _, mark, marked = _before(completion, until).rpartition("####")
-    return float(bool(mark) and _first_number(marked) == _number(answer))
+    return float(marked_number(_before(completion, until)) == _number(answer))
 
 
 def number_closeness(completion: str, answer: str, until: str | None = None) -> float:
@@ -141,12 +139,8 @@ def number_closeness(completion: str, answer: str, until: str | None = None) -> 
     >>> number_closeness("so 50", "100"), number_closeness("no idea", "100")
     (0.6666666666666666, 0.0)
     """
-    numbers = _NUMBER.findall(_before(completion, until))
-    if not numbers:
-        return 0.0
-    number, correct = _first_number(numbers[-1]), _number(answer)
-    assert number is not None
-    return float(1 / (1 + abs(number - correct) / max(abs(correct), Decimal(1))))
+    number, correct = last_number(_before(completion, until)), _number(answer)
+    return 0.0 if number is None else float(1 / (1 + abs(number - correct) / max(abs(correct), Fraction(1))))
 
 
 def math_correct(completion: str, answer: str) -> float:
@@ -161,11 +155,7 @@ def math_correct(completion: str, answer: str) -> float:
     >>> math_correct(r"so it is \boxed{\frac{1}{2}}", "0.5")
     1.0
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError("math_correct needs math-verify: pip install 'flexpg[recipes]'") from error
-    return float(verify(parse(answer), parse(completion)))
+    return float(equal_expressions(completion, answer))
 
 
 def matches(completion: str, answer: str, pattern: str) -> float:
@@ -190,13 +180,8 @@ def _before(text: str, until: str | None) -> str:
     return text.partition(until)[0] if until else text
 
 
-def _first_number(text: str) -> Decimal | None:
-    found = _NUMBER.search(text)
-    return None if found is None else Decimal(found[0].replace(",", "").replace("$", ""))
-
-
-def _number(answer: str) -> Decimal:
-    number = _first_number(answer)
+def _number(answer: str) -> Fraction:
+    number = claimed_number(answer.rpartition("=")[2])
     if number is None:
-        raise ValueError(f"the answer must have a number, got {answer!r}")
+        raise ValueError(f"the answer must be a number, got {answer!r}")
     return number
