@@ -64,8 +64,9 @@ from flexpg.training.metrics import (
     synchronized_time,
 )
 from flexpg.training.models import build_model, load_weights, materialize, save_weights
-from flexpg.training.prompts import completion_text, tokenize_problems
-from flexpg.training.rewards import build_rewards, score
+from flexpg.training.prompts import completion_group, tokenize_problems
+from flexpg.training.reward_calls import Run, TrainerState
+from flexpg.training.rewards import build_rewards, reward_metrics, score
 from flexpg.tree import PrefixTree
 from flexpg.verify import baseline_logprobs, gradient_norms
 
@@ -116,11 +117,11 @@ class GRPORecipe(FTRecipeInterface):
     def setup(self) -> None:
         """Create every component, and find mistakes before anything is trained or written."""
         cfg, world = self.cfg, self.world
-        self.rewards = build_rewards(cfg.rewards)
-        self.test_reward = build_rewards({"test_reward": cfg.test_reward})
         self.tokenizer = component(cfg, "tokenizer")
         self.sampling = sampling_params(cfg, self.tokenizer.stop_tokens)
         self.problems, self.test_problems = component(cfg, "train_problems"), component(cfg, "test_problems")
+        self.rewards = build_rewards(cfg.rewards, self.problems)
+        self.test_reward = build_rewards({"test_reward": cfg.test_reward}, self.test_problems)
         self.model = build_model(cfg, self.dtype, self.param_dtype)
         self.is_lora = bool(get_adapter_params(self.model))
         self.shape = shape_of(self.model)
@@ -244,25 +245,25 @@ class GRPORecipe(FTRecipeInterface):
 
     def score(self, samples: Samples, chosen: list[int]) -> tuple[Rollouts, dict[str, float]]:
         """Compute the rewards of this rank's samples and gather the rollouts of all ranks, with their metrics."""
-        group_size, groups = self.cfg.group_size, []
-        texts = [completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
-        for i, n in enumerate(self.world.shard(range(len(chosen)))):
-            group = slice(i * group_size, (i + 1) * group_size)
-            answers = [self.problems[chosen[n]].answer] * group_size
-            rewards, by_name = score(self.rewards, texts[group], answers, first=n * group_size)
-            completions = [tokens.cpu() for tokens in samples.completions[group]]
-            groups.append((completions, samples.is_finished[group].cpu(), rewards, by_name))
-        groups = self.world.all_gather(groups)  # of all ranks, in the order of the problems
+        size = self.cfg.group_size
+        own = self.world.shard(range(len(chosen)))
+        completions = [samples.completions[i * size : (i + 1) * size] for i in range(len(own))]
+        groups = [
+            completion_group(self.tokenizer, self.problems[chosen[n]], tokens, first=n * size)
+            for n, tokens in zip(own, completions, strict=True)
+        ]
+        scores = score(self.rewards, groups, self.reward_context())
+        finished = samples.is_finished.cpu().split(size)
+        cpu = [[tokens.cpu() for tokens in group] for group in completions]
+        # Of all ranks, in the order of the problems.
+        gathered = self.world.all_gather(list(zip(cpu, finished, scores, strict=True)))
         rollouts = Rollouts.from_groups(
             prompts=[self.prompts[problem] for problem in chosen],
-            completions=[[tokens.to(self.world.device) for tokens in group] for group, *_ in groups],
-            rewards=torch.stack([rewards for _, _, rewards, _ in groups]),
+            completions=[[tokens.to(self.world.device) for tokens in group] for group, _, _ in gathered],
+            rewards=torch.stack([scores.total for _, _, scores in gathered]),
         )
-        metrics = rollout_metrics(rollouts, torch.cat([is_finished for _, is_finished, _, _ in groups]))
-        for reward in self.rewards:
-            values = torch.cat([by_name[reward.name] for *_, by_name in groups])
-            metrics[f"reward/{reward.name}"] = values.mean().item()
-        return rollouts, metrics
+        metrics = rollout_metrics(rollouts, torch.cat([is_finished for _, is_finished, _ in gathered]))
+        return rollouts, metrics | reward_metrics([scores for _, _, scores in gathered])
 
     def pack(self, rollouts: Rollouts) -> PackedStep:
         """Cut the step into mini-batches, and these into micro-batches for every rank."""
@@ -409,9 +410,12 @@ class GRPORecipe(FTRecipeInterface):
         """Compute the mean `test_reward` of the most likely completion of every test problem."""
         own = self.world.shard(range(len(self.test_prompts)))
         samples = self.sample([self.test_prompts[n] for n in own], 1, None)
-        texts = [completion_text(self.tokenizer, tokens.tolist()) for tokens in samples.completions]
-        rewards, _ = score(self.test_reward, texts, [self.test_problems[n].answer for n in own])
-        rewards = self.world.all_gather(rewards.tolist())
+        groups = [
+            completion_group(self.tokenizer, self.test_problems[n], [tokens], first=n)
+            for n, tokens in zip(own, samples.completions, strict=True)
+        ]
+        scores = score(self.test_reward, groups, self.reward_context())
+        rewards = self.world.all_gather([own.total.item() for own in scores])
         self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
             self.metric_logger.log("held_out_accuracy", self.accuracies[self.steps_done], step=self.steps_done)
@@ -465,6 +469,11 @@ class GRPORecipe(FTRecipeInterface):
             for n, _ in rounds
         }
         return [orders[n][i] for n, i in rounds]
+
+    def reward_context(self) -> Run:
+        """Return what reward functions can ask for besides completions and problems."""
+        state = TrainerState(global_step=self.steps_done, max_steps=self.cfg.num_steps)
+        return Run(self.tokenizer, is_chat=self.cfg.prompt_format == "chat", trainer_state=state)
 
     def seed(self, purpose: str) -> int:
         """Return a seed that is a function of the run's seed and a purpose."""

@@ -19,7 +19,9 @@ from torchtune.modules.peft import get_adapter_params
 
 from flexpg.training.config import COMPONENTS, SETUP_ERRORS, GRPOConfig, component, load_config
 from flexpg.training.models import build_model
-from flexpg.training.rewards import build_rewards
+from flexpg.training.reward_calls import Group
+from flexpg.training.rewards import build_rewards, score
+from flexpg.training.tasks import Problem
 from recipes.grpo import recipe_main
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +120,7 @@ SETUP_MISTAKES = [
     ("rewards.correct.digits=3", "reward 'correct' must be ", "unexpected keyword argument 'digits'"),
     ("rewards.correct.weight=much", "reward 'correct'", "could not convert string to float: 'much'"),
     ("test_reward._component_=flexpg.training.tasks.no_such_reward", "reward 'test_reward'", "no_such_reward"),
-    ("test_reward._component_=math.pi", "reward 'test_reward' must be a function (completion, answer) -> float"),
+    ("test_reward._component_=math.pi", "reward 'test_reward' must be a reward function with options {}"),
     ("checkpointer.model_type=LAMA3", "checkpointer: ", "LAMA3"),
     ("checkpointer.checkpoint_files=[nothing.safetensors]", "checkpointer: ", "nothing.safetensors"),
     ("checkpointer.checkpoint_dir=recipes/nowhere", "checkpointer: ", "recipes/nowhere"),
@@ -293,8 +295,8 @@ def test_reward_prefers_a_correct_answer_in_a_box(name):
     rewards = build_rewards(resolved(name).rewards)
     values = {"48 + 24 is \\boxed{72}.": 1.1, "so it is 72": 1.0, "so it is \\boxed{71}": 0.1, "I do not know": 0.0}
     for completion, value in values.items():
-        total = sum(reward.weight * reward.function(completion, "72") for reward in rewards)
-        assert total == pytest.approx(value)
+        (scores,) = score(rewards, [Group(Problem("", "72"), [completion])])
+        assert scores.total.item() == pytest.approx(value)
 
 
 @pytest.mark.parametrize("size", PARAMETERS)

@@ -12,13 +12,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from flexpg.training.rewards import (
-    Reward,
-    build_rewards,
-    score,
-)
+from flexpg.training.reward_calls import Group
+from flexpg.training.rewards import Reward, build_rewards, reward_metrics, score
+from flexpg.training.tasks import Problem
 
 PAGE = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
+
+
+def group_of(completions: list[str], answer: str = "5", first: int = 0) -> Group:
+    return Group(Problem("2+3=", answer), completions, [list(text.encode()) for text in completions], first)
+
 
 # Components.
 
@@ -53,14 +56,15 @@ def test_reward_component_may_be_a_function_or_a_class_with_state(monkeypatch):
         ({"_component_": "no_such_module.f"}, "No module named 'no_such_module'"),
         ({"_component_": "flexpg.training.rewards.none"}, "No module named 'flexpg.training.rewards.none'"),
         ({"_component_": "flexpg.training.rewards"}, "is not a callable object"),
-        ({"_component_": "flexpg.training.rewards.matches"}, "missing a required argument: 'pattern'"),
+        ({"_component_": "flexpg.training.tasks.arithmetic"}, "is not a callable object"),  # returns a list
+        ({"_component_": "flexpg.training.rewards.matches"}, "it asks for 'pattern', which is none of answer, "),
         ({"_component_": "flexpg.training.rewards.matches", "pattern": "a", "flags": 2}, "keyword argument 'flags'"),
         ({"_component_": "flexpg.training.rewards.number_correct", "weight": "much"}, "could not convert string"),
         ({"pattern": "a"}, "got None: '_component_'"),
     ],
 )
 def test_reward_that_cannot_be_built_is_named(options, message):
-    with pytest.raises(ValueError, match=r"^reward 'mine' must be a function \(completion, answer\) -> float") as error:
+    with pytest.raises(ValueError, match=r"^reward 'mine' must be a reward function with options \{") as error:
         build_rewards({"mine": options})
     assert message in str(error.value)
 
@@ -73,18 +77,29 @@ def test_no_rewards_are_refused():
 def test_docs_examples_run_from_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)  # as `tune run` and `python -m` do with the working directory
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "my_rewards.py").write_text(snippet)
-    first, own = (
-        build_rewards(OmegaConf.create(text).rewards) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text("\n".join(snippets))
+    problem = Problem("", "5", {"level": 3, "solution": "5"})
+    first, own, asking, trl = (
+        build_rewards(OmegaConf.create(text).rewards, [problem])
+        for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     )
-    assert score(first, ["#### 5", "x" * 899 + "6"], ["5", "5"])[0].tolist() == pytest.approx([1.3, 0.05])
-    total, values = score(own, ["1+1=2\n2+3 = 5\n#### 5", "#### 5"], ["5", "5"])
-    assert values["steps"].tolist() == pytest.approx([2 / 3, 0.0])
-    assert total.tolist() == pytest.approx([1.2, 1.0])
-    with pytest.raises(ValueError) as error:
-        build_rewards({"steps": {"_component_": "my_rewards.shows_steps", "at_most": 3}})
-    assert f"error: {error.value}\n" in PAGE
+    (scores,) = score(first, [group_of(["#### 5", "x" * 899 + "6"])])
+    assert scores.total.tolist() == pytest.approx([1.3, 0.05])
+    (scores,) = score(own, [group_of(["1+1=2\n2+3 = 5\n#### 5", "#### 5"])])
+    assert scores.values["steps"].tolist() == pytest.approx([2 / 3, 0.0])
+    assert scores.total.tolist() == pytest.approx([1.2, 1.0])
+    (scores,) = score(asking, [Group(problem, ["It is 5.", "4", "4"])])
+    assert scores.total.tolist() == pytest.approx([2.1, 0.0, 0.0])
+    assert [reward.name for reward in trl] == ["accuracy", "format", "overlong"]
+    question = Problem("", "5", {"question": "2+3?"})
+    for name, options in (
+        ("steps", {"_component_": "my_rewards.shows_steps", "at_most": 3}),
+        ("hard", {"_component_": "my_rewards.hard_only"}),
+    ):
+        with pytest.raises(ValueError) as error:
+            build_rewards({name: options}, [question])
+        assert f"error: {error.value}\n" in PAGE
     del sys.modules["my_rewards"]
     (session,) = re.findall(r"```pycon\n(.*?)```", PAGE, re.DOTALL)
     parsed = doctest.DocTestParser().get_doctest(session, {}, "docs/rewards.md", None, 0)
@@ -100,15 +115,41 @@ def test_score_returns_the_weighted_sum_and_values_before_weighting():
         Reward("length", lambda completion, answer: len(completion), -0.5),
         Reward("logged", lambda completion, answer: 3, 0),
     ]
-    total, values = score(rewards, ["a", "bcd"], ["", ""])
-    assert total.dtype == torch.float32 and total.tolist() == [0.5, -1.5]
-    assert {name: column.tolist() for name, column in values.items()} == {
+    first, second = score(rewards, [group_of(["a", "bcd"]), group_of(["a"])])
+    assert first.total.dtype == torch.float32 and first.total.tolist() == [0.5, -1.5] and second.total.tolist() == [0.5]
+    assert {name: column.tolist() for name, column in first.values.items()} == {
         "one": [1.0, 0.0],
         "length": [1.0, 3.0],
         "logged": [3.0, 3.0],
     }
-    total, values = score(rewards, [], [])
-    assert total.shape == values["one"].shape == (0,)
+    assert score(rewards, []) == []
+
+
+def test_none_adds_nothing_and_does_not_count_in_the_metrics():
+    rewards = [
+        Reward("long", lambda completion: len(completion) if completion != "a" else None),
+        Reward("group", lambda completions, **kwargs: [None, 2.0, 3.0][: len(completions)], weight=10.0),
+        Reward("one", lambda completion: 1.0),
+        Reward("never", lambda completion: None),
+    ]
+    scores = score(rewards, [group_of(["a", "bc", "def"]), group_of(["a"])])
+    assert [own.total.tolist() for own in scores] == [[1.0, 23.0, 34.0], [1.0]]
+    assert scores[0].values["long"].isnan().tolist() == [True, False, False]
+    assert reward_metrics(scores) == {
+        "reward/long": 2.5,
+        "reward/long/std": pytest.approx(0.5**0.5),
+        "reward/group": 2.5,
+        "reward/group/std": pytest.approx(0.5**0.5),
+        "reward/one": 1.0,
+        "reward/one/std": 0.0,
+    }
+
+
+def test_rollout_whose_rewards_are_all_none_raises():
+    rewards = [Reward(name, lambda completion: None if completion == "b" else 1.0) for name in ("x", "y")]
+    message = "a rollout must have a reward that is not None, got None from 'x', 'y' for rollout 5, completion 'b', "
+    with pytest.raises(ValueError, match=f"^{message}answer '5'$"):
+        score(rewards, [group_of(["a", "b"], first=4)])
 
 
 def test_exception_of_a_reward_is_raised_unchanged_under_a_line_of_context(capsys):
@@ -116,16 +157,23 @@ def test_exception_of_a_reward_is_raised_unchanged_under_a_line_of_context(capsy
         return 1 / 0
 
     with pytest.raises(ZeroDivisionError) as error:
-        score([Reward("steps", broken)], [" 6+7=13"], ["13"], first=3)
+        score([Reward("steps", broken)], [group_of([" 6+7=13"], "13", first=3)])
     assert error.traceback[-1].name == "broken"
     line = capsys.readouterr().err
     assert line in PAGE and line == "error: reward 'steps', rollout 3, completion ' 6+7=13', answer '13'\n"
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_nan_or_inf_reward_raises(value, capsys):
-    reward = Reward("mine", lambda completion, answer: value if completion == "b" else 1.0)
+@pytest.mark.parametrize("of_group", [False, True], ids=["completion", "group"])
+def test_nan_or_inf_reward_raises(value, of_group, capsys):
+    one, group = lambda completion, answer: value if completion == "b" else 1.0, lambda completions: [1.0, value]
     message = f"rewards must be finite, got {value} from reward 'mine', rollout 5, completion 'b', answer '5'"
     with pytest.raises(ValueError, match=f"^{message}$"):
-        score([reward], ["a", "b"], ["5", "5"], first=4)
+        score([Reward("mine", group if of_group else one)], [group_of(["a", "b"], first=4)])
     assert capsys.readouterr().err == "error: reward 'mine', rollout 5, completion 'b', answer '5'\n"
+
+
+def test_exception_in_a_group_names_its_rollouts(capsys):
+    with pytest.raises(ValueError, match="one value per completion, 2, got 1"):
+        score([Reward("mine", lambda completions: [1.0])], [group_of(["a", "b"], first=4)])
+    assert capsys.readouterr().err == "error: reward 'mine', rollouts 4 to 5, answer '5'\n"

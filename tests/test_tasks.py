@@ -141,6 +141,13 @@ def test_row_becomes_a_prompt_and_an_answer(tmp_path):
     assert problems(file, "{q}", lambda row: f"<{row['a']}>")[1].answer == "<2>"
 
 
+def test_problem_has_the_columns_of_its_row_and_none_for_nulls(tmp_path):
+    rows = [{"q": "1", "a": 1, "level": 3, "tags": ["x"]}, {"q": "2", "a": 2, "level": None, "tags": []}]
+    found = problems(jsonl(tmp_path / "rows.jsonl", rows), "{q}", "{a}")
+    assert [problem.columns for problem in found] == rows
+    assert len({*found, *found}) == 2  # hashable
+
+
 def test_few_shot_examples_are_the_first_rows_and_are_not_asked(tmp_path):
     file = jsonl(tmp_path / "rows.jsonl", ROWS)
     found = problems(file, "{q} =", "{a}", shots=2)
@@ -170,7 +177,7 @@ def test_every_kind_of_file_gives_the_same_problems_whatever_the_split(tmp_path,
         {"parquet": data.to_parquet, "csv": data.to_csv}[kind](file)
     for split in ("train", "test"):
         found = problems(str(file), "{q}", "{a}", split=split)
-        assert found == [Problem(row["q"], str(row["a"])) for row in ROWS]
+        assert found == [Problem(row["q"], str(row["a"]), row) for row in ROWS]
 
 
 def test_changed_file_is_read_again(tmp_path):

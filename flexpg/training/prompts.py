@@ -13,6 +13,7 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
 from flexpg.integrations.torchtune import check_fits
+from flexpg.training.reward_calls import Group
 from flexpg.training.tasks.problem import Problem
 from flexpg.tree import BLOCK
 
@@ -101,6 +102,19 @@ def completion_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     except (KeyError, TypeError, ValueError):  # what tokenizers raise for an unknown id
         runs = [(known, list(run)) for known, run in groupby(text, key=partial(_has_text, tokenizer))]
         return "".join(tokenizer.decode(run) if known else "\ufffd" * len(run) for known, run in runs)
+
+
+def completion_group(tokenizer: Any, problem: Problem, completions: Sequence[Tensor], first: int = 0) -> Group:
+    """Return the completions of a problem as rewards read them.
+
+    Args:
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        problem: The problem.
+        completions: Token ids, stop tokens included.
+        first: The number of the first rollout, for errors.
+    """
+    ids = [tokens.tolist() for tokens in completions]
+    return Group(problem, [completion_text(tokenizer, own) for own in ids], ids, first)
 
 
 def _has_text(tokenizer: Any, token: int) -> bool:

@@ -1,21 +1,22 @@
-r"""Rewards: functions of a completion's text and the problem's answer, combined by weights.
+"""Rewards: functions of completions, combined by weights.
 
-A configuration names them as components: a function is called with its options for every completion, a class is
-instantiated with its options and its instances are called.
+A configuration names them as components, with options. A function gets what its parameters are named after, see
+`flexpg.training.reward_calls`, so reward functions of TRL and torchtune work as they are.
 
-Departures from TRL: a function scores one completion, not a batch, and an exception ends the run; None does not mean
-"skip".
+Departure from TRL: a rollout whose rewards are all None ends the run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from flexpg.training.answers import claimed_number, equal_expressions, last_number, marked_number
 from flexpg.training.errors import error_context
+from flexpg.training.reward_calls import Group, Log, Run, calls, check_names, is_factory, read_values
+from flexpg.training.tasks.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -31,88 +34,207 @@ class Reward:
 
     Attributes:
         name: In logs and errors.
-        function: (completion, answer) -> a finite number.
+        function: (completion, answer) -> a finite number, or another function that `flexpg.training.reward_calls` can
+            call; may be async.
         weight: Its factor in the total; 0 only logs it.
     """
 
     name: str
-    function: Callable[[str, str], float]
+    function: Callable[..., Any]
     weight: float = 1.0
 
 
-def build_rewards(described: Mapping[str, Mapping[str, Any]]) -> list[Reward]:
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of a group.
+
+    Attributes:
+        total: [G] float32, weighted sums.
+        values: [G] float32 per reward, before weighting; NaN where it does not apply (None).
+        log: What reward functions have logged.
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    log: Log
+
+
+def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence[Problem] = ()) -> list[Reward]:
     """Build the rewards of a configuration.
 
     Args:
-        described: name -> {"_component_": dotpath of a function or class, "weight": 1.0, further options}.
+        described: name -> {"_component_": dotpath, "weight": 1.0, further options} of a function, of a class whose
+            instances are called, or of a function that takes only options and returns the reward function.
+        problems: What is scored; a reward may ask for the columns that all of them have.
 
     Raises:
-        ValueError: If there is none, or one cannot be imported or does not take its options.
+        ValueError: If there is none, or one cannot be imported, does not take its options, or asks for a name that
+            nobody provides.
     """
     from torchtune.config._errors import InstantiationError  # torchtune's rules for `_component_`
     from torchtune.config._utils import _get_component_from_path
 
     if not described:
         raise ValueError("rewards must have at least one entry `name: {_component_: dotpath}`")
+    columns = set.intersection(*(set(problem.columns) for problem in problems)) if problems else set()
     rewards = []
     for name, options in described.items():
         own = {key: value for key, value in options.items() if key not in ("_component_", "weight")}
         try:
             weight = float(options.get("weight", 1.0))
-            found = _get_component_from_path(options["_component_"])
-            if isinstance(found, type):
-                function = found(**own)
-                inspect.signature(function).bind("", "")
-            else:
-                inspect.signature(found).bind("", "", **own)
-                function = partial(found, **own)
+            function = _with_options(_get_component_from_path(options["_component_"]), own)
+            check_names(function, columns)
         except (KeyError, TypeError, ValueError, InstantiationError) as error:
             raise ValueError(
-                f"reward {name!r} must be a function (completion, answer) -> float with options {own}, got "
+                f"reward {name!r} must be a reward function with options {own}, got "
                 f"{options.get('_component_')!r}: {error}"
             ) from error
         rewards.append(Reward(name, function, weight))
     return rewards
 
 
-def score(
-    rewards: Sequence[Reward], completions: Sequence[str], answers: Sequence[str], *, first: int = 0
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _with_options(component: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return the reward function of a component."""
+    if isinstance(component, type):
+        return component(**options)
+    inspect.signature(component).bind_partial(**options)
+    function = partial(component, **options)
+    return function() if is_factory(function) else function
+
+
+def score(rewards: Sequence[Reward], groups: Sequence[Group], run: Run | None = None) -> list[Scores]:
     """Compute every completion's weighted total and the values of each reward.
 
-    An exception of a reward function is re-raised under a line that names the reward and the rollout.
+    Async functions of all rewards and groups run concurrently, after the others. An exception of a reward function is
+    re-raised under a line that names the reward and the rollout.
 
     Args:
         rewards: With different names.
-        completions: N texts.
-        answers: N answers.
-        first: The number of the first rollout in errors, if other ranks score the others.
+        groups: Completions of problems.
+        run: What rewards may ask for besides; None for no tokenizer, and prompts that are text.
 
     Returns:
-        [N] float32 totals, and [N] float32 values before weighting per name.
+        The scores of each group.
 
     Raises:
-        ValueError: If a reward is not a finite number.
+        ValueError: If a reward is not a finite number or None, or all rewards of a rollout are None.
 
-    >>> length = Reward("length", lambda completion, answer: len(completion), weight=0.5)
-    >>> total, values = score([Reward("correct", number_correct), length], ["#### 8", "8"], ["8", "8"])
-    >>> total, values["correct"]
+    >>> length = Reward("length", lambda completion: len(completion), weight=0.5)
+    >>> group = Group(Problem("5 + 3 =", "8"), completions=["#### 8", "8"])
+    >>> (scores,) = score([Reward("correct", number_correct), length], [group])
+    >>> scores.total, scores.values["correct"]
     (tensor([4.0000, 0.5000]), tensor([1., 0.]))
     """
-    total = torch.zeros(len(completions), dtype=torch.float64)
-    values = {}
+    logs = [Log() for _ in groups]
+    started = []  # (reward, number of the group, rollouts of the group, what the call returned)
     for reward in rewards:
-        column = []
-        for n, (completion, answer) in enumerate(zip(completions, answers, strict=True), start=first):
-            where = f"reward {reward.name!r}, rollout {n}, completion {completion[:80]!r}, answer {answer[:80]!r}"
-            with error_context(where):
-                value = float(reward.function(completion, answer))
-                if not math.isfinite(value):
-                    raise ValueError(f"rewards must be finite, got {value} from {where}")
-            column.append(value)
-        values[reward.name] = torch.tensor(column, dtype=torch.float32)
-        total += reward.weight * torch.tensor(column, dtype=torch.float64)
-    return total.float(), values
+        for n, (group, log) in enumerate(zip(groups, logs, strict=True)):
+            for rows, call in calls(reward.function, group, run or Run(), log):
+                with error_context(_where(reward, group, rows)):
+                    started.append((reward, n, rows, call()))
+    pending = {
+        i: _in_context(result, _where(reward, groups[n], rows))
+        for i, (reward, n, rows, result) in enumerate(started)
+        if inspect.isawaitable(result)
+    }
+    awaited = dict(zip(pending, _run_all(list(pending.values())), strict=True))
+    columns: list[dict[str, list[float]]] = [{reward.name: [] for reward in rewards} for _ in groups]
+    for i, (reward, n, rows, result) in enumerate(started):
+        with error_context(_where(reward, groups[n], rows)):
+            values = read_values(reward.function, awaited.get(i, result), len(rows))
+        columns[n][reward.name] += [
+            _finite(value, _where(reward, groups[n], range(row, row + 1)))
+            for row, value in zip(rows, values, strict=True)
+        ]
+    return [_scores(rewards, *each) for each in zip(groups, columns, logs, strict=True)]
+
+
+def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
+    """Return the mean and standard deviation of each reward's values that are not None, and what rewards have logged.
+
+    Args:
+        scores: Of all groups of a step, at least one.
+
+    Returns:
+        "reward/NAME" and "reward/NAME/std" for each reward that applied, and "reward/METRIC" for each name that rewards
+        have passed to `log_metric`, the mean of its values.
+    """
+    metrics = {}
+    logged: dict[str, list[float]] = {}
+    for own in scores:
+        for name, values in own.log.metrics.items():
+            logged.setdefault(name, []).extend(values)
+    metrics = {f"reward/{name}": sum(values) / len(values) for name, values in logged.items()}
+    for name in scores[0].values:
+        column = torch.cat([own.values[name] for own in scores])
+        column = column[~column.isnan()]
+        if len(column):
+            metrics[f"reward/{name}"] = column.mean().item()
+            metrics[f"reward/{name}/std"] = column.std(correction=min(1, len(column) - 1)).item()
+    return metrics
+
+
+def _scores(rewards: Sequence[Reward], group: Group, columns: Mapping[str, list[float]], log: Log) -> Scores:
+    values = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+    table = torch.stack([values[reward.name] for reward in rewards])  # [rewards, G]
+    for row in table.isnan().all(0).nonzero().flatten().tolist():
+        raise ValueError(
+            f"a rollout must have a reward that is not None, got None from {', '.join(map(repr, values))} for "
+            f"{_rollout(group, row)}"
+        )
+    weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+    total = (weights[:, None] * table).nansum(0)
+    return Scores(total.float(), {name: column.float() for name, column in values.items()}, log)
+
+
+def _finite(value: float | None, where: str) -> float:
+    """Return a value as a number that is NaN only for None."""
+    if value is None:
+        return math.nan
+    with error_context(where):
+        if not math.isfinite(value):
+            raise ValueError(f"rewards must be finite, got {value} from {where}")
+    return value
+
+
+def _where(reward: Reward, group: Group, rows: range) -> str:
+    if len(rows) == 1:
+        return f"reward {reward.name!r}, {_rollout(group, rows[0])}"
+    first, last = group.first, group.first + len(rows) - 1
+    return f"reward {reward.name!r}, rollouts {first} to {last}, answer {group.problem.answer[:80]!r}"
+
+
+def _rollout(group: Group, row: int) -> str:
+    completion, answer = group.completions[row], group.problem.answer
+    return f"rollout {group.first + row}, completion {completion[:80]!r}, answer {answer[:80]!r}"
+
+
+async def _in_context(result: Awaitable[Any], where: str) -> Any:
+    with error_context(where):
+        return await result
+
+
+def _run_all(pending: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Await all, and cancel the rest if one raises."""
+
+    async def gather() -> list[Any]:
+        tasks = [asyncio.ensure_future(each) for each in pending]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+
+    return asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result() if pending else []
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return one event loop for the whole run, as clients that a reward keeps belong to the loop of their first use."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 def number_correct(completion: str, answer: str, until: str | None = None) -> float:

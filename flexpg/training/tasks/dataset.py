@@ -55,7 +55,7 @@ def problems(
     >>> _ = file.write('{"q": "1+1", "a": 2}\n{"q": "2+3", "a": 5}\n')
     >>> file.flush()
     >>> problems(file.name, template="{q} =", answer="{a}", shots=1)
-    [Problem(prompt='1+1 = 2\n\n2+3 =', answer='5')]
+    [Problem(prompt='1+1 = 2\n\n2+3 =', answer='5', columns={'q': '2+3', 'a': 5})]
     """
     asked_from = (source, split)
     shown_from = (shots_source or source, shots_split or (split if shots_source is None else "train"))
@@ -73,14 +73,15 @@ def problems(
 
 
 def _problem(where: str, row: Mapping[str, Any], template: str, answer: Template, context: str) -> Problem:
-    return Problem(context + _filled(where, template, row), _filled(where, answer, row))
+    given = {name: value for name, value in row.items() if value is not None}
+    return Problem(context + _filled(where, template, given), _filled(where, answer, given), row)
 
 
 def _shot(where: str, row: Mapping[str, Any], template: str, answer: Template, shot_template: str | None) -> str:
     example = _problem(where, row, template, answer, context="")  # also validates the row
     if shot_template is None:
         return f"{example.prompt} {example.answer}\n\n"
-    return _filled(where, shot_template, row)
+    return _filled(where, shot_template, {name: value for name, value in row.items() if value is not None})
 
 
 def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
@@ -99,7 +100,7 @@ def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
 
 
 def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[str, Any]]]:
-    """Return numbered rows without their null columns."""
+    """Return numbered rows; a null is a column that is None."""
     import datasets  # at first use: it takes a second
 
     path = Path(source).expanduser()
@@ -116,4 +117,4 @@ def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[s
         rows = datasets.load_dataset(**arguments, split=split).to_list()  # broken UTF-8 is found by to_list
     except Exception as error:  # of many kinds
         raise ValueError(f"could not load {source!r}, split {split!r}: {error.__cause__ or error}") from error
-    return [(n, {name: value for name, value in row.items() if value is not None}) for n, row in enumerate(rows)]
+    return list(enumerate(rows))
