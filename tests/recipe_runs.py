@@ -23,6 +23,7 @@ from torch import Tensor
 from flexpg import grpo_loss
 from flexpg.training.checkpoints import checkpoints
 from flexpg.training.config import load_config
+from flexpg.training.tasks import Problem
 from recipes.grpo import GRPORecipe
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,22 @@ def flat(parameters: Iterable[Tensor]) -> Tensor:
 def spread_reward(completion: str, answer: str) -> float:
     """Return a number that random text gets more or less of."""
     return zlib.crc32(completion.encode()) % 7
+
+
+def sums(size: int, **options: Any) -> list[Problem]:
+    """Return problems whose data row has another column."""
+    return [Problem(f"{n}+{n}:", f"{n}+{n}", {"solution": f"{2 * n}"}) for n in range(100, 100 + size)]
+
+
+calls_of_group_reward: list[dict[str, Any]] = []
+
+
+def group_reward(prompts, completions, completion_ids, log_metric, **others):
+    """Return a number per completion, with the signature of TRL, and record what it is called with."""
+    own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    calls_of_group_reward.append(others | own)
+    log_metric("tokens", sum(map(len, completion_ids)))
+    return [None, *(float(len(ids)) for ids in completion_ids[1:])]
 
 
 # Losses, in place of recipes.grpo.grpo_loss.

@@ -1,7 +1,7 @@
 r"""Spellings of answers, each with the number that a careful grader reads and misreadings that must not be rewarded.
 
 `SPELLINGS` are written after `####` and in `\boxed{}`; `MARKED` and `BOXED` are whole completions.
-A value of None claims no number: whatever the answer is, the reward is 0.
+A value of None claims nothing: whatever the answer is, the reward is 0.
 """
 
 from __future__ import annotations

@@ -27,15 +27,19 @@ def check_spelling(reward: Callable[[str, str], float], text: str, value: str | 
     assert value is None or reward(text, value) == 1.0
 
 
-@pytest.mark.parametrize(("text", "value", "misreadings"), [(f"#### {s}", *rest) for s, *rest in SPELLINGS] + MARKED)
+AFTER_THE_MARK = [(f"#### {spelling}", *rest) for spelling, *rest in SPELLINGS] + MARKED
+IN_A_BOX = [(f"\\boxed{{{spelling}}}", *rest) for spelling, *rest in SPELLINGS] + BOXED
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "misreadings"), AFTER_THE_MARK, ids=[ascii(text) for text, *_ in AFTER_THE_MARK]
+)
 def test_number_correct_reads_spelling(text, value, misreadings):
     assert marked_number(text) == (None if value is None else Fraction(value))
     check_spelling(number_correct, text, value, misreadings)
 
 
-@pytest.mark.parametrize(
-    ("text", "value", "misreadings"), [(rf"\boxed{{{s}}}", *rest) for s, *rest in SPELLINGS] + BOXED
-)
+@pytest.mark.parametrize(("text", "value", "misreadings"), IN_A_BOX, ids=[ascii(text) for text, *_ in IN_A_BOX])
 def test_math_correct_reads_spelling(text, value, misreadings):
     check_spelling(math_correct, text, value, misreadings)
 

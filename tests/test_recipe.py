@@ -18,7 +18,20 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from recipe_runs import DIFFERENT, GSM8K, LORA, ROOT, SMALL, TINY, flat, make, nan_gradient, nan_loss, train
+from recipe_runs import (
+    DIFFERENT,
+    GSM8K,
+    LORA,
+    ROOT,
+    SMALL,
+    TINY,
+    calls_of_group_reward,
+    flat,
+    make,
+    nan_gradient,
+    nan_loss,
+    train,
+)
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 
@@ -252,6 +265,36 @@ def test_docs_explain_every_metric(tmp_path):
     )
     explained = {name for row in rows for name in re.findall("`(.*?)`", row)} - {"held_out_accuracy"}
     assert {name.replace("reward/correct", "reward/NAME") for name in metrics} == explained
+
+
+def test_rewards_of_trl_get_messages_columns_and_the_step(tmp_path):
+    options = [*SMALL, "prompt_format=chat"]
+    options += [f"{name}_problems._component_=recipe_runs.sums" for name in ("train", "test")]
+    options += ["rewards.correct._component_=trl.rewards.accuracy_reward", "num_steps=2"]
+    options += ["rewards.mine._component_=recipe_runs.group_reward", "rewards.mine.weight=0.5"]
+    run = make(tmp_path, *options, "test_reward._component_=trl.rewards.think_format_reward")
+    recorded = record_rollouts(run)
+    calls_of_group_reward.clear()
+    train(run)
+    calls = calls_of_group_reward
+    assert [call["trainer_state"].global_step for call in calls] == [0, 0, 1, 1]
+    for n, call in enumerate(calls):
+        completions = recorded[n // 2].completions[n % 2 * 4 :][:4]
+        assert call["completion_ids"] == [tokens.tolist() for tokens in completions]
+        texts = [run.tokenizer.decode(tokens.tolist()).rstrip("\n") for tokens in completions]
+        assert call["completions"] == [[{"role": "assistant", "content": text}] for text in texts]
+        assert call["prompts"] == [[{"role": "user", "content": f"{call['answer'][0]}:"}]] * 4
+        assert call["solution"] == [str(eval(call["answer"][0]))] * 4
+        assert call["trainer_state"].max_steps == 2
+    lengths = recorded[0].completion_lens.float()
+    metrics = run.history[0]
+    assert metrics["reward/mine"] == pytest.approx(lengths.view(2, 4)[:, 1:].mean().item())
+    assert metrics["reward/mine/std"] == pytest.approx(lengths.view(2, 4)[:, 1:].flatten().std().item())
+    assert metrics["reward/tokens"] == lengths.sum() / 2
+    assert {"reward/correct", "reward/correct/std"} < metrics.keys()
+    expected = 0.5 * lengths * torch.tensor([False, True, True, True] * 2)
+    assert metrics["reward"] == pytest.approx(expected.mean().item() + metrics["reward/correct"])
+    assert run.accuracies.keys() == {0, 2}
 
 
 def test_self_check_runs_before_the_first_update_and_is_timed_separately(tmp_path, capsys):

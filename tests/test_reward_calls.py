@@ -14,7 +14,7 @@ from flexpg.training.reward_calls import Group, Run, TrainerState, check_names
 from flexpg.training.rewards import Reward, build_rewards, reward_metrics, score
 from flexpg.training.tasks import ByteTokenizer, Problem
 
-PROBLEM = Problem("2+3=", "5", {"question": "2+3?", "solution": "5", "level": 3, "prompt": "ignored"})
+PROBLEM = Problem("2+3=", "5", {"question": "2+3?", "solution": "5", "level": 3, "answer": "5 <- 2+3", "prompt": "?"})
 TEXTS = ["5", "six"]
 IDS = [[53, 258], [115, 105, 120, 258]]
 RUN = Run(ByteTokenizer(), trainer_state=TrainerState(global_step=7, max_steps=9))
@@ -40,8 +40,8 @@ def test_singular_names_are_passed_once_per_completion():
 
 
 def test_options_of_a_completion_reward_are_all_that_its_kwargs_get(monkeypatch):
-    def reward(completion, answer, **options):
-        return sum(options.values())
+    def reward(completion, answer, level, **options):
+        return level + sum(options.values())
 
     monkeypatch.setattr("recipes.grpo.reward", reward, raising=False)
     (built,) = build_rewards({"mine": {"_component_": "recipes.grpo.reward", "level": 10, "more": 1}}, [PROBLEM])
@@ -104,7 +104,6 @@ def test_trl_function_gets_what_grpo_trainer_passes(is_chat):
     groups = [Group(PROBLEM, TEXTS, IDS), Group(PROBLEM, TEXTS, IDS)]
     scores = score([Reward("mine", reward), Reward("other", lambda completion: 0)], groups, Run(RUN.tokenizer, is_chat))
     assert scores[0].total.tolist() == [1.0, 0.0]
-    assert scores[1].log.extra == {"length": [1, 3]}
     assert reward_metrics(scores)["reward/words"] == 2.0
     assert seen.keys() == {
         *("prompts", "completions", "completion_ids", "question", "solution", "level", "answer"),

@@ -69,18 +69,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Log:
-    """What reward functions log, by name: the values of `log_metric` and the columns of `log_extra`."""
+    """What reward functions log.
+
+    Attributes:
+        metrics: The values of `log_metric`, by name.
+    """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
         """Append a value of a metric."""
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: list[Any]) -> None:
-        """Append the values of a column, one per completion."""
-        self.extra.setdefault(column, []).extend(values)
+        """Do nothing: TRL writes the column to its table of completions, which this library does not have."""
 
 
 class Convention(Enum):

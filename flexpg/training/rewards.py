@@ -8,15 +8,13 @@ Departure from TRL: a rollout whose rewards are all None ends the run.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import re
-import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from flexpg.training.answers import claimed_number, equal_expressions, last_number, marked_number
 from flexpg.training.errors import error_context
+from flexpg.training.event_loop import run_all
 from flexpg.training.reward_calls import Group, Log, Run, calls, check_names, is_factory, read_values
 from flexpg.training.tasks.problem import Problem
 
@@ -137,7 +136,7 @@ def score(rewards: Sequence[Reward], groups: Sequence[Group], run: Run | None = 
         for i, (reward, n, rows, result) in enumerate(started)
         if inspect.isawaitable(result)
     }
-    awaited = dict(zip(pending, _run_all(list(pending.values())), strict=True))
+    awaited = dict(zip(pending, run_all(list(pending.values())), strict=True))
     columns: list[dict[str, list[float]]] = [{reward.name: [] for reward in rewards} for _ in groups]
     for i, (reward, n, rows, result) in enumerate(started):
         with error_context(_where(reward, groups[n], rows)):
@@ -150,7 +149,7 @@ def score(rewards: Sequence[Reward], groups: Sequence[Group], run: Run | None = 
 
 
 def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
-    """Return the mean and standard deviation of each reward's values that are not None, and what rewards have logged.
+    """Return the mean and standard deviation of each reward where it applies, and what rewards have logged.
 
     Args:
         scores: Of all groups of a step, at least one.
@@ -159,7 +158,6 @@ def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
         "reward/NAME" and "reward/NAME/std" for each reward that applied, and "reward/METRIC" for each name that rewards
         have passed to `log_metric`, the mean of its values.
     """
-    metrics = {}
     logged: dict[str, list[float]] = {}
     for own in scores:
         for name, values in own.log.metrics.items():
@@ -177,10 +175,11 @@ def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
 def _scores(rewards: Sequence[Reward], group: Group, columns: Mapping[str, list[float]], log: Log) -> Scores:
     values = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     table = torch.stack([values[reward.name] for reward in rewards])  # [rewards, G]
-    for row in table.isnan().all(0).nonzero().flatten().tolist():
+    unscored = table.isnan().all(0).nonzero().flatten().tolist()
+    if unscored:
         raise ValueError(
             f"a rollout must have a reward that is not None, got None from {', '.join(map(repr, values))} for "
-            f"{_rollout(group, row)}"
+            f"{_rollout(group, unscored[0])}"
         )
     weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
     total = (weights[:, None] * table).nansum(0)
@@ -188,7 +187,7 @@ def _scores(rewards: Sequence[Reward], group: Group, columns: Mapping[str, list[
 
 
 def _finite(value: float | None, where: str) -> float:
-    """Return a value as a number that is NaN only for None."""
+    """Return a value, NaN if the reward does not apply."""
     if value is None:
         return math.nan
     with error_context(where):
@@ -212,29 +211,6 @@ def _rollout(group: Group, row: int) -> str:
 async def _in_context(result: Awaitable[Any], where: str) -> Any:
     with error_context(where):
         return await result
-
-
-def _run_all(pending: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Await all, and cancel the rest if one raises."""
-
-    async def gather() -> list[Any]:
-        tasks = [asyncio.ensure_future(each) for each in pending]
-        try:
-            return await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            raise
-
-    return asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result() if pending else []
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return one event loop for the whole run, as clients that a reward keeps belong to the loop of their first use."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
-    return loop
 
 
 def number_correct(completion: str, answer: str, until: str | None = None) -> float:

@@ -100,7 +100,7 @@ def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
 
 
 def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[str, Any]]]:
-    """Return numbered rows; a null is a column that is None."""
+    """Return numbered rows; the value of a null is None."""
     import datasets  # at first use: it takes a second
 
     path = Path(source).expanduser()
