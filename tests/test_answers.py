@@ -56,6 +56,11 @@ def test_answer_of_the_data_is_read_like_a_completion(spelling):
         (r"\boxed{5x}", "5", 0.0),
         (r"\boxed{5 m^2 x}", "5", 0.0),
         (r"\boxed{x^2+2x+1}", "(x+1)^2", 1.0),
+        (r"\boxed{x^2+2x+1}", "$(x+1)^2$", 1.0),
+        (r"\boxed{18}", r"\$18", 1.0),
+        (r"\boxed{1{,}000\pi}", r"1000\pi", 1.0),
+        (r"\boxed{10 000\pi}", r"10000\pi", 1.0),
+        (r"\boxed{10 000\pi}", "0", 0.0),
         (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1.0),
         (r"\boxed{50\%}", "0.5", 1.0),
         (r"\boxed{0.333333}", r"\frac{1}{3}", 1.0),  # six places

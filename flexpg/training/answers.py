@@ -16,23 +16,22 @@ from fractions import Fraction
 from typing import Any
 
 _MAX_DIGITS = 100  # longer ones are not answers, and exact arithmetic with them is slow
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+"
+_DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+"
 _CURRENCY = "(?:[$€£¥₹] ?)?"
 _NUMBER = re.compile(
     rf"{_CURRENCY}(?P<sign>[-+] ?)?{_CURRENCY}"
     rf"(?:(?P<whole>\d+) (?=\d+/\d))?(?P<number>{_DECIMAL})(?:E(?P<exponent>[-+]?\d+)| ?/ ?(?P<below>{_DECIMAL}))?"
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALE = re.compile(rf" ?({'|'.join(_SCALES)})\b", re.IGNORECASE)
+_SCALES |= {"lakh": 10**5, "crore": 10**7}
+_SCALE = re.compile(rf"\b(?:{'|'.join(_SCALES)})\b", re.IGNORECASE)
 
 # Normalisation, for both readings: the text stays LaTeX.
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"(?<=\d)\{,\}(?=(?:\\!)?\d)"), ","),
-    (re.compile(r"\\!"), ""),
+    (re.compile(r"(?<=\d)(?:\{,\}(?:\\!)?|,\\!)(?=\d{3})"), ""),
     (re.compile(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3})"), " "),
-    (re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)"), lambda found: found[0].replace(" ", "")),
+    (re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?!\d)"), lambda found: found[0].replace(" ", "")),
     (re.compile(r"(?<!\w)(?<!\d )[\u2010-\u2015](?= ?[\d.$\\])"), "-"),  # not in a range or between words
-    (re.compile(r"(?<=\d)%"), r"\\%"),
 ]
 # Plain text from LaTeX and Markdown, for numbers only.
 _FRACTION = r"\\[cdt]?frac *(?:\{{ *{0} *\}}|(\d)) *(?:\{{ *(\d[\d,]*) *\}}|(\d))"
@@ -52,9 +51,13 @@ _PLAIN = [
     (re.compile(r" +"), " "),
 ]
 _LABEL = re.compile(r"\b(?:step|part|question|problem|case|option) *#?\d+\b[.:)]?", re.IGNORECASE)
-_NOT_AN_EQUATION = re.compile(r"[<>!]$|,(?!\d)|;|\band\b|\bor\b")  # before the last "=": of >=, or of several
-_NOT_CLAIMED_BEFORE = re.compile(r"\bnot\b|n't\b|\b(?:least|most|than|between)\b|[<>≤≥≠≈]|[-+*/^\u00d7÷·!] *[([]*$")
-_NOT_CLAIMED_AFTER = re.compile(r" ?[*^+\u00d7÷·±√π!<>≤≥]|(?:k|K|M|B|bn|mn|[nxyz])\b|\.\.|…|.*\bor\b")
+_NOT_AN_EQUATION = re.compile(r"[<>!]$|\bor\b|=.*(?:,(?!\d)|;|\band\b)")  # left of "=": of >=, or of several
+_NOT_CLAIMED_BEFORE = re.compile(
+    r"\b(?:not|least|most|than|between|half|twice)\b|n't\b|[<>≤≥≠≈|]|[-+*/^\u00d7÷·!] *[([]*$"
+)
+_NOT_CLAIMED_AFTER = re.compile(
+    r" ?[*^+\u00d7÷·±√π!<>≤≥百千万億亿]|(?:k|K|M|B|bn|mn|[nxyz])\b|\.\.|…|.*\b(?:or|and|half|squared)\b"
+)
 # What may be around the only number of a box; everything else is left to math-verify.
 _UNIT = [
     (re.compile(r"(?:\\[,;: ]| |~)*\\(?:text|mathrm|mbox) *\{[^{}\d]*\}(?:\^\{?\d\}?)?[ .]*$"), ""),
@@ -98,8 +101,10 @@ def claimed_number(text: str) -> Fraction | None:
         return None
     if _NOT_CLAIMED_BEFORE.search(before) or _NOT_CLAIMED_AFTER.match(after):
         return None
-    value, scale = _value(found), _SCALE.match(after)
-    return value * _SCALES[scale[1].lower()] if scale and value is not None else value
+    value, scales, scale = _value(found), _SCALE.findall(after), _SCALE.match(after.lstrip())
+    if value is None or len(scales) > (scale is not None):  # a hundred thousand, per hundred
+        return None
+    return value * _SCALES[scale[0].lower()] if scale else value
 
 
 def last_number(text: str) -> Fraction | None:
@@ -143,7 +148,8 @@ def equal_expressions(completion: str, answer: str) -> bool:
             return numbers
         return parse(text, parsing_timeout=seconds)
 
-    gold = read(f"\\boxed{{{answer}}}") if "\\boxed" not in answer and "$" not in answer else read(answer)
+    is_marked = "\\boxed" in answer or answer.count("$") > 1
+    gold = read(answer if is_marked else f"\\boxed{{{answer}}}")
     if not gold:
         raise ValueError(f"the answer must be an expression that math-verify reads, got {answer!r}")
     return bool(verify(gold, read(completion), timeout_seconds=seconds))
