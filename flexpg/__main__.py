@@ -176,7 +176,7 @@ def _stop_tokens(names: Sequence[str] | None, chat: Any) -> list[int] | None:
     ids = []
     for name in names:
         token = int(name) if name.isdecimal() else None if chat is None else chat.get_vocab().get(name)
-        if token is None:
+        if token is None or (chat is not None and token >= len(chat)):
             raise ValueError(f"--stop-tokens must be ids or tokens of the tokenizer, got {name!r}")
         ids.append(token)
     return ids

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from chat_tokenizers import chat_tokenizer
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from flexpg.conversations import Conversation, conversation_rollouts, template_messages
@@ -74,10 +75,24 @@ def completions(family, template, messages, *, stop=None, **options) -> list[str
         ("gptoss", "gptoss", "It is 42.", "<|channel|>final<|message|>It is 42.<|return|>"),
         ("deepseek", "deepseek_r1_distill", "<think>\nhm\n</think>\n\nok", "hm\n</think>\n\nok<｜end▁of▁sentence｜>"),
         ("deepseek", "deepseek_r1_distill", "hm\n</think>\n\nok", "hm\n</think>\n\nok<｜end▁of▁sentence｜>"),
+        ("deepseek", "deepseek_r1_distill", "hm\n</think>", "hm\n</think><｜end▁of▁sentence｜>"),
+        ("deepseek", "deepseek_r1_distill", "<think>\nhm\n</think>", "hm\n</think><｜end▁of▁sentence｜>"),
+        ("deepseek", "deepseek_r1_distill", "hm</think><answer>42", "hm</think><answer>42<｜end▁of▁sentence｜>"),
+        ("qwen3", "qwen3_6", "Use the <think> tag.", "\n</think>\n\nUse the <think> tag.<|im_end|>"),
     ],
 )
 def test_completion_is_what_a_sampler_would_draw(family, template, text, expected):
     assert completions(family, template, [USER, assistant(text)]) == [expected]
+
+
+def test_reasoning_that_the_template_keeps_is_generated_once():
+    tokenizer = chat_tokenizer("deepseek", "deepseekv3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + '<｜Assistant｜>' + m.content + '<｜end▁of▁sentence｜>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant<｜Assistant｜><think>\n{% endif %}"
+    )
+    (turn,) = assistant_turns(tokenizer, [USER, assistant("hm\n</think>")])
+    assert tokenizer.decode(turn.completion) == "hm\n</think><｜end▁of▁sentence｜>"
 
 
 def test_reasoning_in_a_field_of_its_own_is_generated():
@@ -128,6 +143,37 @@ def test_template_that_concatenates_arguments_gets_them_as_they_were():
     tokenizer.chat_template = CONCATENATES  # as DeepSeek's templates do
     turns = assistant_turns(tokenizer, TOOL_TURNS)
     assert [tokenizer.decode(turn.completion) for turn in turns] == ['find{"id":"X1"}<|eot_id|>', "two<|eot_id|>"]
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "begins"), [("qwen2_5", "qwen2_5", '{"name": "find", "arguments": '), ("qwen3", "qwen3", "")]
+)
+def test_arguments_that_were_cut_off_are_written_as_they_are(family, template, begins):
+    cut = [USER, assistant("", tool_calls=[{"function": {"name": "find", "arguments": '{"id": "ZFA0'}}])]
+    (text,) = completions(family, template, cut)
+    assert begins + '{"id": "ZFA0' in text and '\\"' not in text
+
+
+@pytest.mark.parametrize(("family", "template"), [("qwen2_5", "qwen2_5"), ("llama3", "llama3_1")])
+def test_text_between_added_tokens_is_encoded_once(family, template, monkeypatch):
+    tokenizer = chat_tokenizer(family, template)
+    messages = [own for n in range(30) for own in (USER | {"content": f"question {n}"}, assistant(f"answer {n}"))]
+    seen = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: seen.append(len(text)) or encode(text, **options))
+    turns = assistant_turns(tokenizer, messages)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert sum(seen) < 4 * len(whole)  # not 30 times
+    assert turns[-1].tokens.tolist() == encode(whole, add_special_tokens=False)[: len(turns[-1].tokens)]
+
+
+def test_added_tokens_that_swallow_spaces_are_not_separators():
+    tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
+    tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True)])
+    turn = [USER, assistant("a <mark> b"), USER, assistant("it is <mark>  fine")]
+    for own in assistant_turns(tokenizer, turn):
+        text = tokenizer.apply_chat_template(turn[: own.message + 1], tokenize=False)
+        assert own.tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)[: len(own.tokens)]
 
 
 @pytest.mark.parametrize("template", ["smolvlm", "idefics3", "llava_next"])
@@ -252,9 +298,20 @@ def test_special_tokens_next_to_the_stop_token_are_generated():
         ),
         ("llama3", "llama3_1", [USER, assistant("I look.", tool_calls=[CALL])], "leaves out its text 'I look.'"),
         ("llama3", "llama3_1", [USER, assistant("", tool_calls=[CALL, CALL])], "single tool-calls at once"),
+        ("llama3", "llama3", [USER, assistant("I call find.", tool_calls=[CALL])], "leaves out its tool call of find"),
+        ("qwen2_5", "qwen2_5", [USER, assistant("It is 42.", reasoning="42")], "leaves out its reasoning '42'"),
+        (
+            "gptoss",
+            "gptoss",
+            [USER, assistant("", tool_calls=[CALL, {"name": "fin", "arguments": {}}])],
+            "leaves out its tool call of fin",
+        ),
         ("qwen3", "qwen3_6", [assistant("Hello!"), {"role": "assistant", "content": "x"}], "No user query found"),
     ],
-    ids=["reasoning", "call", "second-call", "text", "two-calls", "no-user"],
+    ids=[
+        *("reasoning", "call", "second-call", "text", "two-calls", "named-in-text", "reasoning-in-text"),
+        *("part-of-name", "no-user"),
+    ],
 )
 def test_template_that_leaves_out_what_was_generated_raises(family, template, messages, words):
     with pytest.raises(Exception, match=re.escape(words)):

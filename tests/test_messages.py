@@ -68,6 +68,8 @@ def test_arguments_missing_empty_or_cut_off_raise_nothing(given, parsed, written
         },  # verifiers'
         {"tool_calls": [{"id": "1", "name": "f", "arguments": {"a": [1, "é"]}}]},  # tau2-bench's
         {"content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": [1, "é"]}}]},  # Anthropic's
+        {"tool_calls": [{"id": "1", "name": "f", "args": {"a": [1, "é"]}}]},  # LangChain's
+        {"tool_calls": [{"id": "1", "name": "f", "parameters": {"a": [1, "é"]}}]},  # Llama's
     ],
 )
 def test_spellings_of_a_tool_call_are_converted(fields):
@@ -126,6 +128,11 @@ def test_reasoning_is_given_under_all_names():
         assert template_messages([assistant(content="ok", **{key: "hm"})]) == expected
     blocks = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "ok"}]
     assert template_messages([assistant(content=blocks)]) == expected
+    assert template_messages([assistant(content="ok", reasoning_content="", reasoning="hm")]) == expected
+    assert template_messages([assistant(content="ok", thinking_blocks=blocks[:1])]) == expected  # LiteLLM's
+    details = [{"type": "reasoning.text", "text": "hm"}]
+    assert template_messages([assistant(content="ok", reasoning_details=details)]) == expected  # OpenRouter's
+    assert template_messages([assistant(content="ok", reasoning="hm", reasoning_details=details)]) == expected
 
 
 def test_tool_results_in_a_user_message_are_messages_of_their_own():

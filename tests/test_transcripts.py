@@ -56,6 +56,37 @@ FORMATS = {
             Conversation([USER, context(ASSISTANT), USER, ASSISTANT | {"content": "c"}]),
         ],
     ),
+    "preference with the prompt given twice": (
+        {"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT | {"content": "c"}]},
+        [Conversation([USER, ASSISTANT]), Conversation([USER, ASSISTANT | {"content": "c"}])],
+    ),
+    "messages as JSON in every column": (
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])},
+        [Conversation([USER, ASSISTANT])],
+    ),
+    "system given twice": (
+        {"system": "P", "messages": [SYSTEM, USER, ASSISTANT]},
+        [Conversation([SYSTEM, USER, ASSISTANT])],
+    ),
+    "null columns of other formats": (
+        {"messages": None, "prompt": [USER], "completion": [ASSISTANT], "task_id": None, "example_id": 4},
+        [Conversation([USER, ASSISTANT], task=4)],
+    ),
+    "mini-swe-agent": (
+        {"messages": [SYSTEM, USER, ASSISTANT, {"role": "exit", "content": "done"}], "info": {}},
+        [Conversation([SYSTEM, USER, ASSISTANT])],
+    ),
+    "sharegpt with weights": (
+        {
+            "conversations": [
+                {"from": "Human", "value": "a"},
+                {"from": "GPT", "value": "b", "weight": 0},
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        [Conversation([USER, context(ASSISTANT), USER, ASSISTANT])],
+    ),
     "sharegpt": (
         {
             "system": "P",
@@ -95,6 +126,7 @@ FORMATS = {
                     "task_id": "12",
                     "reward_info": {"reward": 1.0},
                     "messages": [
+                        {"role": "assistant", "content": "Hi!", "cost": 0.0},  # written by the benchmark
                         USER,
                         TURNS[1] | {"tool_calls": [{"name": "f", "arguments": {"a": 1}, "requestor": "assistant"}]},
                         {"role": "tool", "tool_messages": [TOOL | {"requestor": "assistant"}]},
@@ -106,7 +138,10 @@ FORMATS = {
                 {"task_id": "13", "reward_info": None, "messages": [SYSTEM, USER, ASSISTANT]},
             ],
         },
-        [Conversation([SYSTEM, *TURNS], 1.0, task=0), Conversation([SYSTEM, USER, ASSISTANT], task=1)],
+        [
+            Conversation([SYSTEM, context(ASSISTANT | {"content": "Hi!"}), *TURNS], 1.0, task=0),
+            Conversation([SYSTEM, USER, ASSISTANT], task=1),
+        ],
     ),
     "swe-agent": (
         {
@@ -116,10 +151,11 @@ FORMATS = {
                 ASSISTANT | {"is_demo": True},
                 USER | {"content": [{"type": "text", "text": "a"}]},
                 *TURNS[1:],
+                {"role": "assistant", "content": "", "thought": "Exit due to cost limit"},
             ],
             "info": {"exit_status": "submitted"},
         },
-        [Conversation([SYSTEM, context(ASSISTANT), *TURNS])],
+        [Conversation([SYSTEM, context(ASSISTANT), *TURNS, context(ASSISTANT | {"content": ""})])],
     ),
 }
 
@@ -187,14 +223,20 @@ GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
         (b"{}", "must have the keys of a known format, such as messages, got none"),
         (b'{"prompt": [], "completions": []}', "must have the keys of a known format"),
         (b'{"messages": [3]}', "messages must be objects with role and content, got 3"),
-        (b'{"messages": "["}', "Expecting value"),
+        (b'{"messages": "["}', r"messages must be a list of messages, got '\['"),
         (b'{"messages": [{"role": "user"}]}', r"messages\[0\] must have content, tool_calls or reasoning"),
         (b'{"messages": [{"role": "bot", "content": "a"}]}', r"messages\[0\] must have a role of "),
         (b'{"conversations": [{"from": "robot", "value": "a"}]}', "from must be one of human, .* got 'robot'"),
         (GOOD[:-1] + b', "reward": "high"}', "reward must be a finite number, got 'high'"),
         (GOOD[:-1] + b', "reward": NaN}', "reward must be a finite number, got nan"),
         (GOOD[:-1] + b', "rewards": [1, 2]}', "rewards must be one for each of 1 completions, got 2"),
-        (b'{"history": [3]}', "AttributeError: "),
+        (b'{"history": [3]}', "messages must be objects with role and content, got 3"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "messages must have one of role assistant in the loss"),
+        (b'{"task_id": 1, "traj": [], "info": {"error": "x"}}', "must have the keys of a known format"),
+        (
+            b'{"system": "Q", "messages": [{"role": "system", "content": "P"}, {"role": "assistant", "content": "a"}]}',
+            "system must be given once",
+        ),
     ],
 )
 def test_first_broken_row_raises_with_its_line(row, words, tmp_path):
@@ -212,8 +254,15 @@ def test_broken_entry_of_an_array_raises_with_its_number(tmp_path):
     with pytest.raises(ValueError, match=r"rows.json, entry 1: must be a JSON object, got int"):
         read_conversations(tmp_path / "rows.json")
     (tmp_path / "tau2.json").write_text('{"simulations": [{"messages": [3]}]}')
-    with pytest.raises(ValueError, match=r"tau2.json, simulations\[0\]: AttributeError"):
+    with pytest.raises(
+        ValueError, match=r"tau2.json:1, simulations\[0\]: must have messages with roles: AttributeError"
+    ):
         read_conversations(tmp_path / "tau2.json")
+    failed = {"simulations": [{"messages": []}, {"messages": [USER, ASSISTANT]}]}
+    (tmp_path / "tau2.jsonl").write_text(f"{json.dumps(failed)}\n{json.dumps(failed)}")
+    skipped = {}
+    assert len(read_conversations(tmp_path / "tau2.jsonl", skipped=skipped)) == 2
+    assert list(skipped) == ["line 1, simulations[0]", "line 2, simulations[0]"]
 
 
 def test_file_without_a_conversation_raises(tmp_path):
@@ -234,6 +283,8 @@ def test_file_without_a_conversation_raises(tmp_path):
         ("{}".encode("utf-16"), "must be UTF-8, got UTF-16; convert it"),
         (b"[1, 2", "must be a JSON array: "),
         (gzip.compress(GOOD * 99)[:-9], "must be a complete gzip file: "),
+        (gzip.compress(GOOD * 99)[:20] + b"\0\1\2" + gzip.compress(GOOD * 99)[23:], "must be a complete gzip file: "),
+        (b"[" * 200_000, "must be a JSON array: "),
     ],
 )
 def test_broken_file_raises_even_if_rows_are_skipped(data, words, tmp_path):
@@ -247,3 +298,9 @@ def test_read_rows_skips_what_convert_refuses(tmp_path):
     skipped = {}
     assert list(read_rows(tmp_path / "rows", lambda row: row["a"], skipped)) == [("line 1", 1), ("line 3", 3)]
     assert skipped == {"line 2": "KeyError: 'a'"}
+
+
+def test_examples_of_several_environments_are_different_tasks(tmp_path):
+    rows = [{"example_id": 0, "task": name, "prompt": [USER], "completion": [ASSISTANT]} for name in ("a", "b", "a")]
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    assert [each.task for each in read_conversations(tmp_path / "rows")] == [0, 1, 0]

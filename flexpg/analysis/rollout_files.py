@@ -102,8 +102,9 @@ def _of_row(
     if "nodes" in row:
         return _of_trace(row)
     keys = [key for key in ("completions", "chosen", "completion", "output") if key in row]
-    prompt = row.get("prompt", row.get("input"))
-    if prompt is None or is_messages(prompt) or not keys:
+    prompt = row.get("prompt", None if "instruction" in row else row.get("input"))
+    parts = [prompt, *(own for key in keys for own in (row[key] if isinstance(row[key], list) else [row[key]]))]
+    if prompt is None or not keys or any(is_messages(own) or isinstance(own, dict) for own in parts):
         return _of_messages(row, chat, options)
     if options["per_turn"]:
         raise ValueError("per-turn rollouts need `messages`")
@@ -111,9 +112,9 @@ def _of_row(
     many = row[key] if key == "completions" else [row["chosen"], row["rejected"]] if key == "chosen" else [row[key]]
     if not isinstance(many, list) or not many:
         raise ValueError(f"completions must be a list of at least one, got {many!r}")
-    parts = [f"completions[{i}]" if key == "completions" else key for i in range(len(many))]
-    if key == "chosen":
-        parts = ["chosen", "rejected"]
+    parts = ["chosen", "rejected"] if key == "chosen" else [key]
+    if key == "completions":
+        parts = [f"completions[{i}]" for i in range(len(many))]
     first = _tokens("prompt", prompt, encode)
     sequences = []
     for part, completion in zip(parts, many, strict=True):
@@ -139,8 +140,11 @@ def _of_messages(
         raise ValueError("messages need a tokenizer with a chat template")
     found = []
     for i, conversation in enumerate(conversations):
-        sequences, reason = conversation_sequences(conversation, chat, **options)
         name = f", completions[{i}]" if len(conversations) > 1 else ""
+        try:
+            sequences, reason = conversation_sequences(conversation, chat, **options)
+        except ValueError as error:
+            raise ValueError(f"{name[2:]}: {error}" if name else str(error)) from error
         turns = [f", turn {n}" if options["per_turn"] or reason else "" for n in range(len(sequences))]
         found += [(name + turn, own, conversation.reward, reason) for turn, own in zip(turns, sequences, strict=True)]
     return found
@@ -149,6 +153,8 @@ def _of_messages(
 def _of_trace(row: Row) -> list[tuple[str, MaskedSequence, float, str]]:
     """Return a sequence for each branch of a trace: the messages from a root to a leaf, with the sampled token ids."""
     nodes = row["nodes"]
+    if not nodes:
+        raise ValueError("nodes must have at least one, got []")
     parents = {node.get("parent") for node in nodes}
     given = [reward for reward in (row.get("rewards") or {}).values() if reward is not None]
     reward = sum(float(own["score"]) * float(own.get("weight", 1.0)) for own in given)

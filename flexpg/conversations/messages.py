@@ -19,6 +19,8 @@ Message = dict[str, Any]
 # The key of the text in a part, by its type.
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # Qwen and others; OpenRouter and vLLM; gpt-oss
+REASONING_BLOCKS = ("thinking_blocks", "reasoning_details")  # LiteLLM and SWE-agent; OpenRouter
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI; Llama; LangChain; Anthropic
 IMAGE_PARTS = ("image", "image_url", "input_image", "video", "video_url")
 
 
@@ -119,10 +121,14 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
             reasoning.append(_text("thinking", part.get("thinking"), role))
         else:
             texts.append(_text("content", part["text"], role) if part["text"] is not None else None)
-    out = {key: value for key, value in message.items() if key not in ("function_call", "refusal", *REASONING_KEYS)}
-    given = next((message[key] for key in REASONING_KEYS if key in message), None)
+    converted = ("function_call", "refusal", *REASONING_KEYS, *REASONING_BLOCKS)
+    out = {key: value for key, value in message.items() if key not in converted}
+    given = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    blocks = next((message[key] for key in REASONING_BLOCKS if message.get(key)), ())
     if given is not None:
         reasoning.insert(0, _text("reasoning", given, role))
+    elif not reasoning:
+        reasoning = [_text("thinking", block.get("thinking", block.get("text")), role) for block in blocks]
     if any(reasoning):
         out |= dict.fromkeys(REASONING_KEYS, "".join(reasoning))
     if calls := [*_listed(message.get("tool_calls")), *calls, *_listed(message.get("function_call"))]:
@@ -193,9 +199,9 @@ def _call(call: Any, parse_arguments: bool) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"tool_calls must have a function with a name, got {_short(call)}")
-    arguments = _arguments(function.get("arguments"))
+    given = next((function[key] for key in ARGUMENT_KEYS if function.get(key) is not None), None)
+    arguments = _arguments(given)
     if not parse_arguments and not isinstance(arguments, str):
-        given = function.get("arguments")
         arguments = given if arguments and isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
     own = {"id": call["id"]} if call.get("id") is not None else {}
     return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -18,8 +18,10 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from io import BytesIO
 from math import isfinite
 from pathlib import Path
@@ -37,6 +39,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
     **{role: role for role in ("system", "developer")},
 }
+WHOLE = "the object"  # the name of a row that is a file
 NAMED = 10  # skipped rows that a message names
 
 
@@ -87,7 +90,13 @@ def read_rows(
         except Exception as error:  # a chat template may raise anything
             reason = f"{'' if isinstance(error, ValueError) else f'{type(error).__name__}: '}{error}"
             if skipped is None:
-                line = f":{name.removeprefix('line ')}" if name.startswith("line ") else f", {name}"
+                line = (
+                    f":{name.removeprefix('line ')}"
+                    if name.startswith("line ")
+                    else ""
+                    if name == WHOLE
+                    else f", {name}"
+                )
                 raise ValueError(f"{path}{line}: {reason}") from error
             skipped[name] = reason
             continue
@@ -106,8 +115,23 @@ def skipped_message(skipped: Mapping[str, str]) -> str:
 
 
 def is_messages(value: Any) -> bool:
-    """Return whether a value of a row is a list of messages, not a text or token ids."""
+    """Return whether a value of a row is a list of messages, or JSON of one, not a text or token ids."""
+    value = decoded(value)
     return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
+
+
+def decoded(value: Any) -> Any:
+    """Return the messages that a text is JSON of, as in columns of Parquet files, or the value itself."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return value
+    is_list = isinstance(parsed, list) and all(
+        isinstance(own, dict) and {"role", "from"} & own.keys() for own in parsed
+    )
+    return parsed if is_list and parsed else value
 
 
 def conversations_of(row: Row) -> list[Conversation]:
@@ -116,32 +140,57 @@ def conversations_of(row: Row) -> list[Conversation]:
     Raises:
         ValueError: If it has none of these formats, or a message cannot be converted.
     """
-    conversations = _conversations_of(row)
+    conversations = _conversations_of({key: value for key, value in row.items() if value is not None})
     for own in conversations:
-        template_messages(own.messages)
+        if not any(is_in_loss(message) for message in template_messages(own.messages)):
+            raise ValueError("messages must have one of role assistant in the loss; drop the conversation")
     return conversations
 
 
+def is_in_loss(message: Message) -> bool:
+    """Return whether a message is an assistant's, and not context only."""
+    return bool(message.get("role") == "assistant" and message.get("weight", 1) != 0)
+
+
 def _conversations_of(row: Row) -> list[Conversation]:
-    if "history" in row:  # SWE-agent: demonstrations come first
-        demos = max((j for j, message in enumerate(row["history"]) if message.get("is_demo")), default=-1)
-        return _conversations(row, _context(row["history"][: demos + 1]), [row["history"][demos + 1 :]])
+    if row.get("history"):  # SWE-agent: demonstrations come first, and what ended the run is no turn
+        history = _messages(row, "history")
+        demos = max((j for j, message in enumerate(history) if message.get("is_demo")), default=-1)
+        own = [message | {"weight": 0} if _is_exit(message) else message for message in history[demos + 1 :]]
+        return _conversations(row, _context(history[: demos + 1]), [own])
     for key in ("messages", "traj"):
-        if key in row:
-            messages = json.loads(row[key]) if isinstance(row[key], str) else row[key]
-            return _conversations(row, [], [messages])
-    if "conversations" in row:
-        return _conversations(row, [], [[_sharegpt(message) for message in row["conversations"]]])
+        if row.get(key):
+            messages = _messages(row, key)
+            return _conversations(row, [], [[own for own in messages if own.get("role") != "exit"]])  # mini-SWE-agent's
+    if row.get("conversations"):
+        return _conversations(row, [], [[_sharegpt(own) for own in _messages(row, "conversations")]])
     if "chosen" in row and "rejected" in row:
         completions = [row["chosen"], row["rejected"]]
     else:
         completions = row["completions"] if "completions" in row else [row["completion"]] if "completion" in row else []
     if not completions:
         raise ValueError(f"must have the keys of a known format, such as messages, got {', '.join(row) or 'none'}")
-    if "prompt" not in row:  # of a pair: what both have in common is their prompt
-        shared = next((n for n, (a, b) in enumerate(zip(*completions, strict=False)) if a != b), 0)
-        completions = [[*_context(own[:shared]), *own[shared:]] for own in completions]
-    return _conversations(row, _context(_listed(row.get("prompt", []), "user")), completions)
+    prompt = _listed(row.get("prompt", []), "user")
+    replies = [_listed(own, "assistant") for own in completions]
+    if not prompt and len(replies) == 2:  # of a pair: what both have in common is their prompt
+        shared = next((n for n, (a, b) in enumerate(zip(*replies, strict=False)) if a != b), 0)
+        prompt = replies[0][:shared]
+    size = len(prompt)
+    if size and all(_same(own[:size], prompt) for own in replies):  # the prompt is in the completions too
+        replies = [own[size:] for own in replies]
+    return _conversations(row, _context(prompt), replies)
+
+
+def _same(messages: Sequence[Message], others: Sequence[Message]) -> bool:
+    pairs = zip(messages, others, strict=False)
+    return len(messages) == len(others) and all(
+        (a.get("role"), a.get("content")) == (b.get("role"), b.get("content")) for a, b in pairs
+    )
+
+
+def _is_exit(message: Message) -> bool:
+    """Return whether SWE-agent wrote an assistant message because it ended the run, without a call of the model."""
+    return message.get("role") == "assistant" and not message.get("content") and not message.get("tool_calls")
 
 
 def rewards_of(row: Row, count: int) -> list[float]:
@@ -151,13 +200,14 @@ def rewards_of(row: Row, count: int) -> list[float]:
         ValueError: If one is not a finite number, or there are fewer or more.
     """
     info = row.get("reward_info")
-    given = [row.get("reward"), row.get("rewards"), row.get("score"), info.get("reward") if info else None]
+    own = info.get("reward") if isinstance(info, Mapping) else None
+    given = [row.get("reward"), row.get("rewards"), row.get("score"), own]
     reward = next((value for value in given if value is not None), 0.0)
     rewards = reward if isinstance(reward, list) else [reward] * count
     if len(rewards) != count:
         raise ValueError(f"rewards must be one for each of {count} completions, got {len(rewards)}")
     for value in rewards:
-        if not isinstance(value, int | float) or not isfinite(value):
+        if not isinstance(value, int | float | Decimal) or not isfinite(value):
             raise ValueError(f"reward must be a finite number, got {value!r}")
     return [float(value) for value in rewards]
 
@@ -165,6 +215,11 @@ def rewards_of(row: Row, count: int) -> list[float]:
 def _conversations(row: Row, prompt: list[Message], completions: Sequence[Any]) -> list[Conversation]:
     system = row.get("system")
     first: list[Message] = [{"role": "system", "content": system}] if system else []
+    given = next((own for own in (*prompt, *_listed(completions[0], "assistant")) if own.get("role") == "system"), None)
+    if first and given is not None:
+        if given.get("content") != system:
+            raise ValueError("system must be given once, got another one among the messages")
+        first = []
     tools = row.get("tools") or row.get("tool_defs") or row.get("functions") or None
     return [
         Conversation([*first, *prompt, *_listed(own, "assistant")], reward, tools=tools)
@@ -172,7 +227,14 @@ def _conversations(row: Row, prompt: list[Message], completions: Sequence[Any]) 
     ]
 
 
+def _messages(row: Row, key: str) -> list[Message]:
+    if isinstance(decoded(row[key]), str):
+        raise ValueError(f"{key} must be a list of messages, got {row[key][:60]!r}")
+    return _listed(row[key], "user")
+
+
 def _listed(messages: Any, role: str) -> list[Message]:
+    messages = decoded(messages)
     if isinstance(messages, str):
         return [{"role": role, "content": messages}]
     if not isinstance(messages, Sequence):
@@ -192,19 +254,22 @@ def _sharegpt(message: Message) -> Message:
     if "from" not in message:
         return message
     role, text = message["from"], message.get("value")
+    other = {key: value for key, value in message.items() if key not in ("from", "value")}
     if role == "function_call":
-        return {"role": "assistant", "tool_calls": json.loads(text or "null")}
-    if role not in SHAREGPT_ROLES:
+        return other | {"role": "assistant", "tool_calls": json.loads(text or "null")}
+    if str(role).lower() not in SHAREGPT_ROLES:
         raise ValueError(f"from must be one of {', '.join(SHAREGPT_ROLES)}, function_call, got {role!r}")
-    return {"role": SHAREGPT_ROLES[role], "content": text}
+    return other | {"role": SHAREGPT_ROLES[role.lower()], "content": text}
 
 
 def _task_of(row: Row, conversation: Conversation) -> Any:
-    given = row.get("task_id", row.get("example_id"))
+    given = row.get("task_id") if row.get("task_id") is not None else row.get("example_id")
+    if given is not None and isinstance(row.get("task"), str):  # verifiers: examples of several environments
+        return json.dumps([row["task"], given], default=str)
     if given is not None:
         return given if isinstance(given, int) else str(given)
     messages = conversation.messages
-    is_turn = [message.get("role") == "assistant" and message.get("weight") != 0 for message in messages]
+    is_turn = list(map(is_in_loss, messages))
     return json.dumps(messages[: is_turn.index(True) if True in is_turn else None], default=str)
 
 
@@ -213,15 +278,16 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} must be a complete gzip file: {error}") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} must be UTF-8, got UTF-16; convert it, as with `iconv -f UTF-16 -t UTF-8`")
     found = _parquet_rows(data) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)
     for name, row in found:
         if isinstance(row, dict) and isinstance(row.get("simulations"), list):
+            prefix = "" if name == WHOLE else f"{name}, "
             for n, simulation in enumerate(row["simulations"]):
-                yield f"simulations[{n}]", _tau2(row, simulation)
+                yield f"{prefix}simulations[{n}]", _tau2(row, simulation)
         else:
             yield name, row
 
@@ -230,14 +296,14 @@ def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Excep
     if data.lstrip().startswith(b"["):
         try:
             entries = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} must be a JSON array: {error}") from error
         yield from ((f"entry {n}", entry) for n, entry in enumerate(entries))
         return
     lines = data.split(b"\n")
     first = next((line for line in lines if line.strip()), b"")
     if isinstance(_parsed(first), Exception) and isinstance(whole := _parsed(data), dict):
-        yield "the object", whole
+        yield WHOLE, whole
         return
     yield from ((f"line {n}", _parsed(line)) for n, line in enumerate(lines, start=1) if line.strip())
 
@@ -279,8 +345,11 @@ def _tau2(results: Row, simulation: Row) -> Row | Exception:
         ]
         policy = ((results.get("info") or {}).get("environment_info") or {}).get("policy")
     except (AttributeError, KeyError, TypeError) as error:
-        return error
-    system = [{"role": "system", "content": policy}] if policy and messages[0]["role"] != "system" else []
+        return ValueError(f"must have messages with roles: {type(error).__name__}: {error}")
+    roles = [message["role"] for message in messages]
+    if roles[:1] == ["assistant"]:  # a greeting that the benchmark writes, not the model
+        messages[0] = messages[0] | {"weight": 0}
+    system = [{"role": "system", "content": policy}] if policy and "system" not in roles else []
     return simulation | {"messages": system + messages}
 
 

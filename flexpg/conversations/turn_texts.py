@@ -1,0 +1,245 @@
+"""The text of each assistant turn, as a chat template writes it after the history of the turn.
+
+The template renders the messages before a turn, with a generation prompt, and those up to it; what the second text has
+after the first is what the model would have generated. So it needs no {% generation %} markers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flexpg.conversations.messages import REASONING_KEYS, Message, template_messages
+
+LEFT_OUT = "leaves out its text"  # in an error: another form of the messages may be what the template takes
+
+
+class ChatTemplate(Protocol):
+    """The part of a tokenizer of transformers that renders messages."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Return the text of messages, with `tokenize=False`."""
+
+
+@dataclass(frozen=True)
+class TurnText:
+    """An assistant turn after its history.
+
+    Attributes:
+        message: The number of the message.
+        history: What the model saw, generation prompt included.
+        written: What the model would have generated, and what the template adds after it.
+    """
+
+    message: int
+    history: str
+    written: str
+
+
+def turn_texts(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None,
+    template_options: Mapping[str, Any],
+) -> list[TurnText]:
+    """Return the text of the assistant turns of a conversation.
+
+    Args:
+        template: A tokenizer with a chat template.
+        messages: As `template_messages` takes them.
+        tools: As `template_tools` returns them.
+        template_options: Further options of the template.
+
+    Raises:
+        ValueError: If a message cannot be converted, there is no assistant turn, the template leaves out what an
+            assistant wrote, or where a turn begins is unknown.
+        Exception: What the template raises.
+    """
+    forms = _forms(messages)
+    trained = [j for j, own in enumerate(forms[0]) if own["role"] == "assistant" and own.get("weight", 1) != 0]
+    if not trained:
+        raise ValueError("messages must have one of role assistant in the loss; drop the conversation")
+    errors: list[Exception] = []
+    for form in forms:
+        chat = _Chat(template, form, tools, template_options)
+        try:
+            return [chat.turn(j) for j in trained]
+        except Exception as error:  # templates raise TemplateError, TypeError and others
+            errors.append(error)
+    other = (error for error in errors if isinstance(error, ValueError) and LEFT_OUT not in str(error))
+    raise next(other, errors[0])
+
+
+def _forms(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return the forms in which templates take messages; the first that they render completely is used."""
+    usual = template_messages(messages)
+    forms = [usual]
+    if any(message.get("tool_calls") for message in usual):  # DeepSeek's: arguments are concatenated
+        forms.append(template_messages(messages, parse_arguments=False))
+    if any("</think>" in message["content"] for message in usual):  # Qwen3.8's: reasoning is not part of the content
+        forms.append([_split_reasoning(message) for message in usual])
+    forms.append([m | {"content": [{"type": "text", "text": m["content"]}]} for m in usual])  # SmolVLM's, LLaVA's
+    return forms
+
+
+def _split_reasoning(message: Message) -> Message:
+    reasoning, closed, text = message["content"].partition("</think>")
+    if message["role"] != "assistant" or not closed or message.get("reasoning_content"):
+        return message
+    reasoning = reasoning.rpartition("<think>")[2].strip("\n")
+    return message | {"content": text.lstrip("\n"), **dict.fromkeys(REASONING_KEYS, reasoning)}
+
+
+class _Chat:
+    """The messages of a conversation in the form that its template takes."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.template, self.tools, self.options = template, tools, options
+        self.as_text: dict[str, str] = {}  # a mark in the messages -> arguments that are text, which it stands for
+        self.messages = [self._with_marks(message) for message in messages]
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """Return the text of messages."""
+        options = {"tools": self.tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        text = str(self.template.apply_chat_template(messages, **options, **self.options))
+        for mark, arguments in self.as_text.items():  # a template that writes JSON would quote them
+            text = text.replace(f'"{mark}"', arguments).replace(mark, arguments)
+        return text
+
+    def turn(self, j: int) -> TurnText:
+        """Return message j after its history."""
+        before, message = self.messages[:j], self.messages[j]
+        through = self.render([*before, message])
+        history = self.render(before, True) if j else _first_history(through, self.render([message], True))
+        if not history:
+            raise ValueError(f"messages[{j}] must have a token before it; put a system or user message in front")
+        written = _written(message, history, through)
+        if written is None:
+            raise ValueError(_unknown_beginning(j, history, through))
+        if missing := self._left_out(j, history, written):
+            raise ValueError(
+                f"messages[{j}]: the template leaves out its {missing}; use a template that renders it, or remove it "
+                "from the message if the model did not generate it"
+            )
+        return TurnText(j, history, written)
+
+    def _left_out(self, j: int, history: str, written: str) -> str | None:
+        """Return what a template leaves out or changes of what the assistant wrote, or None."""
+        message = self.messages[j]
+        if history.rstrip().endswith("<think>") and re.match(r"\s*(</think>\s*)?<think>", written):
+            raise ValueError(
+                f"messages[{j}] must not open <think>, which the template's generation prompt does already"
+            )
+        for piece in re.split(r"</?think>", _text_of(message)):
+            if piece.strip() not in written:
+                return f"text {piece.strip()[:40]!r}"
+        if "{'type': 'text'" in written and "{'type': 'text'" not in _text_of(message):  # Python's repr
+            return "text"
+        reasoning, calls = message.get("reasoning_content", ""), message.get("tool_calls") or ()
+        for piece in re.split(r"</?think>", reasoning):
+            if piece.strip() not in written:
+                return f"reasoning {piece.strip()[:40]!r}"
+        if not (reasoning or calls):
+            return None
+        # The same words may occur in the text, so look for words that occur nowhere else.
+        probe = self.render([*self.messages[:j], _probe(message)])
+        if reasoning.strip() and REASONING_PROBE not in probe:
+            return f"reasoning {reasoning.strip()[:40]!r}"
+        for n, call in enumerate(calls):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if f"{NAME_PROBE}{n}." not in probe:
+                return f"tool call of {name}"
+            if arguments and f"{ARGUMENT_PROBE}{n}." not in probe:
+                return f"arguments {arguments} of {name}"
+        return None
+
+    def _with_marks(self, message: Message) -> Message:
+        """Put marks in place of arguments that are text, such as JSON that was cut off."""
+        if not message.get("tool_calls"):
+            return message
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, str):
+                mark = f"FLEXPG-ARGUMENTS-{len(self.as_text)}."
+                self.as_text[mark] = arguments
+                arguments = mark
+            calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+        return message | {"tool_calls": calls}
+
+
+REASONING_PROBE, NAME_PROBE, ARGUMENT_PROBE = "flexpg-reasoning", "flexpg-name-", "flexpg-argument-"
+
+
+def _probe(message: Message) -> Message:
+    """Return the message with words of its own as reasoning, names and arguments of tool calls."""
+    probe = dict(message)
+    if message.get("reasoning_content"):
+        probe |= dict.fromkeys(REASONING_KEYS, REASONING_PROBE)
+    calls = []
+    for n, call in enumerate(message.get("tool_calls") or ()):
+        own, arguments = f"{ARGUMENT_PROBE}{n}.", call["function"]["arguments"]
+        values: Any = own if isinstance(arguments, str) else dict.fromkeys(arguments, own)
+        calls.append(call | {"function": {"name": f"{NAME_PROBE}{n}.", "arguments": values}})
+    return probe | ({"tool_calls": calls} if calls else {})
+
+
+def _first_history(through: str, prompted: str) -> str:
+    """Return what precedes an assistant message that opens the conversation, its generation prompt included.
+
+    Templates cannot render an empty list of messages. But what a generation prompt adds after the message also precedes
+    it, possibly after a default system prompt.
+    """
+    added = prompted[_common(through, prompted) :]
+    if not added:
+        return ""
+    if through.count(added) != 1:
+        raise ValueError(
+            f"messages[0]: where it begins is unknown: the template writes its generation prompt {added!r} "
+            f"{through.count(added)} times; put a system or user message in front"
+        )
+    return through[: through.index(added) + len(added)]
+
+
+def _written(message: Message, history: str, through: str) -> str | None:
+    """Return the text of a turn and what the template adds after it; None if where it begins is unknown."""
+    if through.startswith(history):
+        return through[len(history) :]
+    # DeepSeek's: the generation prompt opens the reasoning, which is left out when the message is rendered.
+    before, opening, space = history.rpartition("<think>")
+    if not opening or space.strip() or not through.startswith(before):
+        return None
+    content, rendered = _text_of(message), through[len(before) :]
+    reasoning, closed, text = content.removeprefix(opening + space).rpartition("</think>")
+    if not closed:
+        return None
+    kept = next((own for own in (content, text) if rendered.startswith(own)), None)
+    return None if kept is None else reasoning + closed + text + rendered[len(kept) :]
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else content[0]["text"] if content else ""
+
+
+def _unknown_beginning(j: int, history: str, through: str) -> str:
+    shared = _common(history, through)
+    prompted, rendered = (text[max(0, shared - 20) : shared + 20] for text in (history, through))
+    return (
+        f"messages[{j}]: where it begins is unknown: the template's generation prompt continues with {prompted!r}, and "
+        f"the message itself with {rendered!r}; use template_options under which they agree, such as enable_thinking, "
+        "a template that writes both alike, or reasoning inside the content, as the model wrote it"
+    )
+
+
+def _common(a: str, b: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
