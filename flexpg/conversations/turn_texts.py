@@ -103,7 +103,7 @@ class _Chat:
         options: Mapping[str, Any],
     ) -> None:
         self.template, self.tools, self.options = template, tools, options
-        self.as_text: dict[str, str] = {}  # a mark in the messages -> arguments that are text, which it stands for
+        self.as_text: dict[str, str] = {}  # a mark in the messages -> the arguments, which are text
         self.messages = [self._with_marks(message) for message in messages]
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
