@@ -11,7 +11,7 @@ inputs of its layers), because recomputing them would cost another forward of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -26,7 +26,7 @@ from flexpg.tree import PrefixTree, Tokens, padded_length
 
 
 class PrefixCache:
-    """Keys and values of a prompt, per layer, for micro-batches whose sequences all begin with it.
+    """Keys and values, or recurrent states, of a prompt per layer, for micro-batches that all begin with it.
 
     As a context manager it runs the prompt's backward on exit, so the backward of every micro-batch belongs inside.
     Created by `encode_prefix` of `flexpg.integrations`; `flexpg.packed_logprobs` uses it for oversized groups.
@@ -50,7 +50,8 @@ class PrefixCache:
         self.tree = PrefixTree.from_sequences([tokens])
         self._with_grad = torch.is_grad_enabled()
         self._is_closed = False
-        self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[Hashable, tuple[Tensor, ...]] = {}  # keys and values, or recurrent states
+        self._state_names: dict[Hashable, tuple[Any, ...]] = {}
         self._outputs: list[Tensor] = []  # of the prompt's forward: those that need gradients
         self._grads: list[Tensor | None] = []  # the sum of the gradients of each
         self._hidden: Tensor | None = None
@@ -75,17 +76,30 @@ class PrefixCache:
             k: [1, Hkv, S', D] of the tokens that are encoded now.
             v: Likewise.
         """
-        if torch.is_grad_enabled() != self._with_grad:
-            raise ValueError(
-                "a cached prompt and its micro-batches must all run with gradients or all without; use one "
-                "torch.no_grad() around both, and activation checkpointing with use_reentrant=False"
-            )
+        self._check_grad_mode()
         if mask.first_query:
             cached_k, cached_v = self._layers[layer]
             return torch.cat([cached_k, k], 2), torch.cat([cached_v, v], 2)
         if layer not in self._layers:  # activation checkpointing calls the layer a second time
             self._layers[layer] = self._detached(k), self._detached(v)
         return k, v
+
+    def keep_states(self, layer: Hashable, states: Mapping[Any, Tensor]) -> None:
+        """Store the states of a recurrent layer after the prompt's last token.
+
+        Args:
+            layer: What tells the model's layers apart.
+            states: [1, ...] each.
+        """
+        self._check_grad_mode()
+        if layer not in self._layers:  # activation checkpointing calls the layer a second time
+            self._layers[layer] = tuple(map(self._detached, states.values()))
+            self._state_names[layer] = tuple(states)
+
+    def states_of(self, layer: Hashable) -> dict[Any, Tensor]:
+        """Return a recurrent layer's states after the prompt's last token."""
+        self._check_grad_mode()
+        return dict(zip(self._state_names[layer], self._layers[layer], strict=True))
 
     def mask_for(self, tree: PrefixTree) -> PrefixBlockMask:
         """Return the mask of a micro-batch without its prompt, whose tokens are keys only; or that of the prompt.
@@ -144,6 +158,13 @@ class PrefixCache:
             self.backward()
         else:
             self.close()
+
+    def _check_grad_mode(self) -> None:
+        if torch.is_grad_enabled() != self._with_grad:
+            raise ValueError(
+                "a cached prompt and its micro-batches must all run with gradients or all without; use one "
+                "torch.no_grad() around both, and activation checkpointing with use_reentrant=False"
+            )
 
     def _detached(self, output: Tensor) -> Tensor:
         """Return a leaf with the values of `output`; its gradient is summed for the prompt's backward."""

@@ -11,6 +11,8 @@ baseline_logprobs(model, sequences, prompt_lens)    [N, C], one sequence after t
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -55,13 +57,55 @@ CONFIGS = {
     "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.25, use_qk_norm=True),
     "gpt2": transformers.GPT2Config(**GPT2, attn_pdrop=0.0),
 }
+# Recurrent layers, most with attention in every second layer.
+HYBRID_SHAPE = SHAPE | {"head_dim": 8}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HALF = {"layer_types": ["linear_attention", "full_attention"]}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 16}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+HYBRIDS = {
+    "qwen3_5": transformers.Qwen3_5TextConfig(**HYBRID_SHAPE, **DELTA, **HALF),
+    "qwen3_5_moe": transformers.Qwen3_5MoeTextConfig(**HYBRID_SHAPE, **DELTA, **HALF, **EXPERTS, **SHARED_EXPERT),
+    "qwen3_next": transformers.Qwen3NextConfig(**HYBRID_SHAPE, **DELTA, **HALF, **EXPERTS, **SHARED_EXPERT),
+    "olmo_hybrid": transformers.OlmoHybridConfig(**HYBRID_SHAPE, **DELTA, **HALF),
+    "bamba": transformers.BambaConfig(**SHAPE, **MAMBA, attn_layer_indices=[1]),
+    "falcon_h1": transformers.FalconH1Config(**HYBRID_SHAPE, **MAMBA | {"mamba_n_heads": 4}, mamba_d_ssm=32),
+    "granitemoehybrid": transformers.GraniteMoeHybridConfig(
+        **SHAPE, **MAMBA, layer_types=["mamba", "attention"], num_local_experts=4, shared_intermediate_size=16
+    ),
+    "nemotron_h": transformers.NemotronHConfig(
+        **SHAPE | {"num_hidden_layers": 3, "head_dim": 8},
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=16,
+    ),
+    "zamba2": transformers.Zamba2Config(
+        **SHAPE | {"num_hidden_layers": 3},
+        layers_block_type=["mamba", "hybrid", "mamba"],
+        mamba_ngroups=1,
+        n_mamba_heads=8,
+        mamba_d_state=8,
+        mamba_headdim=8,
+        chunk_size=16,
+        num_mem_blocks=1,
+    ),
+    "mamba2": transformers.Mamba2Config(**SHAPE, num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=16),
+    "lfm2": transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+    "lfm2_moe": transformers.Lfm2MoeConfig(
+        **SHAPE, **EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1
+    ),
+    "lfm3": transformers.Lfm3Config(**SHAPE, layer_types=["conv", "full_attention"]),
+}
 EXPERT_MODELS = ["mixtral", "qwen3_moe"]
 FLOAT64_EXPERTS = {"_experts_implementation": "eager"}  # torch's grouped product has no float64
 
 
 def tiny_model(name: str, **changes: Any) -> transformers.PreTrainedModel:
     """Build a model of CONFIGS in training mode; `changes` replace values of its config."""
-    config = copy.deepcopy(CONFIGS[name])
+    config = copy.deepcopy((CONFIGS | HYBRIDS)[name])
     for key, value in changes.items():
         setattr(config, key, value)
     return model_from_config(config)
@@ -126,6 +170,18 @@ def in_float64(model: nn.Module) -> nn.Module:
             elif kind in FLOAT64_ROPE:
                 setattr(module, name, Float64RoPE(child))
     return model
+
+
+@contextmanager
+def float32_is_float64() -> Iterator[None]:
+    """Let models compute in float64 what they convert to float32, such as recurrent states and routers."""
+    own = torch.float32, torch.float, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = own
 
 
 def with_lora(model: nn.Module, **options: Any) -> peft.PeftModel:

@@ -194,6 +194,14 @@ def test_fused_outputs_of_random_batches_equal_trl():
         assert_equals_trl("llama", random_batch(seed))
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2"])
+def test_recurrent_layers_equal_trl(name):
+    with hf.float32_is_float64():
+        for case in ("two_groups_left_padded", "row_extends_another", "tool_tokens"):
+            ours, trls = (make(name, nn.Module.double) for make in (shared_model, fused_model))
+            assert largest_error(results(ours, BATCHES[case]), results(trls, BATCHES[case])) < 1e-11
+
+
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "qwen2"])
 def test_softcap_sliding_window_logit_scale_equal_trl(name):
     batches = [BATCHES["row_extends_another"], BATCHES["tool_tokens"]]

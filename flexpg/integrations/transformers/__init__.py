@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from flexpg.integrations.fsdp import run_as_forward
 from flexpg.integrations.transformers.attention import NAME, register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
+from flexpg.integrations.transformers.recurrent import install, mask_for
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
 from flexpg.sampling import Decoder
@@ -44,6 +45,7 @@ def enable(model: nn.Module) -> None:
     register()
     if base.config._attn_implementation != NAME:
         base.set_attn_implementation(NAME)
+    install(base)
 
 
 def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
@@ -70,7 +72,7 @@ def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = 
             hidden = base_model(
                 input_ids=packed.input_ids,
                 position_ids=packed.position_ids,
-                attention_mask=packed.mask,
+                attention_mask=mask_for(base_model, packed.mask),
                 use_cache=False,
             ).last_hidden_state
         return whole_sequence(hidden, tree, prefix)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpg.integrations.transformers.attention import NAME, attended
+from flexpg.integrations.transformers.recurrent import driven, is_recurrent, recurrent_modules
 from flexpg.tree import PrefixTree
 
+FEED_FORWARD = {"mlp", "moe"}  # kinds of layers in which tokens do not see one another
 EXACT_LAYERS = {"full_attention", "sliding_attention"}  # of transformers' `layer_types`
 
 
@@ -52,14 +54,15 @@ def check_architecture(model: PreTrainedModel) -> None:
         TypeError: If layers see past the mask, positions do not start at 0, or inputs are not only text.
     """
     config, name = model.config, type(model).__name__
-    if not model.is_backend_compatible():
+    recurrent = set(recurrent_modules(model))
+    if not recurrent and not model.is_backend_compatible():
         raise TypeError(f"{name} does not use transformers' attention interface, so it would ignore the mask")
     if config.is_encoder_decoder:
         raise TypeError(f"{name} is an encoder-decoder; prefixes can be shared in decoders only")
     if config.get_text_config() is not config:
         raise TypeError(f"{name} takes more than text; load its language model alone")
     other = set(getattr(config, "layer_types", None) or ()) - EXACT_LAYERS
-    if other:
+    if other and not recurrent:
         raise TypeError(
             f"{name} has {', '.join(sorted(other))} layers, whose state passes from one completion to the next "
             "regardless of the mask; train it without flexpg"
@@ -67,8 +70,11 @@ def check_architecture(model: PreTrainedModel) -> None:
     if any(path.endswith(".sinks") for path, _ in model.named_parameters()):
         raise TypeError(f"{name} has attention sinks, which flexpg does not support; train it without flexpg")
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv1d):
-            raise TypeError(f"{name} has convolutions over the sequence (state-space layers), which mix completions")
+        if isinstance(module, nn.Conv1d) and model.get_submodule(path.rpartition(".")[0]) not in recurrent:
+            raise TypeError(
+                f"{name} has a convolution over the sequence, {path}, which mixes completions and keeps no state in "
+                "transformers' cache; train it without flexpg"
+            )
         if isinstance(module, nn.Embedding) and "position" in path and module.padding_idx is not None:
             raise TypeError(f"{name} counts positions from its padding id on, like RoBERTa; they must start at 0")
 
@@ -122,12 +128,14 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
     _check_tree(base, tree, tree if prefix is None else prefix)
     windows: dict[nn.Module, int | None] = {}
     random_state = _random_state(tree.end.device)
-    token = attended.set(windows)
+    token, recurrent = attended.set(windows), driven.set(set())
     try:
         yield
+        modules = driven.get()
     finally:
         attended.reset(token)
-    _check_layers(base, tree, windows)
+        driven.reset(recurrent)
+    _check_layers(base, tree, windows, modules or set())
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
@@ -151,15 +159,22 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) ->
             )
 
 
-def _check_layers(model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None]) -> None:
+def _check_layers(
+    model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None], driven: set[nn.Module]
+) -> None:
     name, config = type(model).__name__, model.config
-    if len(windows) != config.num_hidden_layers:
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    missed = [path for path, module in model.named_modules() if is_recurrent(module) and module not in driven]
+    if missed:
+        raise TypeError(f"{missed[0]} of {name} did not get the mask of a packed sequence; train it without flexpg")
+    layers = config.num_hidden_layers - sum(kind in FEED_FORWARD for kind in kinds or ())
+    mixing = set(windows) | driven
+    if len(mixing) < layers:
         raise TypeError(
-            f"{len(windows)} of {config.num_hidden_layers} layers of {name} use transformers' attention interface; the "
-            "others would ignore the mask"
+            f"{len(mixing)} of {layers} layers of {name} use transformers' attention interface or its cache of "
+            "recurrent layers; the others would ignore the mask, so train it without flexpg"
         )
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    needed = 1 if kinds is None else kinds.count("sliding_attention")
+    window, needed = getattr(config, "sliding_window", None), 1 if kinds is None else kinds.count("sliding_attention")
     if isinstance(window, int) and window < tree.max_length:
         passed_on = sum(own is not None for own in windows.values())
         if passed_on < needed:

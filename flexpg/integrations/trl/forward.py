@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers.attention import NAME, register, softcap_of
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
+from flexpg.integrations.transformers.recurrent import install, mask_for
 from flexpg.prefix_cache import packed_input
 from flexpg.tree import PrefixTree
 
@@ -112,6 +113,7 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
     register()
     before, usual = base.config._attn_implementation, "sdpa" if softcap_of(base.config) is None else "eager"
     base.set_attn_implementation(NAME)
+    install(base)
     if before not in (usual, NAME):
         warnings.warn(
             f"replacing attn_implementation={before!r} by 'flexpg', which uses {usual} outside of packed forwards",
@@ -148,7 +150,7 @@ def _shared_forward(
     num_encoded = packed.input_ids.shape[1]
 
     def give_mask(module: nn.Module, args: Any, kwargs: dict) -> tuple[Any, dict]:
-        return args, kwargs | {"attention_mask": packed.mask}
+        return args, kwargs | {"attention_mask": mask_for(module, packed.mask)}
 
     def keep_parents(module: nn.Module, args: Any, out: Any) -> Any:
         hidden = out.last_hidden_state

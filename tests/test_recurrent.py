@@ -1,0 +1,309 @@
+"""Recurrent layers follow the prefix tree: outputs and gradients equal those of each sequence on its own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import hf_models as hf
+import pytest
+import torch
+import transformers
+from baseline import relative_error
+from cases import VOCAB, Case, three_levels, tokens
+from torch import nn
+
+import flexpg
+from flexpg import PrefixTree, Rollouts, packed_logprobs, self_check
+from flexpg.integrations import transformers as integration
+from flexpg.integrations.transformers import recurrent
+from flexpg.masks import TreeBlockMask
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
+FLOAT64 = {"_experts_implementation": "eager"}  # torch's grouped product has no float64
+
+
+def branches() -> Case:
+    """Build a tree with a branch in every place that matters for a state.
+
+    Segments of one token with and without children, two of them in a row, a completion of one token, roots of one
+    token, inner segments of equal and of different lengths, a completion that begins another, segments shorter than a
+    convolution, and chunks (of 64 and 16 tokens) that start elsewhere than in each sequence on its own.
+    """
+    prompt, other = tokens(70, 1), tokens(20, 2)
+    fork = prompt + tokens(3, 3)
+    sequences = [
+        prompt + tokens(9, 4),
+        [*prompt, 7],
+        fork + tokens(17, 5),
+        [*fork, 9, *tokens(5, 6)],
+        [*fork, 9, *tokens(2, 7)],
+        [*fork, 11, 12, *tokens(4, 8)],
+        [*fork, 11, 13],
+        [*fork, 11, 13, 4, 5],
+        prompt + tokens(2, 9),
+        [*other, 1, *tokens(30, 10)],
+        [*other, 2, *tokens(3, 11)],
+        [5, *tokens(6, 12)],
+        [5, 6, 7],
+        [8, 9],
+    ]
+    return Case.from_sequences(sequences, [1] * len(sequences))
+
+
+def weighted_loss(table: list[torch.Tensor]) -> torch.Tensor:
+    """Weigh every token differently, so that swapped tokens show."""
+    weights = torch.Generator().manual_seed(1)
+    return sum((own * torch.randn(own.shape, generator=weights, dtype=torch.float64).to(own)).sum() for own in table)
+
+
+def packed_table(model: nn.Module, case: Case) -> list[torch.Tensor]:
+    """Return the log-probabilities of each sequence's tokens but the first, from one packed forward."""
+    hidden, output = integration.forward(model, case.tree), integration.output(model)
+    table = []
+    for n, sequence in enumerate(case.sequences):
+        logits = output(hidden[0, case.tree.node[n, : len(sequence) - 1]])
+        table.append(logits.log_softmax(-1).gather(-1, torch.tensor(sequence)[1:, None])[:, 0])
+    return table
+
+
+def baseline_table(model: nn.Module, case: Case) -> list[torch.Tensor]:
+    """Return the same from one forward of each sequence."""
+    table = []
+    for sequence in case.sequences:
+        logits = model(torch.tensor([sequence]), use_cache=False).logits[0, :-1]
+        table.append(logits.log_softmax(-1).gather(-1, torch.tensor(sequence)[1:, None])[:, 0])
+    return table
+
+
+def gradients(model: nn.Module, table: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    weighted_loss(table).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(model: nn.Module, baseline: nn.Module, case: Case, logprobs: float, grads: float) -> None:
+    table, expected = packed_table(model, case), baseline_table(baseline, case)
+    assert max((own - other).abs().max().item() for own, other in zip(table, expected, strict=True)) < logprobs
+    found, wanted = gradients(model, table), gradients(baseline, expected)
+    assert found.keys() == wanted.keys()
+    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < grads, (worst, errors[worst])
+
+
+# Every family.
+
+
+@pytest.mark.parametrize("name", hf.HYBRIDS)
+def test_packed_forward_and_gradients_equal_each_sequence_float64(name):
+    with hf.float32_is_float64():
+        model, baseline = (hf.tiny_model(name, **FLOAT64).double() for _ in range(2))
+        assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "lfm2"])
+def test_float32_is_as_exact_as_other_chunks_of_the_same_sequence(name):
+    """A state restarts its chunks at segments, which rounds as differently as left padding by a token does."""
+    case = branches()
+    model, baseline = flexpg.enable(hf.tiny_model(name)), hf.tiny_model(name)
+    with hf.float32_is_float64():
+        truth = baseline_table(hf.tiny_model(name, **FLOAT64).double(), case)
+    table, own = packed_table(model, case), baseline_table(baseline, case)
+    error, budget = (
+        max((some - exact).abs().max().item() for some, exact in zip(found, truth, strict=True))
+        for found in (table, own)
+    )
+    assert error < 3 * budget + 1e-5
+
+
+def test_three_levels_and_padding_equal_each_sequence():
+    with hf.float32_is_float64():
+        model, baseline = (hf.tiny_model("qwen3_5", **FLOAT64).double() for _ in range(2))
+        assert_equal(flexpg.enable(model), baseline, three_levels(), 1e-10, 1e-9)
+
+
+def test_isolation_changing_a_completion_leaves_others_bitwise_equal():
+    """Rows of a batch do not mix, so bitwise equality holds as long as shapes do."""
+    prompt = tokens(30, 1)
+    for name in ("qwen3_5", "bamba", "lfm2"):
+        model = flexpg.enable(hf.tiny_model(name))
+        first, second = (
+            integration.forward(model, PrefixTree.from_groups([prompt], [[tokens(9, 2), tokens(9, seed)]]))
+            for seed in (3, 4)
+        )
+        assert torch.equal(first[0, :39], second[0, :39]) and not torch.equal(first[0, 39:48], second[0, 39:48])
+
+
+# How often a layer is called.
+
+
+def calls_of(model: nn.Module, tree: PrefixTree) -> list[tuple[int, int]]:
+    """Return the shapes [B, L] with which the first recurrent layer calls its own forward."""
+    shapes = []
+    module = next(recurrent.recurrent_modules(model))
+    linear = next(own for own in module.modules() if isinstance(own, nn.Linear))
+    handle = linear.register_forward_hook(lambda layer, args, out: shapes.append(tuple(args[0].shape[:2])))
+    integration.forward(model, tree)
+    handle.remove()
+    return shapes
+
+
+def test_group_is_one_call_for_the_prompt_and_one_for_completions():
+    model = flexpg.enable(hf.tiny_model("qwen3_5"))
+    tree = PrefixTree.from_groups([tokens(30, 1)], [[tokens(n, n) for n in (9, 4, 1, 12)]])
+    calls_of(model, tree)  # the first forward of a kind of layer checks that it continues from its state
+    assert calls_of(model, tree) == [(1, 30), (4, 12)]
+    two = PrefixTree.from_groups([tokens(30, 1), tokens(30, 2)], [[tokens(9, 3), tokens(2, 4)], [tokens(5, 5)]])
+    assert calls_of(model, two)[-1][0] in (2, 3)
+
+
+def test_plan_covers_every_token_once():
+    case = branches()
+    mask = TreeBlockMask(case.tree)
+    plan = recurrent._plan(mask, case.tree.num_tokens)
+    seen = Counter(torch.cat([step.index.flatten() for step in plan.steps]).tolist())
+    assert set(seen) == set(range(case.tree.num_tokens))
+    flat = torch.cat([step.index.flatten() for step in plan.steps])
+    assert torch.equal(flat[plan.gather], torch.arange(case.tree.num_tokens))
+    for step in plan.steps:
+        assert step.parents is None or step.index.shape[1] >= 2  # no kernel for one token
+
+
+# Oversized groups, checkpointing, adapters, precision.
+
+
+def group_rollouts() -> Rollouts:
+    completions = [[tokens(n, n) for n in (9, 1, 14, 6, 2)], [tokens(3, 30), tokens(7, 31)]]
+    return Rollouts.from_groups([tokens(40, 1), tokens(25, 2)], completions, [[1.0, 0, 0, 1, 0], [0, 1.0]])
+
+
+def update(model: nn.Module, rollouts: Rollouts, max_tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    advantages = flexpg.group_advantages(rollouts)
+    table = torch.zeros(rollouts.loss_mask.shape, dtype=torch.float64)
+    model.zero_grad()
+    for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=max_tokens):
+        flexpg.grpo_loss(
+            logprobs, advantages[batch.indices], batch.loss_mask, total_tokens=rollouts.num_loss_tokens
+        ).backward()
+        table[batch.indices, : logprobs.shape[1]] = logprobs.detach().double()
+    return table, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2", "mamba2"])
+def test_oversized_group_equals_one_packed_sequence(name, checkpointing):
+    rollouts = group_rollouts()
+    with hf.float32_is_float64():
+        model = flexpg.enable(hf.tiny_model(name, **FLOAT64).double())
+        expected_table, expected = update(model, rollouts, 1000)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert any(batch.cached_tokens for batch in flexpg.pack(rollouts, 56))
+        table, found = update(model, rollouts, 56)
+    assert (table - expected_table).abs().max() < 1e-10
+    assert found.keys() == expected.keys()
+    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-9
+
+
+def test_prompt_of_one_token_can_be_cached():
+    rollouts = Rollouts.from_groups([[3]], [[tokens(9, 1), tokens(8, 2), tokens(9, 3)]], [[0.0, 1.0, 0.0]])
+    with hf.float32_is_float64():
+        model = flexpg.enable(hf.tiny_model("qwen3_5", **FLOAT64).double())
+        (table, found), (expected_table, expected) = (update(model, rollouts, size) for size in (10, 1000))
+    assert (table - expected_table).abs().max() < 1e-10
+    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-9
+
+
+def test_gradient_checkpointing_equals_stored_activations():
+    with hf.float32_is_float64():
+        for name in ("qwen3_5", "mamba2"):
+            model, baseline = (hf.tiny_model(name, **FLOAT64).double() for _ in range(2))
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            assert_equal(flexpg.enable(model), baseline, three_levels(), 1e-10, 1e-9)
+
+
+def test_lora_on_recurrent_layers_equals_baseline():
+    targets = {"target_modules": ["in_proj_qkv", "out_proj", "q_proj"]}
+    with hf.float32_is_float64():
+        model, baseline = (hf.with_lora(hf.tiny_model("qwen3_5", **FLOAT64).double(), **targets) for _ in range(2))
+        assert_equal(flexpg.enable(model), baseline, three_levels(), 1e-10, 1e-9)
+
+
+def test_autocast_of_a_recurrent_model_within_error_budget():
+    rollouts = group_rollouts()
+    model, baseline = hf.model_pair("qwen3_5")
+    exact, _ = update(model, rollouts, 1000)
+    table = torch.zeros_like(exact)
+    for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=56, autocast_dtype=torch.bfloat16):
+        table[batch.indices, : logprobs.shape[1]] = logprobs.detach().double()
+        logprobs.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        lens = rollouts.prompt_lens.tolist()
+        own = hf.baseline_logprobs(baseline, [row.tolist() for row in rollouts.sequences], lens).detach().double()
+    assert (table - exact).norm() <= 1.5 * (own - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "lfm2"])
+def test_self_check_passes_a_recurrent_model(name):
+    result = self_check(flexpg.enable(hf.tiny_model(name)), group_rollouts())
+    assert 0 < result.logprob_error < result.logprob_budget
+
+
+# What does not change, and what is refused.
+
+
+def test_ordinary_calls_of_a_recurrent_model_are_bitwise_identical():
+    ids = torch.tensor([tokens(20, 1), tokens(20, 2)])
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    for name in ("qwen3_5", "bamba", "lfm2"):
+        model, baseline = (own.eval() for own in hf.model_pair(name))
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, baseline(ids).logits)
+            assert torch.equal(model(ids, attention_mask=padding).logits, baseline(ids, attention_mask=padding).logits)
+            found, expected = (own.generate(ids[:1], max_new_tokens=5, do_sample=False) for own in (model, baseline))
+        assert torch.equal(found, expected)
+
+
+def test_copied_recurrent_model_uses_its_own_weights():
+    model = flexpg.enable(hf.tiny_model("qwen3_5"))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    tree = three_levels().tree
+    own, changed = (integration.forward(each, tree) for each in (model, other))
+    assert not torch.equal(own, changed)
+    assert torch.equal(integration.forward(pickle.loads(pickle.dumps(other)), tree), changed)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.MambaConfig(**hf.SHAPE, state_size=8), "MambaMixer does not continue from its state"),
+        (
+            transformers.JambaConfig(
+                **hf.SHAPE, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8
+            ),
+            "JambaMambaMixer does not continue from its state over several tokens",
+        ),
+        (
+            transformers.MiniMaxConfig(**hf.SHAPE, layer_types=["linear_attention", "full_attention"]),
+            "has linear_attention layers",
+        ),
+    ],
+    ids=["mamba", "jamba", "minimax"],
+)
+def test_recurrent_layer_that_cannot_continue_is_refused(config, words):
+    model = hf.model_from_config(config)
+    with pytest.raises(TypeError, match=words):
+        integration.forward(flexpg.enable(model), three_levels().tree)
+
+
+def test_token_ids_of_the_cases_fit_the_models():
+    assert max(max(sequence) for sequence in branches().sequences) < VOCAB
