@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers.attention import NAME, register, softcap_of
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
+from flexpg.integrations.transformers.composite import set_attention, text_config
 from flexpg.prefix_cache import packed_input
 from flexpg.tree import PrefixTree
 
@@ -110,8 +111,9 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
     if getattr(baseline, "shares_prefixes", False):
         raise ValueError(f"this {type(base).__name__} shares prefixes already; call share_prefixes once")
     register()
-    before, usual = base.config._attn_implementation, "sdpa" if softcap_of(base.config) is None else "eager"
-    base.set_attn_implementation(NAME)
+    config = text_config(base)
+    before, usual = config._attn_implementation, "sdpa" if softcap_of(config) is None else "eager"
+    set_attention(base)
     if before not in (usual, NAME):
         warnings.warn(
             f"replacing attn_implementation={before!r} by 'flexpg', which uses {usual} outside of packed forwards",

@@ -1,0 +1,84 @@
+"""Models that take more than text: a text batch uses their language model, and images go to a tower of their own.
+
+The tower keeps its attention implementation: only the language model's is set to "flexpg".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flexpg.integrations.transformers.attention import NAME
+from flexpg.tree import PrefixTree
+
+# Token ids of a config that stand for images, videos and audio, whose features replace the tokens' embeddings.
+PLACEHOLDERS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """Return the config of a model's language model, which is the model's own if it takes only text."""
+    return model.config.get_text_config(decoder=True)
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that encodes text, which is the whole model if it takes only text."""
+    if text_config(model) is model.config:
+        return model
+    decoder: PreTrainedModel = model.get_decoder()
+    return decoder
+
+
+def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the modules of vision and audio towers, which a text batch does not use."""
+    text_model = language_model(model)
+    own = set(text_model.modules())
+    others = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in own]
+    return {module for part in others if text_model not in (inside := set(part.modules())) for module in inside}
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model below the output layer, which is the whole model if it has none.
+
+    Raises:
+        TypeError: If it cannot be told which of its parts that is.
+    """
+    if model.base_model is not model or model.get_output_embeddings() is None:
+        return model.base_model
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:  # Llama4ForCausalLM names a base_model_prefix that it does not have, but has one part
+        raise TypeError(f"{type(model).__name__} must have one decoder, got {len(parts)}; train it without flexpg")
+    return parts[0]
+
+
+def set_attention(model: PreTrainedModel) -> None:
+    """Switch the language model of a transformers model to the attention implementation "flexpg"."""
+    if text_config(model)._attn_implementation != NAME:
+        language_model(model).set_attn_implementation(NAME)
+
+
+def check_is_text(model: PreTrainedModel, tree: PrefixTree) -> None:
+    """Refuse tokens that stand for images, videos or audio, whose features a packed sequence does not have.
+
+    Raises:
+        ValueError: If the tree has such a token.
+    """
+    if text_config(model) is model.config:
+        return
+    config: Any = model.config
+    ids = {name: value for name in PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
+    found = torch.isin(tree.input_ids[0, : tree.num_tokens], torch.tensor([*ids.values()], device=tree.end.device))
+    if found.any():
+        token = int(tree.input_ids[0, : tree.num_tokens][found][0])
+        name = next(name for name, value in ids.items() if value == token)
+        raise ValueError(
+            f"rollouts must be text, got token id {token}, which is the {name} of {type(model).__name__}; flexpg does "
+            "not support images yet, so train on such rollouts without flexpg"
+        )
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """Return the prefix of the names of a module's parameters in the model: "" or one that ends in a dot."""
+    return next(f"{name}." if name else "" for name, own in model.named_modules() if own is module)
