@@ -1,4 +1,4 @@
-"""Models that take images too: text batches go through their language model exactly, and image batches do not change."""
+"""Models that take images too: their text shares prefixes exactly, and image batches and generation do not change."""
 
 from __future__ import annotations
 

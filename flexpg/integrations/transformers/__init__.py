@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexpg.integrations.fsdp import run_as_forward
@@ -99,7 +100,8 @@ def output(model: nn.Module) -> OutputLayer:
     if base_model is base:
         raise TypeError(f"{type(base).__name__} has no output layer; load it with AutoModelForCausalLM")
 
-    decoders = {base_model, base.get_decoder()}  # OPT calls the inner one itself
+    parts = base_model, base.get_decoder()  # OPT calls the inner one itself
+    decoders = {part for part in parts if isinstance(part, PreTrainedModel) and part is not base}
 
     def logits(rows: Tensor) -> Tensor:
         own, calls = {module: vars(module).get("forward") for module in decoders}, []

@@ -23,12 +23,8 @@ from flexpg.tree import PrefixTree
 
 EXACT_LAYERS = {"full_attention", "sliding_attention", "moe", "mlp"}  # of transformers' `layer_types`
 RECURRENT_LAYERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
-SPARSE_LAYERS = {
-    "indexed_attention",
-    "compressed_sparse_attention",
-    "heavily_compressed_attention",
-    "minimax_m3_sparse",
-}
+SPARSE_LAYERS = {"indexed_attention", "deepseek_sparse_attention", "minimax_m3_sparse"}
+SPARSE_LAYERS |= {"compressed_sparse_attention", "heavily_compressed_attention"}
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -85,7 +81,10 @@ def check_architecture(model: PreTrainedModel) -> None:
                 "without flexpg"
             )
         if isinstance(module, nn.Embedding) and "position" in path and module.padding_idx is not None:
-            raise TypeError(f"{name} counts positions from its padding id on, like RoBERTa; they must start at 0")
+            raise TypeError(
+                f"{name} counts positions from its padding id on, like RoBERTa; they must start at 0, so train it "
+                "without flexpg"
+            )
 
 
 def _check_kinds_of_layers(name: str, text_model: PreTrainedModel, kinds: set[str]) -> None:

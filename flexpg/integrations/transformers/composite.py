@@ -39,14 +39,15 @@ def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
     return {module for part in others if text_model not in (inside := set(part.modules())) for module in inside}
 
 
-def backbone(model: PreTrainedModel) -> PreTrainedModel:
+def backbone(model: PreTrainedModel) -> Any:
     """Return the model below the output layer, which is the whole model if it has none.
 
     Raises:
         TypeError: If it cannot be told which of its parts that is.
     """
-    if model.base_model is not model or model.get_output_embeddings() is None:
-        return model.base_model
+    base_model: Any = model.base_model
+    if base_model is not model or model.get_output_embeddings() is None:
+        return base_model
     parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     if len(parts) != 1:  # Llama4ForCausalLM names a base_model_prefix that it does not have, but has one part
         raise TypeError(f"{type(model).__name__} must have one decoder, got {len(parts)}; train it without flexpg")
