@@ -361,7 +361,7 @@ def _refused_or_not_built(name: str, reason: str) -> Row:
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text if is_own(error) else f"{type(error).__name__}: {text}"
-    return text[:237] + "..." if len(text) > 240 else text
+    return text[:157] + "..." if len(text) > 160 and not is_own(error) else text
 
 
 # Processes
@@ -427,7 +427,7 @@ def table(found: Sequence[Row]) -> str:
             INTRODUCTION.format(version=importlib.metadata.version("transformers"), counts=counts),
             "## Exact",
             "",
-            "| type | class | computed in | log-probabilities | gradients | |",
+            "| type | class | computed in | log-probabilities | gradients | note |",
             "| --- | --- | --- | --- | --- | --- |",
             *(
                 f"| {row.name} | {row.architecture} | {row.dtype} | {row.error_texts} | {row.detail} |"
@@ -452,9 +452,10 @@ def table(found: Sequence[Row]) -> str:
 
 INTRODUCTION = """# Models
 
-Measured with transformers {version}: every model type that generates text, of `AutoModelForCausalLM` and, for text-only
-batches, of `AutoModelForImageTextToText`: {counts}. The command is `python -m tests.support_matrix`, which is part of
-`make proof`; it fails if a type is silently wrong or ends in an error that is not flexpg's.
+Every model type of transformers {version} that generates text, from text (`AutoModelForCausalLM`) or from images too
+(`AutoModelForImageTextToText`, here with text-only batches): **{counts}**.
+`python -m tests.support_matrix`, a part of `make proof`, measures them and writes this page. It fails if a type is
+silently wrong, or raises an error that is not flexpg's.
 
 A tiny random model of each type is compared with each of five sequences on its own: two prompts, one of them with four
 completions, in one packed sequence and again with the prompt cached. The table has the largest relative errors of
@@ -478,9 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.support_matrix", description="Compare a tiny model of every type with the baseline."
     )
-    parser.add_argument(
-        "types", nargs="*", metavar="TYPE", help="model types (default: all; writes docs/models.md)"
-    )
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types (default: all; writes docs/models.md)")
     parser.add_argument("-j", dest="num_processes", type=int, default=2, help="processes at a time (default: 2)")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
