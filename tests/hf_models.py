@@ -11,6 +11,7 @@ baseline_logprobs(model, sequences, prompt_lens)    [N, C], one sequence after t
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import peft
@@ -156,9 +157,9 @@ class Float64Norm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = norm.weight
+        self.weight = dict(norm.named_parameters()).get("weight", 1.0)  # Gemma 4's values have none
         self.eps = vars(norm)["eps"] if "eps" in vars(norm) else vars(norm)["variance_epsilon"]
-        self.offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+        self.offset = 1.0 if re.match("Gemma[23]?[A-Z]", type(norm).__name__) else 0.0
         self.is_centred = type(norm).__name__ == "CohereLayerNorm"
 
     def forward(self, x: Tensor) -> Tensor:

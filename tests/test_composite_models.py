@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import hf_models as hf
 import pytest
 import torch
 import transformers
-from cases import VOCAB, Case, float32_floor, gradients, relative_error, three_levels, tokens
-from hf_models import FLOAT64_EXPERTS, IMAGE, IMAGE_END, IMAGE_START, with_lora
+from cases import VOCAB, Case, gradients, three_levels, tokens
+from hf_models import IMAGE, IMAGE_END, IMAGE_START, in_float64, with_lora
 from torch import Tensor, nn
 
 import flexpg
@@ -26,9 +25,9 @@ GROUPS = Case.from_groups(
 )
 
 
-def composite(name: str, **options: Any) -> transformers.PreTrainedModel:
-    """Build a composite model in float64; what rounds to float32 inside does so in the baseline too."""
-    return hf.tiny_model(name, **FLOAT64_EXPERTS, **options).double()
+def composite(name: str) -> transformers.PreTrainedModel:
+    """Build a composite model in float64."""
+    return in_float64(hf.tiny_model(name))
 
 
 def results(model: nn.Module, logprobs: Tensor) -> dict[str, Tensor]:
@@ -49,14 +48,13 @@ def baseline_logprobs(model: nn.Module, case: Case) -> Tensor:
     return hf.baseline_logprobs(model, case.sequences, case.prompt_lens)
 
 
-def assert_equal(values: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_equal(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Compare gradients with their own norm; of a key's bias, which a softmax ignores, with that of the largest."""
     assert list(values) == list(expected)
     largest = max(value.norm() for value in expected.values())
     for name, truth in expected.items():
-        error = (values[name] - truth).norm() if truth.norm() < 1e-9 * largest else 0.0
-        assert error < tolerance * largest, name
-        assert error or relative_error(values[name], truth) < tolerance, name
+        scale = truth.norm() if truth.norm() > 1e-9 * largest else largest
+        assert (values[name] - truth).norm() < 1e-12 * scale, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -65,10 +63,9 @@ def test_text_of_composite_model_equals_baseline(name, checkpointing):
     model, baseline = flexpg.enable(composite(name)), composite(name)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tolerance = float32_floor(len(layers(model)))
     for case in (GROUPS, three_levels()):
         expected = results(baseline, baseline_logprobs(baseline, case))
-        assert_equal(results(model, shared_logprobs(model, case)), expected, tolerance)
+        assert_equal(results(model, shared_logprobs(model, case)), expected)
 
 
 def test_frozen_and_unused_vision_parameters_get_no_gradient():
@@ -93,7 +90,7 @@ def test_oversized_group_of_composite_model_equals_baseline(name):
         (weights[batch.indices, : logprobs.shape[1]] * logprobs).sum().backward()
         found[batch.indices, : logprobs.shape[1]] = logprobs.detach().double()
     values = {path: parameter.grad for path, parameter in model.named_parameters() if path in expected}
-    assert_equal({"logprobs": found} | values, expected, float32_floor(len(layers(model))))
+    assert_equal({"logprobs": found} | values, expected)
 
 
 @pytest.mark.parametrize("name", hf.COMPOSITES)
@@ -118,7 +115,7 @@ def test_lora_of_composite_model_equals_baseline(name):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     expected = results(baseline, baseline_logprobs(baseline, GROUPS))
     assert sum("lora" in path for path in expected) > 20
-    assert_equal(results(model, shared_logprobs(model, GROUPS)), expected, float32_floor())
+    assert_equal(results(model, shared_logprobs(model, GROUPS)), expected)
 
 
 def test_changed_completion_leaves_others_of_composite_bitwise_identical():
