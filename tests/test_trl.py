@@ -595,8 +595,8 @@ def test_grpo_trains_as_trl(case, saved):
     assert all(any(0 < value < 1 or name == "aux_loss" for value in ours.logged(name)) for name in happened)
 
 
-# Text-only data of models that take images too. Their RoPE computes in float32 in a float64 model, and in GRPO TRL counts
-# positions from the padding on the left, which rounds otherwise.
+# Text-only data of models that take images too. Their RoPE computes in float32 in a float64 model, and in GRPO TRL
+# counts positions from the padding on the left, which rounds otherwise.
 COMPOSITE_CASES = {
     "grpo_reference": (SharedPrefixGRPOTrainer, GRPOTrainer, {"beta": 0.1, "num_iterations": 2}),
     "grpo_lora_checkpointing": (SharedPrefixGRPOTrainer, GRPOTrainer, {"lora": True, "gradient_checkpointing": True}),

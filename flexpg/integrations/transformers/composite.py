@@ -15,7 +15,7 @@ from flexpg.integrations.transformers.attention import NAME
 from flexpg.tree import PrefixTree
 
 # Token ids of a config that stand for images, videos and audio, whose features replace the tokens' embeddings.
-PLACEHOLDERS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+PLACEHOLDERS = [f"{kind}_token_{end}" for end in ("index", "id") for kind in ("image", "video", "audio")]
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -69,14 +69,16 @@ def check_is_text(model: PreTrainedModel, tree: PrefixTree) -> None:
     if text_config(model) is model.config:
         return
     config: Any = model.config
-    ids = {name: value for name in PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
-    found = torch.isin(tree.input_ids[0, : tree.num_tokens], torch.tensor([*ids.values()], device=tree.end.device))
-    if found.any():
-        token = int(tree.input_ids[0, : tree.num_tokens][found][0])
-        name = next(name for name, value in ids.items() if value == token)
+    names = {value: name for name in PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
+    if not names or tree.max_token < min(names):
+        return
+    packed = tree.input_ids[0, : tree.num_tokens]
+    found = packed[torch.isin(packed, torch.tensor([*names], device=packed.device))]
+    if len(found):
+        token = int(found[0])
         raise ValueError(
-            f"rollouts must be text, got token id {token}, which is the {name} of {type(model).__name__}; flexpg does "
-            "not support images yet, so train on such rollouts without flexpg"
+            f"rollouts must be text, got token id {token}, which is the {names[token]} of {type(model).__name__}; "
+            "flexpg does not support images yet, so train on such rollouts without flexpg"
         )
 
 
