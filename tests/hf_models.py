@@ -57,7 +57,7 @@ CONFIGS = {
     "gpt2": transformers.GPT2Config(**GPT2, attn_pdrop=0.0),
 }
 
-# Models that take images too, with a tiny vision tower; ids from VOCAB on stand for images and the like.
+# Models that take images too, with a tiny vision tower; ids from VOCAB on are placeholders of images and the like.
 TEXT = SHAPE | {"vocab_size": VOCAB + 8, "head_dim": 8}
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOWER |= {"image_size": 28, "patch_size": 14}

@@ -460,9 +460,9 @@ silently wrong, or raises an error that is not flexpg's.
 A tiny random model of each type is compared with each of five sequences on its own: two prompts, one of them with four
 completions, in one packed sequence and again with the prompt cached. The table has the largest relative errors of
 log-probabilities and of any parameter's gradient. Most models round to float32 inside (norms, RoPE, routers), so errors
-of gradients up to 1e-6 are rounding. A type stands for its small config, with one layer of each kind that its default
-config has: a checkpoint with other options (a window, sinks) may be refused where the type is exact, and is checked in
-every forward.
+of gradients up to 1e-6 are rounding. Each type is represented by a small config, with one layer of each kind that its
+default config has: a checkpoint with other options (a window, sinks) may be refused where the type is exact, and is
+checked in every forward.
 """
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from flexpg.integrations.transformers.attention import NAME
 from flexpg.tree import PrefixTree
 
-# Token ids of a config that stand for images, videos and audio, whose features replace the tokens' embeddings.
+# Names of the token ids of images, videos and audio in a config; their features replace embeddings.
 PLACEHOLDERS = [f"{kind}_token_{end}" for end in ("index", "id") for kind in ("image", "video", "audio")]
 
 
@@ -61,7 +61,7 @@ def set_attention(model: PreTrainedModel) -> None:
 
 
 def check_is_text(model: PreTrainedModel, tree: PrefixTree) -> None:
-    """Refuse tokens that stand for images, videos or audio, whose features a packed sequence does not have.
+    """Refuse the placeholder tokens of images, videos and audio, whose features a packed sequence does not have.
 
     Raises:
         ValueError: If the tree has such a token.
