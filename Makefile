@@ -25,7 +25,8 @@ test-distributed: $(INSTALLED) ## run multi-process and fault-injection tests (c
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
 	@$(BIN)/python -m tests.mutations
 
-proof: mutations ## run the slow evidence: mutations, 10,000 fuzz cases, 20 SIGKILLs, 500 monitored steps
+proof: mutations ## run the slow evidence: mutations, every model type, 10,000 fuzz cases, 20 SIGKILLs, 500 steps
+	@$(BIN)/python -m tests.support_matrix
 	@FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
 	@$(BIN)/pytest -m proof
 

@@ -115,6 +115,13 @@ class TreeBlockMask(BlockMask):
     def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy: a mask_mod is a closure, which cannot be pickled
         return type(self), (self.tree, self.window, self.first_query)
 
+    def __getitem__(self, index: Any) -> Any:
+        """Return the mask itself for an index that keeps everything, which layers with shared keys use; or a slice."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(part, slice) and part in (slice(None), slice(0, None)) for part in parts):
+            return self
+        return super().__getitem__(index)
+
     def for_window(self, window: int | None) -> TreeBlockMask:
         """Return the same mask with another sliding window; computed once, however many layers ask for it."""
         if window == self.window:

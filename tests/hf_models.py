@@ -1,6 +1,6 @@
 """Tiny transformers models, and the baseline of their log-probabilities.
 
-tiny_model(name, **changes)    a model of CONFIGS in training mode, as transformers builds it
+tiny_model(name, **changes)    a model of CONFIGS or COMPOSITES in training mode, as transformers builds it
 model_from_config(config)      the same for any config
 model_pair(name, **changes)    (enabled for flexpg, as transformers builds it), with equal weights
 in_float64(model)              the model in float64, norms included
@@ -11,6 +11,7 @@ baseline_logprobs(model, sequences, prompt_lens)    [N, C], one sequence after t
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -112,13 +113,77 @@ HYBRIDS = {
     ),
     "lfm3": transformers.Lfm3Config(**SHAPE, layer_types=["conv", "full_attention"]),
 }
+# Models that take images too, with a tiny vision tower; ids from VOCAB on are placeholders of images and the like.
+TEXT = SHAPE | {"vocab_size": VOCAB + 8, "head_dim": 8}
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER |= {"image_size": 28, "patch_size": 14}
+IMAGE, VIDEO, IMAGE_START, IMAGE_END, VIDEO_START = range(VOCAB, VOCAB + 5)
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+QWEN_TOWER = {"depth": 2, "patch_size": 14, "spatial_merge_size": 2, "num_heads": 2, "intermediate_size": 16}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+QWEN_IDS |= {"vision_start_token_id": IMAGE_START, "vision_end_token_id": IMAGE_END}
+COMPOSITES: dict[str, transformers.PretrainedConfig] = {
+    "gemma3_vl": transformers.Gemma3Config(
+        text_config=TEXT | ONE_OF_EACH | {"query_pre_attn_scalar": 6},
+        vision_config=TOWER,
+        mm_tokens_per_image=4,
+        image_token_id=IMAGE,
+        boi_token_id=IMAGE_START,
+        eoi_token_id=IMAGE_END,
+    ),
+    "gemma4": transformers.Gemma4Config(
+        text_config=TEXT
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": WINDOW,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB + 8,
+        },
+        vision_config={**TOWER, "head_dim": 8, "num_key_value_heads": 2},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=VOCAB + 5,
+        boi_token_id=IMAGE_START,
+        eoi_token_id=IMAGE_END,
+    ),
+    "mistral3": transformers.Mistral3Config(
+        text_config={"model_type": "ministral3", **TEXT},
+        vision_config={"model_type": "pixtral", **TOWER, "head_dim": 8},
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+    ),
+    "qwen2_vl": transformers.Qwen2VLConfig(
+        text_config=TEXT | MROPE,
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        **QWEN_IDS,
+    ),
+    "qwen2_5_vl": transformers.Qwen2_5_VLConfig(
+        text_config=TEXT | MROPE,
+        vision_config={**QWEN_TOWER, "hidden_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
+        **QWEN_IDS,
+    ),
+    "qwen3_vl": transformers.Qwen3VLConfig(
+        text_config=TEXT | MROPE,
+        vision_config={**QWEN_TOWER, "hidden_size": 16, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        **QWEN_IDS,
+    ),
+    "llava_onevision": transformers.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config={"model_type": "siglip_vision_model", **TOWER},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    ),
+}
 EXPERT_MODELS = ["mixtral", "qwen3_moe"]
 FLOAT64_EXPERTS = {"_experts_implementation": "eager"}  # torch's grouped product has no float64
 
 
 def tiny_model(name: str, **changes: Any) -> transformers.PreTrainedModel:
-    """Build a model of CONFIGS in training mode; `changes` replace values of its config."""
-    config = copy.deepcopy((CONFIGS | HYBRIDS)[name])
+    """Build a model of CONFIGS, COMPOSITES or HYBRIDS in training mode; `changes` replace values of its config."""
+    config = copy.deepcopy((CONFIGS | COMPOSITES | HYBRIDS)[name])
     for key, value in changes.items():
         setattr(config, key, value)
     return model_from_config(config)
@@ -128,8 +193,10 @@ def model_from_config(config: transformers.PretrainedConfig, **options: Any) -> 
     """Build a model in training mode in which every parameter matters: no norm weight is 1 and no bias is 0."""
     if getattr(config, "attn_logit_softcapping", None) is not None:  # which sdpa would ignore
         options = {"attn_implementation": "eager"} | options
+    is_composite = config.get_text_config() is not config
+    auto = transformers.AutoModelForImageTextToText if is_composite else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    model = auto.from_config(copy.deepcopy(config), **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
@@ -146,9 +213,9 @@ class Float64Norm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = norm.weight
+        self.weight = dict(norm.named_parameters()).get("weight", 1.0)  # Gemma 4's values have none
         self.eps = vars(norm)["eps"] if "eps" in vars(norm) else vars(norm)["variance_epsilon"]
-        self.offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+        self.offset = 1.0 if re.match("Gemma[23]?[A-Z]", type(norm).__name__) else 0.0
         self.is_centred = type(norm).__name__ == "CohereLayerNorm"
 
     def forward(self, x: Tensor) -> Tensor:

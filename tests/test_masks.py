@@ -198,6 +198,14 @@ def test_block_mask_first_query_inside_a_block_raises(first_query):
         block_mask(tree, first_query=first_query)
 
 
+def test_index_that_keeps_everything_returns_the_mask_itself():
+    """Layers that share keys and values ask for such slices; a real slice is no mask of the tree any more."""
+    mask = block_mask(PrefixTree.from_lengths([300], [[20, 30]]))
+    assert mask[:] is mask and mask[:, :, 0:, :] is mask
+    assert not isinstance(mask[:, :, 1:], TreeBlockMask)
+    assert not isinstance(mask[:, :, torch.tensor([1])], TreeBlockMask)
+
+
 def test_repr_is_one_line():
     assert repr(block_mask(PrefixTree.from_lengths([2], [[1, 2]]), 4)) == (
         "TreeBlockMask(PrefixTree(2 sequences, 7 tokens packed into 5, device=cpu), window=4, first_query=0)"

@@ -108,6 +108,7 @@ def counted_matrix_flops(tree: PrefixTree, shape: ModelShape, num_loss_tokens: i
 
 TORCHTUNE = ["llama3", "qwen2_tied", "phi3", "gemma2"]
 TRANSFORMERS = ["llama", "qwen3", "gemma3", "phi3", "olmo2", "cohere", "gpt2", "phi", *EXPERT_MODELS]
+TRANSFORMERS += ["gemma3_vl", "qwen2_5_vl"]  # the vision tower does not count
 MODELS = [*(("torchtune", name) for name in TORCHTUNE), *(("transformers", name) for name in TRANSFORMERS)]
 
 
@@ -321,9 +322,10 @@ def test_shape_of_qwen2_5_7b_matches_its_paper_in_both_libraries():
     assert transformers_shape(config) == torchtune_shape(model) == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "gpt2", "qwen2_5_vl", "mistral3"])
 def test_shape_of_config_equals_shape_of_model(name):
-    assert transformers_shape(CONFIGS[name]) == transformers_shape(hf_models.tiny_model(name))
+    config = (CONFIGS | hf_models.COMPOSITES)[name]
+    assert transformers_shape(config) == transformers_shape(hf_models.tiny_model(name))
 
 
 def test_shape_counts_only_experts_that_a_token_is_routed_to():
@@ -350,7 +352,11 @@ def test_recipe_shape_of_lora_config_trains_adapters_only():
     ("read", "make", "message"),
     [
         (transformers_shape, lambda: transformers.OPTConfig(num_hidden_layers=1), "must have its MLP in a module"),
-        (transformers_shape, lambda: transformers.MambaConfig(num_hidden_layers=1), "MambaForCausalLM does not use"),
+        (
+            transformers_shape,
+            lambda: transformers.MambaConfig(num_hidden_layers=1),
+            "MambaForCausalLM has recurrent layers, whose FLOPs are not counted",
+        ),
         (transformers_shape, lambda: transformers.DeepseekV3Config(num_hidden_layers=1), "latent attention"),
         (transformers_shape, lambda: hf_models.tiny_model("llama").model, "has no output layer"),
         (transformers_shape, lambda: hf_lora("llama", use_dora=True), "must have one LORA adapter, got DoRA"),

@@ -54,7 +54,8 @@ def make_model(name: str) -> tuple[nn.Module, nn.Module]:
             parameter.requires_grad_("lora" in path or option != "lora")
         model.layers[0].attn.k_proj.requires_grad_(option != "lora")  # the prompt's first keys have no gradient
         return flexpg.enable(model), model
-    shared, baseline = hf.model_pair("qwen2")  # with a sliding window of 7 tokens and tied weights
+    # With a sliding window of 7 tokens and tied weights.
+    shared, baseline = hf.model_pair("gemma3_vl" if option == "composite" else "qwen2")
     if option == "lora":
         shared, baseline = hf.with_lora(shared), hf.with_lora(baseline)
     return hf.in_float64(shared), hf.in_float64(baseline)
@@ -358,7 +359,9 @@ def fsdp_update(rank: int, name: str) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["transformers", "transformers_lora", "transformers_lora_base", "torchtune"])
+@pytest.mark.parametrize(
+    "name", ["transformers", "transformers_lora", "transformers_lora_base", "transformers_composite", "torchtune"]
+)
 def test_packed_logprobs_fsdp_matches_single_process(name):
     expected = baseline_update(make_model(name.removesuffix("_base"))[1], make_rollouts())
     for updates in run_processes(2, fsdp_update, name):

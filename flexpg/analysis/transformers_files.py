@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -29,8 +36,16 @@ def local_model(path: Path) -> nn.Module:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():  # transformers would take the path for a name on the hub
         raise FileNotFoundError(f"no file {file}; pass a checkpoint's folder or its config.json")
+    return meta_model(AutoConfig.from_pretrained(str(path), local_files_only=True))
+
+
+def meta_model(config: PretrainedConfig) -> nn.Module:
+    """Build the model of a config on the meta device; of one that holds more than text, with its vision tower."""
+    is_text = config.get_text_config(decoder=True) is config
+    auto: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(path), local_files_only=True))
+        model: nn.Module = auto.from_config(config)
+        return model
 
 
 def _local_adapter(folder: Path) -> nn.Module:

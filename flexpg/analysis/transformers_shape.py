@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.activations import NewGELUActivation
 
 from flexpg.analysis.flops import ModelShape
+from flexpg.analysis.transformers_files import meta_model
 from flexpg.analysis.weights import keeps_input, layer_matrices, weight_fields
 from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, unwrap
+from flexpg.integrations.transformers.composite import text_config
+from flexpg.integrations.transformers.recurrent import recurrent_modules
 
 
 def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
@@ -26,25 +29,23 @@ def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
     share counts that a token is routed to.
 
     Args:
-        model_or_config: A causal language model on any device, plain or with one adapter; or a config, whose model is
-            built on the meta device.
+        model_or_config: A causal language model on any device, plain or with one adapter; of a model that takes images
+            too, the language model counts. Or a config, whose model is built on the meta device.
 
     Raises:
         TypeError: If prefixes cannot be shared in the architecture, or its layers are of an unknown kind.
-        ValueError: If the model has no layer, no matrix of a layer requires grad, or AutoModelForCausalLM does not know
+        ValueError: If the model has no layer, no matrix of a layer requires grad, or transformers does not know
             the config.
     """
-    if isinstance(model_or_config, PretrainedConfig):
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(model_or_config)
-    else:
-        model = model_or_config
+    model = meta_model(model_or_config) if isinstance(model_or_config, PretrainedConfig) else model_or_config
     _check_adapters(model)
     base = unwrap(model)
     check_architecture(base)
-    config, name = base.config, type(base).__name__
+    config, name = text_config(base), type(base).__name__
     if base.get_output_embeddings() is None:
         raise TypeError(f"{name} has no output layer; load it with AutoModelForCausalLM")
+    if next(recurrent_modules(base), None) is not None:
+        raise TypeError(f"{name} has recurrent layers, whose FLOPs are not counted yet; write its ModelShape by hand")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise TypeError(
             f"{name} has keys and values of different sizes (latent attention); write its ModelShape by hand"

@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexpg.integrations.fsdp import run_as_forward
-from flexpg.integrations.transformers.attention import NAME, register
+from flexpg.integrations.transformers.attention import register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
+from flexpg.integrations.transformers.composite import (
+    backbone,
+    check_is_text,
+    language_model,
+    path_of,
+    set_attention,
+    text_config,
+)
 from flexpg.integrations.transformers.recurrent import install, mask_for
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
@@ -43,9 +52,8 @@ def enable(model: nn.Module) -> None:
     check_architecture(base)
     check_no_dropout(model)
     register()
-    if base.config._attn_implementation != NAME:
-        base.set_attn_implementation(NAME)
-    install(base)
+    set_attention(base)
+    install(language_model(base))
 
 
 def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
@@ -67,12 +75,13 @@ def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = 
     packed = packed_input(model, tree, prefix)
 
     def hidden_states() -> Tensor:
-        base_model = unwrap(model).base_model
+        base = unwrap(model)
+        check_is_text(base, packed.mask.tree)
         with exact_forward(model, packed.mask.tree, None if prefix is None else prefix.tree):
-            hidden = base_model(
+            hidden = backbone(base)(
                 input_ids=packed.input_ids,
                 position_ids=packed.position_ids,
-                attention_mask=mask_for(base_model, packed.mask),
+                attention_mask=mask_for(backbone(language_model(base)), packed.mask),
                 use_cache=False,
             ).last_hidden_state
         return whole_sequence(hidden, tree, prefix)
@@ -89,25 +98,30 @@ def output(model: nn.Module) -> OutputLayer:
         TypeError: If the model has no output layer or, when called, its forward does not call its decoder.
     """
     base = unwrap(model)
-    base_model = base.base_model
-    if base_model is base or base.get_output_embeddings() is None:
+    base_model = backbone(base)
+    if base_model is base:
         raise TypeError(f"{type(base).__name__} has no output layer; load it with AutoModelForCausalLM")
 
+    parts = base_model, base.get_decoder()  # OPT calls the inner one itself
+    decoders = {part for part in parts if isinstance(part, PreTrainedModel) and part is not base}
+
     def logits(rows: Tensor) -> Tensor:
-        own, calls = vars(base_model).get("forward"), []
+        own, calls = {module: vars(module).get("forward") for module in decoders}, []
 
         def decoder_forward(*args: Any, **kwargs: Any) -> _HiddenStates:
             calls.append(True)
             return _HiddenStates(last_hidden_state=rows[None])
 
-        base_model.forward = decoder_forward
+        for module in decoders:
+            module.forward = decoder_forward
         input_ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
         try:
             out = base.forward(input_ids=input_ids, use_cache=False)  # not base(...): no hooks, such as those of FSDP
         finally:
-            del base_model.forward
-            if own is not None:
-                base_model.forward = own
+            for module, forward in own.items():
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
         if not calls:
             raise TypeError(
                 f"the forward of {type(base).__name__} does not call its {type(base_model).__name__}; pass an output "
@@ -120,7 +134,7 @@ def output(model: nn.Module) -> OutputLayer:
 
 def baseline_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by transformers' own attention."""
-    base_model = unwrap(model).base_model
+    base_model = backbone(unwrap(model))
     return run_as_forward(model, lambda: base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
 
 
@@ -131,10 +145,12 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
         TypeError: If the model does not keep them in one list.
     """
     base = unwrap(model)
-    for name, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == base.config.num_hidden_layers:
-            return {f"{name}.{n}": layer for n, layer in enumerate(module)}
-    raise TypeError(f"{type(base).__name__} must have one list of {base.config.num_hidden_layers} layers")
+    text_model, num_layers = language_model(base), text_config(base).num_hidden_layers
+    for name, module in text_model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            path = path_of(base, text_model) + name
+            return {f"{path}.{n}": layer for n, layer in enumerate(module)}
+    raise TypeError(f"{type(base).__name__} must have one list of {num_layers} layers")
 
 
 def decoder(model: nn.Module) -> Decoder:

@@ -88,6 +88,10 @@ def attention_forward(
             f'{name} selects keys by index, which "{NAME}" does not support; use attn_implementation="sdpa"'
         )
     if not isinstance(attention_mask, TreeBlockMask):
+        if attention_mask is None and 1 < (length := query.shape[2]) < key.shape[2]:
+            # Gemma 4 drops queries by `logits_to_keep` after its mask was made, and knows only sdpa not to like that.
+            attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
+            attention_mask = attention_mask.tril(key.shape[2] - length)
         call = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **call)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpg.integrations.transformers.attention import NAME, attended
+from flexpg.integrations.transformers.composite import backbone, language_model, text_config, tower_modules
 from flexpg.integrations.transformers.recurrent import driven, is_recurrent, recurrent_modules
 from flexpg.tree import PrefixTree
 
 FEED_FORWARD = {"mlp", "moe"}  # kinds of layers in which tokens do not see one another
-EXACT_LAYERS = {"full_attention", "sliding_attention"}  # of transformers' `layer_types`
+EXACT_LAYERS = {"full_attention", "sliding_attention", *FEED_FORWARD}  # of transformers' `layer_types`
+RECURRENT_LAYERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
+ONLY_RECURRENT = RECURRENT_LAYERS - {"hybrid", "hybrid_sliding"} | FEED_FORWARD
+SPARSE_LAYERS = {
+    "indexed_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "minimax_m3_sparse",
+}
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -50,47 +60,75 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def check_architecture(model: PreTrainedModel) -> None:
     """Refuse architectures in which a prefix cannot be shared exactly.
 
+    Of a composite model, only the language model is looked at: a text batch uses nothing else.
+
     Raises:
-        TypeError: If layers see past the mask, positions do not start at 0, or inputs are not only text.
+        TypeError: If layers see past the mask, or positions cannot be passed or do not start at 0.
     """
-    config, name = model.config, type(model).__name__
-    recurrent = set(recurrent_modules(model))
-    if not recurrent and not model.is_backend_compatible():
-        raise TypeError(f"{name} does not use transformers' attention interface, so it would ignore the mask")
-    if config.is_encoder_decoder:
-        raise TypeError(f"{name} is an encoder-decoder; prefixes can be shared in decoders only")
-    if config.get_text_config() is not config:
-        raise TypeError(f"{name} takes more than text; load its language model alone")
-    other = set(getattr(config, "layer_types", None) or ()) - EXACT_LAYERS
-    if other and not recurrent:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
         raise TypeError(
-            f"{name} has {', '.join(sorted(other))} layers, whose state passes from one completion to the next "
-            "regardless of the mask; train it without flexpg"
+            f"{name} is an encoder-decoder; prefixes can be shared in decoders only; train it without flexpg"
         )
-    if any(path.endswith(".sinks") for path, _ in model.named_parameters()):
+    config, text_model = text_config(model), language_model(model)
+    recurrent, kinds = set(recurrent_modules(text_model)), set(getattr(config, "layer_types", None) or ())
+    _check_kinds_of_layers(name, text_model, kinds, has_states=bool(recurrent))
+    has_attention = not recurrent or not kinds <= ONLY_RECURRENT
+    if has_attention and not text_model._can_set_attn_implementation():
+        raise TypeError(
+            f"{name} computes attention in its own way instead of by transformers' attention interface, so it would "
+            "ignore the mask; train it without flexpg"
+        )
+    if has_attention and "position_ids" not in signature(type(backbone(text_model)).forward).parameters:
+        raise TypeError(f"{name} takes no position_ids, so it would count packed tokens; train it without flexpg")
+    if any(path.endswith(".sinks") for path, _ in text_model.named_parameters()):
         raise TypeError(f"{name} has attention sinks, which flexpg does not support; train it without flexpg")
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv1d) and model.get_submodule(path.rpartition(".")[0]) not in recurrent:
+    for path, module in text_model.named_modules():
+        if isinstance(module, nn.Conv1d) and text_model.get_submodule(path.rpartition(".")[0]) not in recurrent:
             raise TypeError(
                 f"{name} has a convolution over the sequence, {path}, which mixes completions and keeps no state in "
                 "transformers' cache; train it without flexpg"
             )
         if isinstance(module, nn.Embedding) and "position" in path and module.padding_idx is not None:
-            raise TypeError(f"{name} counts positions from its padding id on, like RoBERTa; they must start at 0")
+            raise TypeError(
+                f"{name} counts positions from its padding id on, like RoBERTa; they must start at 0, so train it "
+                "without flexpg"
+            )
+
+
+def _check_kinds_of_layers(name: str, text_model: PreTrainedModel, kinds: set[str], has_states: bool) -> None:
+    """Refuse kinds of layers that neither a mask nor the state of a parent segment reaches, each with its reason."""
+    recurrent, sparse = kinds & RECURRENT_LAYERS, kinds & SPARSE_LAYERS
+    if not has_states and (recurrent or (text_model._is_stateful and not sparse)):
+        which = ", ".join(sorted(recurrent)) or "recurrent"
+        raise TypeError(
+            f"{name} has {which} layers, whose state passes from one completion to the next regardless of the mask; "
+            "train it without flexpg"
+        )
+    if sparse:
+        raise TypeError(
+            f"{name} has {', '.join(sorted(sparse))} layers, which choose the keys that a token attends to by scores "
+            "over the whole packed sequence; train it without flexpg"
+        )
+    if other := kinds - EXACT_LAYERS - recurrent:
+        raise TypeError(
+            f"{name} has {', '.join(sorted(other))} layers, which flexpg does not support; train it without flexpg"
+        )
 
 
 def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
-    """Refuse dropout of layers or attention in training.
+    """Refuse dropout of layers or attention in training, except for that of a vision or audio tower.
 
     Args:
-        model: A model of any kind.
+        model: A transformers or PEFT model.
         will_train: Whether layers in evaluation mode count too.
 
     Raises:
         ValueError: If a layer has dropout above 0.
     """
+    towers = tower_modules(unwrap(model))
     for path, module in model.named_modules():
-        if not (will_train or module.training):
+        if not (will_train or module.training) or module in towers:
             continue
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(
@@ -119,10 +157,9 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
     """
     base = unwrap(model)
     check_architecture(base)
-    if base.config._attn_implementation != NAME:
+    if (implementation := text_config(base)._attn_implementation) != NAME:
         raise ValueError(
-            f'{type(base).__name__} has attn_implementation="{base.config._attn_implementation}"; call '
-            "flexpg.enable(model) first"
+            f'{type(base).__name__} has attn_implementation="{implementation}"; call flexpg.enable(model) first'
         )
     check_no_dropout(model)
     _check_tree(base, tree, tree if prefix is None else prefix)
@@ -131,11 +168,18 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
     token, recurrent = attended.set(windows), driven.set(set())
     try:
         yield
-        modules = driven.get()
+        modules = driven.get() or set()
+    except (AttributeError, TypeError) as error:
+        if "BlockMask'" not in str(error):  # as Python quotes the type
+            raise
+        raise TypeError(
+            f"{type(base).__name__} computes with the attention mask instead of handing it on ({error}); train it "
+            "without flexpg"
+        ) from error
     finally:
         attended.reset(token)
         driven.reset(recurrent)
-    _check_layers(base, tree, windows, modules or set())
+    _check_layers(base, tree, windows, modules)
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
@@ -144,13 +188,16 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
 
 
 def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) -> None:
-    if tree.max_token >= (vocab := model.config.vocab_size):
+    config = text_config(model)
+    if tree.max_token >= (vocab := config.vocab_size):
         raise ValueError(f"token ids must be below the model's vocabulary size of {vocab}, got {tree.max_token}")
     shortest = min(int(tree.lengths.min()), prefix.max_length)  # a cached prompt is rotated by its own length
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     for scaling in [rope] if "rope_type" in rope else rope.values():  # or one per kind of layer
+        if scaling is None:  # layers without RoPE
+            continue
         kind, original = scaling["rope_type"], scaling.get("original_max_position_embeddings")
-        original = original or model.config.max_position_embeddings
+        original = original or config.max_position_embeddings
         depends_on_longest = "dynamic" in kind or (kind == "longrope" and shortest <= original)
         if depends_on_longest and tree.max_length > original:
             raise ValueError(
@@ -160,19 +207,18 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) ->
 
 
 def _check_layers(
-    model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None], driven: set[nn.Module]
+    model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None], recurrent: set[nn.Module]
 ) -> None:
-    name, config = type(model).__name__, model.config
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    missed = [path for path, module in model.named_modules() if is_recurrent(module) and module not in driven]
-    if missed:
-        raise TypeError(f"{missed[0]} of {name} did not get the mask of a packed sequence; train it without flexpg")
-    layers = config.num_hidden_layers - sum(kind in FEED_FORWARD for kind in kinds or ())
-    mixing = set(windows) | driven
-    if len(mixing) < layers:
+    name, config = type(model).__name__, text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    for path, module in language_model(model).named_modules():
+        if is_recurrent(module) and module not in recurrent:
+            raise TypeError(f"{path} of {name} did not get the mask of a packed sequence; train it without flexpg")
+    needed = config.num_hidden_layers - sum(kind in FEED_FORWARD for kind in kinds or ())
+    if (found := len({*windows, *recurrent})) < needed or (not recurrent and found != needed):
         raise TypeError(
-            f"{len(mixing)} of {layers} layers of {name} use transformers' attention interface or its cache of "
-            "recurrent layers; the others would ignore the mask, so train it without flexpg"
+            f"{found} of {needed} layers of {name} use transformers' attention interface or its cache of recurrent "
+            "layers; the others would ignore the mask; train it without flexpg"
         )
     window, needed = getattr(config, "sliding_window", None), 1 if kinds is None else kinds.count("sliding_attention")
     if isinstance(window, int) and window < tree.max_length:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers.attention import NAME, register, softcap_of
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
+from flexpg.integrations.transformers.composite import backbone, language_model, set_attention, text_config
 from flexpg.integrations.transformers.recurrent import install, mask_for
 from flexpg.prefix_cache import packed_input
 from flexpg.tree import PrefixTree
@@ -111,9 +112,10 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
     if getattr(baseline, "shares_prefixes", False):
         raise ValueError(f"this {type(base).__name__} shares prefixes already; call share_prefixes once")
     register()
-    before, usual = base.config._attn_implementation, "sdpa" if softcap_of(base.config) is None else "eager"
-    base.set_attn_implementation(NAME)
-    install(base)
+    config = text_config(base)
+    before, usual = config._attn_implementation, "sdpa" if softcap_of(config) is None else "eager"
+    set_attention(base)
+    install(language_model(base))
     if before not in (usual, NAME):
         warnings.warn(
             f"replacing attn_implementation={before!r} by 'flexpg', which uses {usual} outside of packed forwards",
@@ -150,7 +152,7 @@ def _shared_forward(
     num_encoded = packed.input_ids.shape[1]
 
     def give_mask(module: nn.Module, args: Any, kwargs: dict) -> tuple[Any, dict]:
-        return args, kwargs | {"attention_mask": mask_for(module, packed.mask)}
+        return args, kwargs | {"attention_mask": mask_for(backbone(language_model(model)), packed.mask)}
 
     def keep_parents(module: nn.Module, args: Any, out: Any) -> Any:
         hidden = out.last_hidden_state

@@ -1,0 +1,87 @@
+"""Models that take more than text: a text batch uses their language model, and images go to a tower of their own.
+
+The tower keeps its attention implementation: only the language model's is set to "flexpg".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flexpg.integrations.transformers.attention import NAME
+from flexpg.tree import PrefixTree
+
+# Names of the token ids of images, videos and audio in a config; their features replace embeddings.
+PLACEHOLDERS = [f"{kind}_token_{end}" for end in ("index", "id") for kind in ("image", "video", "audio")]
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """Return the config of a model's language model, which is the model's own if it takes only text."""
+    return model.config.get_text_config(decoder=True)
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that encodes text, which is the whole model if it takes only text."""
+    if text_config(model) is model.config:
+        return model
+    decoder: PreTrainedModel = model.get_decoder()
+    return decoder
+
+
+def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the modules of vision and audio towers, which a text batch does not use."""
+    text_model = language_model(model)
+    own = set(text_model.modules())
+    others = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in own]
+    return {module for part in others if text_model not in (inside := set(part.modules())) for module in inside}
+
+
+def backbone(model: PreTrainedModel) -> Any:
+    """Return the model below the output layer, which is the whole model if it has none.
+
+    Raises:
+        TypeError: If it cannot be told which of its parts that is.
+    """
+    base_model: Any = model.base_model
+    if base_model is not model or model.get_output_embeddings() is None:
+        return base_model
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:  # Llama4ForCausalLM names a base_model_prefix that it does not have, but has one part
+        raise TypeError(f"{type(model).__name__} must have one decoder, got {len(parts)}; train it without flexpg")
+    return parts[0]
+
+
+def set_attention(model: PreTrainedModel) -> None:
+    """Switch the language model of a transformers model to the attention implementation "flexpg"."""
+    if text_config(model)._attn_implementation != NAME:
+        language_model(model).set_attn_implementation(NAME)
+
+
+def check_is_text(model: PreTrainedModel, tree: PrefixTree) -> None:
+    """Refuse the placeholder tokens of images, videos and audio, whose features a packed sequence does not have.
+
+    Raises:
+        ValueError: If the tree has such a token.
+    """
+    if text_config(model) is model.config:
+        return
+    config: Any = model.config
+    names = {value: name for name in PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
+    if not names or tree.max_token < min(names):
+        return
+    packed = tree.input_ids[0, : tree.num_tokens]
+    found = packed[torch.isin(packed, torch.tensor([*names], device=packed.device))]
+    if len(found):
+        token = int(found[0])
+        raise ValueError(
+            f"rollouts must be text, got token id {token}, which is the {names[token]} of {type(model).__name__}; "
+            "flexpg does not support images yet, so train on such rollouts without flexpg"
+        )
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """Return the prefix of the names of a module's parameters in the model: "" or one that ends in a dot."""
+    return next(f"{name}." if name else "" for name, own in model.named_modules() if own is module)
