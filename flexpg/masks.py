@@ -51,6 +51,20 @@ def windowed_mask_mod(end: Tensor, position_ids: Tensor, window: Tensor) -> Mask
     return mask_mod
 
 
+def chunked_mask_mod(mask_mod: MaskMod, chunk_ids: Tensor) -> MaskMod:
+    """Return a mask_mod in which every token sees only tokens of its own chunk, of those that it sees in `mask_mod`.
+
+    Args:
+        mask_mod: The mask without chunks.
+        chunk_ids: [S] int64, `positions // chunk`; packed indices would be wrong.
+    """
+
+    def chunked(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, kv_idx) & (chunk_ids[q_idx] == chunk_ids[kv_idx])
+
+    return chunked
+
+
 def offset_mask_mod(mask_mod: MaskMod, first_query: Tensor) -> MaskMod:
     """Return a mask_mod whose query 0 is packed token `first_query` [0-d int64] of `mask_mod`."""
 
@@ -85,17 +99,21 @@ class TreeBlockMask(BlockMask):
         tree: The prefix tree that is masked.
         window: The sliding window in positions, or None.
         first_query: The packed index of query 0, a multiple of 128. Keys and values are those of the whole tree.
+        chunk: Positions of a chunk, outside of which a query sees nothing, or None.
     """
 
     ndim = 4  # [1, 1, S, S]; some transformers models check it
 
-    def __init__(self, tree: PrefixTree, window: int | None = None, first_query: int = 0) -> None:
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 (a token sees itself) or None, got {window}")
+    def __init__(
+        self, tree: PrefixTree, window: int | None = None, first_query: int = 0, chunk: int | None = None
+    ) -> None:
+        for name, size in (("window", window), ("chunk", chunk)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1 (a token sees itself) or None, got {size}")
         if first_query % BLOCK or not 0 <= first_query < tree.padded_length:
             raise ValueError(f"first_query must be a multiple of {BLOCK} in the packed sequence, got {first_query}")
         with torch.inference_mode(False):  # inference tensors could not be used in a training forward
-            mask_mod, partial, full = _mask_mod_and_blocks(tree, window, first_query)
+            mask_mod, partial, full = _mask_mod_and_blocks(tree, window, first_query, chunk)
             super().__init__(
                 (tree.padded_length - first_query, tree.padded_length),
                 *_ordered(partial),
@@ -105,23 +123,33 @@ class TreeBlockMask(BlockMask):
                 BLOCK_SIZE=(BLOCK, BLOCK),
                 mask_mod=mask_mod,
             )
-        self.tree, self.window, self.first_query = tree, window, first_query
+        self.tree, self.window, self.first_query, self.chunk = tree, window, first_query, chunk
         self._by_window: dict[int | None, TreeBlockMask] = {}
+        self._by_chunk: dict[int | None, TreeBlockMask] = {}
         self._by_device: dict[torch.device, TreeBlockMask] = {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query})"
+        chunk = "" if self.chunk is None else f", chunk={self.chunk}"
+        return f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query}{chunk})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy: a mask_mod is a closure, which cannot be pickled
-        return type(self), (self.tree, self.window, self.first_query)
+        return type(self), (self.tree, self.window, self.first_query, self.chunk)
 
     def for_window(self, window: int | None) -> TreeBlockMask:
         """Return the same mask with another sliding window; computed once, however many layers ask for it."""
         if window == self.window:
             return self
         if window not in self._by_window:
-            self._by_window[window] = self._replace(self.tree, window)
+            self._by_window[window] = self._replace(self.tree, window, self.chunk)
         return self._by_window[window]
+
+    def for_chunk(self, chunk: int | None) -> TreeBlockMask:
+        """Return the same mask with another chunk; computed once, however many layers ask for it."""
+        if chunk == self.chunk:
+            return self
+        if chunk not in self._by_chunk:
+            self._by_chunk[chunk] = self._replace(self.tree, self.window, chunk)
+        return self._by_chunk[chunk]
 
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """Return the same mask on `device`; computed once, however many layers ask for it."""
@@ -129,7 +157,7 @@ class TreeBlockMask(BlockMask):
         if device == self.tree.end.device:
             return self
         if device not in self._by_device:
-            self._by_device[device] = self._replace(self.tree.to(device), self.window)
+            self._by_device[device] = self._replace(self.tree.to(device), self.window, self.chunk)
         return self._by_device[device]
 
     def check_lengths(self, q: Tensor, k: Tensor, *, padded: bool) -> None:
@@ -152,26 +180,30 @@ class TreeBlockMask(BlockMask):
                 f"{q.shape[2]} and {k.shape[2]}; the mask was built for another tree"
             )
 
-    def _replace(self, tree: PrefixTree, window: int | None) -> TreeBlockMask:
-        return TreeBlockMask(tree, window, self.first_query)
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None) -> TreeBlockMask:
+        return TreeBlockMask(tree, window, self.first_query, chunk)
 
 
-def block_mask(tree: PrefixTree, window: int | None = None, *, first_query: int = 0) -> TreeBlockMask:
+def block_mask(
+    tree: PrefixTree, window: int | None = None, *, first_query: int = 0, chunk: int | None = None
+) -> TreeBlockMask:
     """Build the block mask of a prefix tree: tables equal to those of `create_block_mask`, in O(blocks^2) booleans.
 
-    With a window, the tables may list a block in which nothing is visible, or list a full block as partial; they never
-    leave a visible block out. The mask is computed on the tree's device, on CUDA without a synchronization, and is fit
-    for training even if it was built in inference mode.
+    With a window or chunks, the tables may list a block in which nothing is visible and, with a window, list a full
+    block as partial; they never leave a visible block out. The mask is computed on the tree's device, on CUDA without a
+    synchronization, and is fit for training even if it was built in inference mode.
 
     Args:
         tree: The prefix tree, of S packed tokens.
         window: Tokens that a query sees at most, itself included, counted in positions; None for all.
         first_query: The packed index of query 0, a multiple of 128: the tokens before it are keys only.
+        chunk: Positions of a chunk (chunked attention, as in Llama 4): a query at position p sees no token before
+            `p // chunk * chunk`; None for no chunks.
 
     Raises:
-        ValueError: If `window` is below 1, or `first_query` is not the start of a block.
+        ValueError: If `window` or `chunk` is below 1, or `first_query` is not the start of a block.
     """
-    return TreeBlockMask(tree, window, first_query)
+    return TreeBlockMask(tree, window, first_query, chunk)
 
 
 def group_block_mask(
@@ -196,26 +228,39 @@ def group_block_mask(
     return block_mask(PrefixTree.from_lengths(prefix_lens, suffix_lens).to(device))
 
 
-def _mask_mod_and_blocks(tree: PrefixTree, window: int | None, first_query: int) -> tuple[MaskMod, Tensor, Tensor]:
+def _mask_mod_and_blocks(
+    tree: PrefixTree, window: int | None, first_query: int, chunk: int | None
+) -> tuple[MaskMod, Tensor, Tensor]:
     """Return the mask_mod and which blocks are partial and full, both [query blocks, key blocks] bool."""
     end = tree.end
     start = torch.arange(0, tree.padded_length, BLOCK, device=end.device)  # [n] first token of each block
     row, column = start[:, None], start[None, :]
-    by_block = end.view(-1, BLOCK)  # [n, 128]
-    lo, hi = by_block.amin(1), by_block.amax(1)
+    lo, hi = _block_ranges(end)
     visible = (column <= row) & (hi > row)  # [n, n]
     full = (column < row) & (lo >= row + BLOCK)
     mask_mod = tree_mask_mod(end)
     if window is not None:
         position_ids = tree.position_ids
-        first, last = position_ids.view(-1, BLOCK).amin(1), position_ids.view(-1, BLOCK).amax(1)
+        first, last = _block_ranges(position_ids)
         visible &= first[:, None] - last[None, :] < window
         full &= last[:, None] - first[None, :] < window
         mask_mod = windowed_mask_mod(end, position_ids, torch.full((), window, device=end.device))
+    if chunk is not None:
+        chunk_ids = tree.position_ids // chunk
+        first, last = _block_ranges(chunk_ids)
+        visible &= (first[:, None] <= last[None, :]) & (first[None, :] <= last[:, None])
+        full &= (first[:, None] == last[None, :]) & (first[None, :] == last[:, None])
+        mask_mod = chunked_mask_mod(mask_mod, chunk_ids)
     if first_query:
         mask_mod = offset_mask_mod(mask_mod, torch.full((), first_query, device=end.device))
         visible, full = visible[first_query // BLOCK :], full[first_query // BLOCK :]
     return mask_mod, visible & ~full, full
+
+
+def _block_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value [n] of each block, from [S] values."""
+    by_block = values.view(-1, BLOCK)
+    return by_block.amin(1), by_block.amax(1)
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Slow and obvious versions of prefix trees, masks, block tables and sampling, which the tests compare with.
 
 assert_is_trie(tree, sequences)            a trie of nested dicts
-reachable(tree), windowed(tree, window)    the mask, along parents
+reachable(tree), windowed(tree, window),   the mask, along parents
+chunked(tree, chunk)
 listed(mask, ...), assert_tables(mask)     block tables, those of create_block_mask
 truncate(...), sample_one_by_one(...)      top-k and top-p, and one whole forward per sampled token
 """
@@ -84,6 +85,12 @@ def windowed(tree: PrefixTree, window: int) -> Tensor:
     """Return [S, S] bool: the nearest `window` tokens on the path to the root, the token itself included."""
     position_ids = tree.position_ids
     return reachable(tree) & (position_ids[:, None] - position_ids[None, :] < window)
+
+
+def chunked(tree: PrefixTree, chunk: int) -> Tensor:
+    """Return [S, S] bool: the tokens on the path to the root whose positions are in the same chunk."""
+    chunks = torch.tensor([position // chunk for position in tree.position_ids.tolist()])
+    return reachable(tree) & (chunks[:, None] == chunks[None, :])
 
 
 def listed(mask: BlockMask, num_blocks: str, indices: str) -> Tensor:
