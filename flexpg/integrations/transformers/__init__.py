@@ -13,7 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexpg.integrations.fsdp import run_as_forward
 from flexpg.integrations.transformers.attention import NAME, register
-from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
+from flexpg.integrations.transformers.checks import (
+    check_architecture,
+    check_no_dropout,
+    exact_forward,
+    inner_model,
+    unwrap,
+)
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
 from flexpg.sampling import Decoder
@@ -65,7 +71,7 @@ def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = 
     packed = packed_input(model, tree, prefix)
 
     def hidden_states() -> Tensor:
-        base_model = unwrap(model).base_model
+        base_model = inner_model(unwrap(model))
         with exact_forward(model, packed.mask.tree, None if prefix is None else prefix.tree):
             hidden = base_model(
                 input_ids=packed.input_ids,
@@ -87,7 +93,7 @@ def output(model: nn.Module) -> OutputLayer:
         TypeError: If the model has no output layer or, when called, its forward does not call its decoder.
     """
     base = unwrap(model)
-    base_model = base.base_model
+    base_model = inner_model(base)
     if base_model is base or base.get_output_embeddings() is None:
         raise TypeError(f"{type(base).__name__} has no output layer; load it with AutoModelForCausalLM")
 
@@ -118,7 +124,7 @@ def output(model: nn.Module) -> OutputLayer:
 
 def baseline_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by transformers' own attention."""
-    base_model = unwrap(model).base_model
+    base_model = inner_model(unwrap(model))
     return run_as_forward(model, lambda: base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
 
 

@@ -1,8 +1,8 @@
 """Which transformers models share prefixes exactly; all others are refused, before a forward or after it.
 
 Before: architectures whose layers see past the mask or whose positions do not start at 0, adapters that depend on whole
-sequences, and rotary scaling by the longest sequence. After: layers that the mask did not reach, sliding windows that
-were not passed on, and random numbers that the forward consumed.
+sequences, and rotary scaling by the longest sequence. After: layers that the mask did not reach, sliding windows and
+attention sinks that were not passed on, and random numbers that the forward consumed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexpg.integrations.transformers.attention import NAME, attended
+from flexpg.integrations.transformers.attention import NAME, Attended, attended
 from flexpg.tree import PrefixTree
 
-EXACT_LAYERS = {"full_attention", "sliding_attention"}  # of transformers' `layer_types`
+EXACT_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # of transformers' `layer_types`
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -45,6 +45,14 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def inner_model(model: PreTrainedModel) -> nn.Module:
+    """Return the decoder without its output layer; the model itself if it has no output layer."""
+    if model.base_model is not model:
+        return model.base_model
+    # The `base_model_prefix` of Llama4ForCausalLM names a child that it does not have (transformers 5.23).
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
 def check_architecture(model: PreTrainedModel) -> None:
     """Refuse architectures in which a prefix cannot be shared exactly.
 
@@ -64,8 +72,6 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{name} has {', '.join(sorted(other))} layers, whose state passes from one completion to the next "
             "regardless of the mask; train it without flexpg"
         )
-    if any(path.endswith(".sinks") for path, _ in model.named_parameters()):
-        raise TypeError(f"{name} has attention sinks, which flexpg does not support; train it without flexpg")
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
             raise TypeError(f"{name} has convolutions over the sequence (state-space layers), which mix completions")
@@ -120,14 +126,14 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
         )
     check_no_dropout(model)
     _check_tree(base, tree, tree if prefix is None else prefix)
-    windows: dict[nn.Module, int | None] = {}
+    calls: dict[nn.Module, Attended] = {}
     random_state = _random_state(tree.end.device)
-    token = attended.set(windows)
+    token = attended.set(calls)
     try:
         yield
     finally:
         attended.reset(token)
-    _check_layers(base, tree, windows)
+    _check_layers(base, tree, calls)
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
@@ -151,22 +157,33 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) ->
             )
 
 
-def _check_layers(model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None]) -> None:
+def _check_layers(model: PreTrainedModel, tree: PrefixTree, calls: dict[nn.Module, Attended]) -> None:
     name, config = type(model).__name__, model.config
-    if len(windows) != config.num_hidden_layers:
+    if len(calls) != config.num_hidden_layers:
         raise TypeError(
-            f"{len(windows)} of {config.num_hidden_layers} layers of {name} use transformers' attention interface; the "
+            f"{len(calls)} of {config.num_hidden_layers} layers of {name} use transformers' attention interface; the "
             "others would ignore the mask"
         )
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     needed = 1 if kinds is None else kinds.count("sliding_attention")
     if isinstance(window, int) and window < tree.max_length:
-        passed_on = sum(own is not None for own in windows.values())
+        passed_on = sum(call.window is not None for call in calls.values())
         if passed_on < needed:
             raise TypeError(
                 f"{name} has sliding_window={window}, but {passed_on} of its layers pass it to attention where "
                 f"{needed} should; only sequences of up to {window} tokens are exact"
             )
+    chunked = 0 if kinds is None else kinds.count("chunked_attention")
+    passed_on = sum(call.chunk is not None for call in calls.values())
+    if passed_on < chunked:
+        raise TypeError(f"{name} has chunked attention in {chunked} layers, but {passed_on} of them know their chunk")
+    sinks = sum(path.endswith(".sinks") for path, _ in model.named_parameters())
+    passed_on = sum(call.has_sinks for call in calls.values())
+    if passed_on < sinks:
+        raise TypeError(
+            f"{name} has attention sinks in {sinks} layers, but {passed_on} of them pass theirs to attention; train it "
+            "without flexpg"
+        )
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

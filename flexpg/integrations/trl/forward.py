@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from flexpg.integrations.transformers.attention import NAME, register, softcap_of
-from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
+from flexpg.integrations.transformers.attention import NAME, register, uses_eager
+from flexpg.integrations.transformers.checks import check_architecture, exact_forward, inner_model, unwrap
 from flexpg.prefix_cache import packed_input
 from flexpg.tree import PrefixTree
 
@@ -110,7 +110,7 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
     if getattr(baseline, "shares_prefixes", False):
         raise ValueError(f"this {type(base).__name__} shares prefixes already; call share_prefixes once")
     register()
-    before, usual = base.config._attn_implementation, "sdpa" if softcap_of(base.config) is None else "eager"
+    before, usual = base.config._attn_implementation, "eager" if uses_eager(base.config) else "sdpa"
     base.set_attn_implementation(NAME)
     if before not in (usual, NAME):
         warnings.warn(
@@ -155,7 +155,7 @@ def _shared_forward(
         out.last_hidden_state = hidden.index_select(1, batch.parents.to(hidden.device))  # [1, M, E]
         return out
 
-    decoder = model.base_model
+    decoder = inner_model(model)
     with (
         exact_forward(model, batch.tree),
         decoder.register_forward_pre_hook(give_mask, with_kwargs=True),
