@@ -33,6 +33,7 @@ from flexpg.integrations import integration_for
 from flexpg.integrations.transformers import attention as flexpg_attention
 from flexpg.integrations.transformers import forward, output, register
 from flexpg.integrations.transformers.attention import NAME
+from flexpg.integrations.transformers.checks import inner_model
 from flexpg.logprobs import token_logprobs
 
 GROUPS = Case.from_groups(
@@ -73,14 +74,14 @@ def test_float64_model_is_the_same_model(name):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt_oss", "llama4"])
 def test_gradient_checkpointing_gradients_are_bitwise_identical(name, use_reentrant):
     model, case = flexpg.enable(hf.tiny_model(name)), three_levels()
     expected = results(model, shared_logprobs(model, case))
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()  # reentrant checkpointing needs an input that requires grad
     calls = []
-    model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    inner_model(model).layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     values = results(model, shared_logprobs(model, case))
     assert len(calls) == 2  # once more in the backward
     assert all(map(torch.equal, values.values(), expected.values()))
@@ -89,6 +90,7 @@ def test_gradient_checkpointing_gradients_are_bitwise_identical(name, use_reentr
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {}),
     "lora_sliding_window": ("gemma3", {}),
+    "lora_frozen_sinks": ("gpt_oss", {}),
     "dora": ("llama", {"use_dora": True}),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "trainable_tokens": ("llama", {"trainable_token_indices": [3, 5, 8]}),
@@ -100,7 +102,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_peft_adapter_equals_baseline(kind, checkpointing):
     name, options = ADAPTERS[kind]
-    model, baseline = (in_float64(with_lora(hf.tiny_model(name), **options)) for _ in range(2))
+    model, baseline = (in_float64(with_lora(hf.tiny_model(name, **FLOAT64_EXPERTS), **options)) for _ in range(2))
     flexpg.enable(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,7 +117,7 @@ def test_accelerate_device_hooks_equal_baseline():
     assert_equals_baseline(model, baseline, GROUPS)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "granite_swa"])
 def test_bfloat16_within_error_budget(name, device):
     case = three_levels()
     case = replace(case, tree=case.tree.to(device))
@@ -234,14 +236,16 @@ CALLS: dict[str, Callable[[nn.Module], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2", "gpt_oss", "granite_swa", "mimo_v2_flash", "llama4"]
+)
 def test_enable_leaves_ordinary_calls_bitwise_identical(name, call):
     model, baseline = model_pair(name)
     shared_logprobs(model, GROUPS).sum().backward()
     assert all(map(torch.equal, CALLS[call](model), CALLS[call](baseline)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_enable_leaves_attention_dropout_of_ordinary_batches(name):
     logits = []
     for model in (flexpg.enable(hf.tiny_model(name).eval()), hf.tiny_model(name)):
@@ -261,7 +265,7 @@ def test_enable_leaves_attention_dropout_of_ordinary_batches(name):
 def test_output_gives_the_logits_of_the_model(name):
     model, ids = flexpg.enable(hf.tiny_model(name)), torch.tensor([tokens(15, 1)])
     expected = model(input_ids=ids).logits[0]
-    hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+    hidden = inner_model(model)(input_ids=ids).last_hidden_state[0]
     assert torch.equal(output(model)(hidden), expected)
     assert torch.equal(model(input_ids=ids).logits[0], expected)
 
@@ -374,16 +378,14 @@ def share(model: nn.Module) -> Tensor:
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 HYBRID = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": VOCAB}
 NO_INTERFACE = "does not use transformers' attention interface, so it would ignore the mask"
-GPT_OSS = transformers.GptOssConfig(**SHAPE, head_dim=8, num_local_experts=4)
 ARCHITECTURES = {
     "position_offset": (
         transformers.RobertaConfig(**(SHAPE | {"num_key_value_heads": None}), is_decoder=True, **NO_DROPOUT),
         "RobertaForCausalLM counts positions from its padding id on",
     ),
-    "attention_sinks": (GPT_OSS, "has attention sinks"),
-    "chunked_attention": (
-        transformers.Llama4TextConfig(**SHAPE, head_dim=8, intermediate_size_mlp=48, num_local_experts=2),
-        "has chunked_attention layers, whose state passes from one completion to the next",
+    "compressed_keys_next_to_sinks": (
+        transformers.DeepseekV4Config(**SHAPE, layer_types=["heavily_compressed_attention", "sliding_attention"]),
+        "has heavily_compressed_attention layers, whose state passes from one completion to the next",
     ),
     "recurrent": (transformers.RecurrentGemmaConfig(**SHAPE), "RecurrentGemmaForCausalLM has "),
     "convolution": (
@@ -423,18 +425,19 @@ INDEXED = transformers.DeepseekV32Config(
 )
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (GPT_OSS, 'has attention sinks, which "flexpg" does not support; use attn_implementation="eager"'),
-        (INDEXED, 'selects keys by index, which "flexpg" does not support; use attn_implementation="sdpa"'),
-    ],
-    ids=["attention_sinks", "selected_keys"],
-)
-def test_unsupported_attention_is_refused_in_ordinary_batches_too(config, message):
+def test_selected_keys_are_refused_in_ordinary_batches_too():
     register()
+    message = 'selects keys by index, which "flexpg" does not support; use attn_implementation="sdpa"'
     with pytest.raises(TypeError, match=re.escape(message)):
-        model_from_config(config, attn_implementation=NAME)(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]]))
+        model_from_config(INDEXED, attn_implementation=NAME)(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]]))
+
+
+def test_sinks_in_ordinary_batch_of_class_with_sdpa_are_refused(monkeypatch):
+    model = flexpg.enable(hf.tiny_model("gpt_oss"))
+    assert shared_logprobs(model, GROUPS).isfinite().all()
+    monkeypatch.setattr(transformers.GptOssModel, "_supports_sdpa", True)
+    with pytest.raises(TypeError, match="GptOssAttention has attention sinks, which sdpa does not support; use attn_"):
+        without_mask(model)
 
 
 def encoder_decoder() -> nn.Module:
@@ -462,9 +465,9 @@ def with_virtual_tokens() -> nn.Module:
     return peft.get_peft_model(hf.tiny_model("llama"), config)
 
 
-def changed(change: Callable[[nn.ModuleList], object], name: str = "llama") -> nn.Module:
+def changed(change: Callable[[nn.ModuleList], object], name: str = "llama", **options: Any) -> nn.Module:
     """Build a model and change its layers."""
-    model = hf.tiny_model(name)
+    model = hf.tiny_model(name, **options)
     change(model.model.layers)
     return model
 
@@ -513,6 +516,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         "Qwen2ForCausalLM has sliding_window=7, but 0 of its layers pass it to attention where 1 should",
     ),
     "own_attention": (with_own_attention, TypeError, "1 of 2 layers of LlamaForCausalLM use transformers' attention"),
+    "hidden_sinks": (
+        lambda: changed(lambda layers: layers[1].self_attn.register_parameter("sinks", nn.Parameter(torch.ones(4)))),
+        TypeError,
+        "LlamaForCausalLM has attention sinks in 1 layers, but 0 of them pass theirs to attention",
+    ),
+    "chunk_without_size": (
+        lambda: changed(lambda layers: None, "llama4", attention_chunk_size=None),
+        TypeError,
+        "Llama4ForCausalLM has chunked attention in 1 layers, but 0 of them know their chunk",
+    ),
     "position_bias": (with_position_bias, TypeError, "LlamaAttention adds a position bias to its scores"),
     "convolution": (
         lambda: changed(lambda layers: setattr(layers[0], "mixer", nn.Conv1d(32, 32, 4))),
@@ -550,9 +563,14 @@ FOUR_LAYERS = {**SHAPE, "num_hidden_layers": 4, "sliding_window": WINDOW}
 FOUR_LAYERS |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 24}
 EXACT = {
-    "llama_yarn": transformers.LlamaConfig(**SHAPE, rope_parameters=YARN),
+    "llama_yarn": transformers.LlamaConfig(**SHAPE, rope_parameters=hf.YARN | {"original_max_position_embeddings": 24}),
+    "granite_moe_swa_sinks": transformers.GraniteMoeSWAConfig(
+        **SHAPE, **ONE_OF_EACH, attention_multiplier=0.3, num_local_experts=4, shared_intermediate_size=16
+    ),
+    "flint_sinks": transformers.FlintConfig(
+        **SHAPE, **ONE_OF_EACH, **hf.EXPERTS, head_dim=8, shared_expert_intermediate_size=16, mlp_only_layers=[0]
+    ),
     "deepseek_v3_narrow_values": transformers.DeepseekV3Config(
         **{**SHAPE, "num_key_value_heads": 4},
         q_lora_rank=8,
