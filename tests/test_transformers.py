@@ -155,8 +155,9 @@ def oversized_results(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_oversized_group_at_temperature_equals_baseline(checkpointing):
-    model, baseline = map(in_float64, model_pair("qwen2"))
+@pytest.mark.parametrize("name", ["qwen2", "gpt_oss", "llama4"])
+def test_oversized_group_at_temperature_equals_baseline(name, checkpointing):
+    model, baseline = map(in_float64, model_pair(name, **FLOAT64_EXPERTS))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     rows = []
@@ -164,7 +165,8 @@ def test_oversized_group_at_temperature_equals_baseline(checkpointing):
         scores = (baseline(input_ids=sequence[None]).logits[0] / 0.7).log_softmax(-1)
         rows.append(scores[29:-1].gather(-1, sequence[30:, None])[:, 0])
     expected = results(baseline, nn.utils.rnn.pad_sequence(rows, batch_first=True))
-    assert largest_error(oversized_results(model), expected) < 1e-12
+    tolerance = float32_floor() if name == "llama4" else 1e-12  # llama4's RoPE and router compute in float32
+    assert largest_error(oversized_results(model), expected) < tolerance
 
 
 def test_oversized_group_with_reentrant_checkpointing_raises():
