@@ -6,6 +6,12 @@ keys, query block i and key block j are
     visible(i, j) = j <= i and hi[j] > 128 * i          if a query of i may see a key of j
     full(i, j)    = j <  i and lo[j] >= 128 * (i + 1)   if every query of i sees every key of j
     partial       = visible and not full
+
+With a sliding window or chunks, a query sees its ancestors from a position `oldest` on. Let first[q] be the packed
+index of the ancestor there. A block must then meet a further condition:
+
+    visible(i, j): a query q of i has first[q] in block j or an earlier one, and hi[j] > q
+    full(i, j):    no query of i has its oldest position after the smallest position in block j
 """
 
 from __future__ import annotations
@@ -35,34 +41,20 @@ def tree_mask_mod(end: Tensor) -> MaskMod:
     return mask_mod
 
 
-def windowed_mask_mod(end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
-    """Return a mask_mod in which every token sees itself and its ancestors less than `window` positions away.
+def limited_mask_mod(end: Tensor, position_ids: Tensor, oldest: Tensor) -> MaskMod:
+    """Return a mask_mod in which every token sees itself and its ancestors from a position on.
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.
         position_ids: [S] int64, positions; packed indices would be wrong.
-        window: 0-d int64, tokens that a query sees at most. A tensor, because a captured int would recompile.
+        oldest: [S] int64, the smallest position that each token sees.
     """
     in_tree = tree_mask_mod(end)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return in_tree(b, h, q_idx, kv_idx) & (position_ids[q_idx] - position_ids[kv_idx] < window)
+        return in_tree(b, h, q_idx, kv_idx) & (position_ids[kv_idx] >= oldest[q_idx])
 
     return mask_mod
-
-
-def chunked_mask_mod(mask_mod: MaskMod, chunk_ids: Tensor) -> MaskMod:
-    """Return a mask_mod in which every token sees only tokens of its own chunk, of those that it sees in `mask_mod`.
-
-    Args:
-        mask_mod: The mask without chunks.
-        chunk_ids: [S] int64, `positions // chunk`; packed indices would be wrong.
-    """
-
-    def chunked(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, q_idx, kv_idx) & (chunk_ids[q_idx] == chunk_ids[kv_idx])
-
-    return chunked
 
 
 def offset_mask_mod(mask_mod: MaskMod, first_query: Tensor) -> MaskMod:
@@ -189,9 +181,8 @@ def block_mask(
 ) -> TreeBlockMask:
     """Build the block mask of a prefix tree: tables equal to those of `create_block_mask`, in O(blocks^2) booleans.
 
-    With a window or chunks, the tables may list a block in which nothing is visible and, with a window, list a full
-    block as partial; they never leave a visible block out. The mask is computed on the tree's device, on CUDA without a
-    synchronization, and is fit for training even if it was built in inference mode.
+    The mask is computed on the tree's device, on CUDA without a synchronization, and is fit for training even if it was
+    built in inference mode.
 
     Args:
         tree: The prefix tree, of S packed tokens.
@@ -239,22 +230,33 @@ def _mask_mod_and_blocks(
     visible = (column <= row) & (hi > row)  # [n, n]
     full = (column < row) & (lo >= row + BLOCK)
     mask_mod = tree_mask_mod(end)
-    if window is not None:
+    if window is not None or chunk is not None:
         position_ids = tree.position_ids
-        first, last = _block_ranges(position_ids)
-        visible &= first[:, None] - last[None, :] < window
-        full &= last[:, None] - first[None, :] < window
-        mask_mod = windowed_mask_mod(end, position_ids, torch.full((), window, device=end.device))
-    if chunk is not None:
-        chunk_ids = tree.position_ids // chunk
-        first, last = _block_ranges(chunk_ids)
-        visible &= (first[:, None] <= last[None, :]) & (first[None, :] <= last[:, None])
-        full &= (first[:, None] == last[None, :]) & (first[None, :] == last[:, None])
-        mask_mod = chunked_mask_mod(mask_mod, chunk_ids)
+        oldest = torch.zeros_like(position_ids) if chunk is None else position_ids // chunk * chunk  # [S]
+        if window is not None:
+            oldest = torch.maximum(oldest, position_ids - window + 1)
+        visible &= _blocks_from(tree.ancestors_at(oldest), hi)
+        full &= _block_ranges(oldest)[1][:, None] <= _block_ranges(position_ids)[0][None, :]
+        mask_mod = limited_mask_mod(end, position_ids, oldest)
     if first_query:
         mask_mod = offset_mask_mod(mask_mod, torch.full((), first_query, device=end.device))
         visible, full = visible[first_query // BLOCK :], full[first_query // BLOCK :]
     return mask_mod, visible & ~full, full
+
+
+def _blocks_from(first: Tensor, hi: Tensor) -> Tensor:
+    """Return [n, n] bool, whether a query of block i sees a key of block j <= i, if it sees its ancestors from one on.
+
+    Args:
+        first: [S] int64, the packed index of the first ancestor that each query sees, or its own.
+        hi: [n] int32, the largest `end` of each block.
+    """
+    n, index = len(hi), torch.arange(len(first), device=first.device)
+    # Query q sees a key of block j if its first key is there or before, and the block has an ancestor of it: hi[j] > q.
+    # So of the queries of a block whose first keys are in the same block, the earliest sees all that the others see.
+    earliest = index.new_full((n * n,), len(first))
+    earliest.scatter_reduce_(0, index // BLOCK * n + first // BLOCK, index, "amin")
+    return hi[None, :] > earliest.view(n, n).cummin(1).values
 
 
 def _block_ranges(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from flexpg.masks import TreeBlockMask
 from flexpg.sampling import SamplingParams
-from flexpg.tree import BLOCK, PrefixTree
+from flexpg.tree import PrefixTree
 
 KV_TABLES = [("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")]
 TABLES = [*KV_TABLES, ("q_num_blocks", "q_indices"), ("full_q_num_blocks", "full_q_indices")]
@@ -100,11 +100,6 @@ def listed(mask: BlockMask, num_blocks: str, indices: str) -> Tensor:
     for row, count in enumerate(counts.tolist()):
         times[row].index_add_(0, columns[row, :count].long(), torch.ones(count, dtype=torch.int32))
     return times
-
-
-def by_block(dense: Tensor) -> Tensor:
-    """Return [n, m, 128 * 128], the entries of a mask by block."""
-    return dense.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(2)
 
 
 def assert_tables(mask: TreeBlockMask) -> None:

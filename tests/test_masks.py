@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from baseline import Operators, random_sequences
-from oracles import KV_TABLES, TABLES, assert_tables, by_block, chunked, listed, reachable, windowed
+from oracles import KV_TABLES, TABLES, assert_tables, chunked, listed, reachable, windowed
+from torch import Tensor
 
 from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
@@ -87,58 +88,44 @@ def test_block_tables_with_first_query_equal_create_block_mask(first_query):
         assert_tables(mask)
 
 
-@pytest.mark.parametrize("first_query", [0, 256])
-@pytest.mark.parametrize("window", [1, 2, 100, 127, 128, 129, 300, 5000])
-@pytest.mark.parametrize("seed", [0, 1, 3])  # forests large enough for full blocks
-def test_block_tables_sliding_window_cover_every_visible_pair(seed, window, first_query):
-    tree = forest(seed, longest_run=400)
-    mask, expected = block_mask(tree, window, first_query=first_query), windowed(tree, window)[first_query:]
-    queries, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
-    assert torch.equal(mask.mask_mod(None, None, queries, keys), expected)
-    partial, full = (listed(mask, *names) for names in KV_TABLES)
-    assert (partial + full).max() == 1  # no block twice, in one list or in both
-    assert (partial + full).bool()[by_block(expected).any(-1)].all()
-    assert by_block(expected).all(-1)[full.bool()].all()
-    assert full.any() == (window >= 300) or first_query
-    for (num_blocks, indices), table in zip(TABLES[2:], (partial, full), strict=True):
-        assert torch.equal(listed(mask, num_blocks, indices).T, table)
+LIMITS = [{"window": window} for window in (1, 2, 100, 127, 128, 129, 300, 5000)]
+LIMITS += [{"chunk": chunk} for chunk in (1, 2, 100, 127, 128, 129, 300, 5000)]
+LIMITS += [{"window": 150, "chunk": 200}, {"window": 10, "chunk": 7}]
+
+
+def visible(tree: PrefixTree, window: int = 10**9, chunk: int = 10**9) -> Tensor:
+    return windowed(tree, window) & chunked(tree, chunk)
+
+
+@pytest.mark.parametrize("first_query", [0, 128, 256])
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_block_tables_sliding_window_and_chunks_equal_create_block_mask(limits, first_query):
+    for seed in (0, 1, 3):  # forests large enough for full blocks
+        tree = forest(seed, longest_run=400)
+        if first_query < tree.padded_length:
+            mask = block_mask(tree, **limits, first_query=first_query)
+            queries, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
+            expected = visible(tree, **limits)[first_query:]
+            assert torch.equal(mask.mask_mod(None, None, queries, keys), expected)
+            assert_tables(mask)
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("name", BLOCK_EDGES)
+def test_block_tables_with_limits_at_block_edges_equal_create_block_mask(name, limits, device):
+    assert_tables(block_mask(PrefixTree.from_sequences(BLOCK_EDGES[name]).to(device), **limits))
+
+
+@pytest.mark.parametrize("limits", [{"window": 100}, {"window": 300}, {"chunk": 100}, {"chunk": 300}], ids=str)
+def test_block_tables_with_limits_list_full_blocks(limits):
+    table = listed(block_mask(PrefixTree.from_sequences([range(1024)]), **limits), *KV_TABLES[1])
+    assert table.any() == (300 in limits.values())
 
 
 def test_block_tables_smaller_window_lists_fewer_blocks():
     tree = PrefixTree.from_lengths([1280], [[256, 256]])
     blocks = [sum(listed(block_mask(tree, window), *names).sum() for names in KV_TABLES) for window in (None, 400, 100)]
     assert blocks[0] > blocks[1] > blocks[2]
-
-
-@pytest.mark.parametrize("first_query", [0, 256])
-@pytest.mark.parametrize("chunk", [1, 100, 127, 128, 129, 300, 5000])
-@pytest.mark.parametrize("seed", [0, 1, 3])
-def test_block_tables_chunks_cover_every_visible_pair(seed, chunk, first_query):
-    tree = forest(seed, longest_run=400)
-    mask, expected = block_mask(tree, chunk=chunk, first_query=first_query), chunked(tree, chunk)[first_query:]
-    queries, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
-    assert torch.equal(mask.mask_mod(None, None, queries, keys), expected)
-    partial, full = (listed(mask, *names) for names in KV_TABLES)
-    assert (partial + full).max() == 1
-    assert (partial + full).bool()[by_block(expected).any(-1)].all()
-    assert torch.equal(full.bool(), by_block(expected).all(-1))
-    for (num_blocks, indices), table in zip(TABLES[2:], (partial, full), strict=True):
-        assert torch.equal(listed(mask, num_blocks, indices).T, table)
-
-
-@pytest.mark.parametrize("chunk", [64, 100, 128, 200, 256, 384, 512, 1000, 5000])
-def test_block_tables_chunks_of_one_sequence_equal_create_block_mask(chunk):
-    for length in (1024, 640):
-        assert_tables(block_mask(PrefixTree.from_sequences([range(length)]), chunk=chunk))
-
-
-def test_block_tables_window_and_chunk_are_both_applied():
-    tree = forest(3, longest_run=400)
-    mask, index = block_mask(tree, 150, chunk=200), torch.arange(tree.padded_length)
-    expected = windowed(tree, 150) & chunked(tree, 200)
-    assert torch.equal(mask.mask_mod(None, None, index[:, None], index), expected)
-    listed_blocks = sum(listed(mask, *names) for names in KV_TABLES).bool()
-    assert listed_blocks[by_block(expected).any(-1)].all()
 
 
 def test_chunk_is_counted_in_positions():
