@@ -260,6 +260,15 @@ def test_enable_leaves_attention_dropout_of_ordinary_batches(name):
     assert not torch.equal(logits[0], hf.tiny_model(name)(**batch("right")).logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_enabled_model_compiles_ordinary_batches_into_one_graph(name):
+    model = flexpg.enable(hf.tiny_model(name).eval())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    ids = {"input_ids": torch.tensor([tokens(15, 1)]), "use_cache": False}
+    assert torch.equal(compiled(**ids).logits, model(**ids).logits)
+
+
 # The output layer.
 
 

@@ -52,10 +52,13 @@ def uses_eager(config: PretrainedConfig | None) -> bool:
     """Return whether transformers uses eager attention for a model: one with a softcap, or a class without sdpa."""
     if config is None:
         return False
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return True
-    model_class = MODEL_MAPPING.get(type(config), None)  # None for a config that transformers does not know
-    return not getattr(model_class, "_supports_sdpa", True)
+    return getattr(config, "attn_logit_softcapping", None) is not None or not _supports_sdpa(type(config))
+
+
+@torch.compiler.assume_constant_result  # the lookup imports modules, which cannot be traced
+def _supports_sdpa(config_class: type[PretrainedConfig]) -> bool:
+    model_class = MODEL_MAPPING.get(config_class, None)  # None for a model that transformers does not know
+    return getattr(model_class, "_supports_sdpa", True)
 
 
 def chunk_of(module: nn.Module) -> int | None:
