@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexpg.masks import TreeBlockMask
 
-# The layers of a model differ in window, softcap and sinks, its calls in length, dtype and gradients; torch's limit is 8.
+# Layers of a model differ in window, softcap and sinks, its calls in length, dtype and gradients; torch's limit is 8.
 RECOMPILE_LIMIT = 64
 
 
