@@ -6,6 +6,12 @@ keys, query block i and key block j are
     visible(i, j) = j <= i and hi[j] > 128 * i          if a query of i may see a key of j
     full(i, j)    = j <  i and lo[j] >= 128 * (i + 1)   if every query of i sees every key of j
     partial       = visible and not full
+
+With a sliding window or chunks, a query sees its ancestors from a position `oldest` on. Let first[q] be the packed
+index of the ancestor there. A block must then meet a further condition:
+
+    visible(i, j): a query q of i has first[q] in block j or an earlier one, and hi[j] > q
+    full(i, j):    no query of i has its oldest position after the smallest position in block j
 """
 
 from __future__ import annotations
@@ -35,18 +41,18 @@ def tree_mask_mod(end: Tensor) -> MaskMod:
     return mask_mod
 
 
-def windowed_mask_mod(end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
-    """Return a mask_mod in which every token sees itself and its ancestors less than `window` positions away.
+def limited_mask_mod(end: Tensor, position_ids: Tensor, oldest: Tensor) -> MaskMod:
+    """Return a mask_mod in which every token sees itself and its ancestors from a position on.
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.
         position_ids: [S] int64, positions; packed indices would be wrong.
-        window: 0-d int64, tokens that a query sees at most. A tensor, because a captured int would recompile.
+        oldest: [S] int64, the smallest position that each token sees.
     """
     in_tree = tree_mask_mod(end)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return in_tree(b, h, q_idx, kv_idx) & (position_ids[q_idx] - position_ids[kv_idx] < window)
+        return in_tree(b, h, q_idx, kv_idx) & (position_ids[kv_idx] >= oldest[q_idx])
 
     return mask_mod
 
@@ -85,17 +91,21 @@ class TreeBlockMask(BlockMask):
         tree: The prefix tree that is masked.
         window: The sliding window in positions, or None.
         first_query: The packed index of query 0, a multiple of 128. Keys and values are those of the whole tree.
+        chunk: Positions of a chunk, outside of which a query sees nothing, or None.
     """
 
     ndim = 4  # [1, 1, S, S]; some transformers models check it
 
-    def __init__(self, tree: PrefixTree, window: int | None = None, first_query: int = 0) -> None:
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 (a token sees itself) or None, got {window}")
+    def __init__(
+        self, tree: PrefixTree, window: int | None = None, first_query: int = 0, chunk: int | None = None
+    ) -> None:
+        for name, size in (("window", window), ("chunk", chunk)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1 (a token sees itself) or None, got {size}")
         if first_query % BLOCK or not 0 <= first_query < tree.padded_length:
             raise ValueError(f"first_query must be a multiple of {BLOCK} in the packed sequence, got {first_query}")
         with torch.inference_mode(False):  # inference tensors could not be used in a training forward
-            mask_mod, partial, full = _mask_mod_and_blocks(tree, window, first_query)
+            mask_mod, partial, full = _mask_mod_and_blocks(tree, window, first_query, chunk)
             super().__init__(
                 (tree.padded_length - first_query, tree.padded_length),
                 *_ordered(partial),
@@ -105,15 +115,17 @@ class TreeBlockMask(BlockMask):
                 BLOCK_SIZE=(BLOCK, BLOCK),
                 mask_mod=mask_mod,
             )
-        self.tree, self.window, self.first_query = tree, window, first_query
+        self.tree, self.window, self.first_query, self.chunk = tree, window, first_query, chunk
         self._by_window: dict[int | None, TreeBlockMask] = {}
+        self._by_chunk: dict[int | None, TreeBlockMask] = {}
         self._by_device: dict[torch.device, TreeBlockMask] = {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query})"
+        chunk = "" if self.chunk is None else f", chunk={self.chunk}"
+        return f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query}{chunk})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy: a mask_mod is a closure, which cannot be pickled
-        return type(self), (self.tree, self.window, self.first_query)
+        return type(self), (self.tree, self.window, self.first_query, self.chunk)
 
     def __getitem__(self, index: Any) -> Any:
         """Return the mask itself for an index that keeps everything, which layers with shared keys use; or a slice."""
@@ -127,8 +139,16 @@ class TreeBlockMask(BlockMask):
         if window == self.window:
             return self
         if window not in self._by_window:
-            self._by_window[window] = self._replace(self.tree, window)
+            self._by_window[window] = self._replace(self.tree, window, self.chunk)
         return self._by_window[window]
+
+    def for_chunk(self, chunk: int | None) -> TreeBlockMask:
+        """Return the same mask with another chunk; computed once, however many layers ask for it."""
+        if chunk == self.chunk:
+            return self
+        if chunk not in self._by_chunk:
+            self._by_chunk[chunk] = self._replace(self.tree, self.window, chunk)
+        return self._by_chunk[chunk]
 
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """Return the same mask on `device`; computed once, however many layers ask for it."""
@@ -136,7 +156,7 @@ class TreeBlockMask(BlockMask):
         if device == self.tree.end.device:
             return self
         if device not in self._by_device:
-            self._by_device[device] = self._replace(self.tree.to(device), self.window)
+            self._by_device[device] = self._replace(self.tree.to(device), self.window, self.chunk)
         return self._by_device[device]
 
     def check_lengths(self, q: Tensor, k: Tensor, *, padded: bool) -> None:
@@ -159,26 +179,29 @@ class TreeBlockMask(BlockMask):
                 f"{q.shape[2]} and {k.shape[2]}; the mask was built for another tree"
             )
 
-    def _replace(self, tree: PrefixTree, window: int | None) -> TreeBlockMask:
-        return TreeBlockMask(tree, window, self.first_query)
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None) -> TreeBlockMask:
+        return TreeBlockMask(tree, window, self.first_query, chunk)
 
 
-def block_mask(tree: PrefixTree, window: int | None = None, *, first_query: int = 0) -> TreeBlockMask:
+def block_mask(
+    tree: PrefixTree, window: int | None = None, *, first_query: int = 0, chunk: int | None = None
+) -> TreeBlockMask:
     """Build the block mask of a prefix tree: tables equal to those of `create_block_mask`, in O(blocks^2) booleans.
 
-    With a window, the tables may list a block in which nothing is visible, or list a full block as partial; they never
-    leave a visible block out. The mask is computed on the tree's device, on CUDA without a synchronization, and is fit
-    for training even if it was built in inference mode.
+    The mask is computed on the tree's device, on CUDA without a synchronization, and is fit for training even if it was
+    built in inference mode.
 
     Args:
         tree: The prefix tree, of S packed tokens.
         window: Tokens that a query sees at most, itself included, counted in positions; None for all.
         first_query: The packed index of query 0, a multiple of 128: the tokens before it are keys only.
+        chunk: Positions of a chunk (chunked attention, as in Llama 4): a query at position p sees no token before
+            `p // chunk * chunk`; None for no chunks.
 
     Raises:
-        ValueError: If `window` is below 1, or `first_query` is not the start of a block.
+        ValueError: If `window` or `chunk` is below 1, or `first_query` is not the start of a block.
     """
-    return TreeBlockMask(tree, window, first_query)
+    return TreeBlockMask(tree, window, first_query, chunk)
 
 
 def group_block_mask(
@@ -203,26 +226,50 @@ def group_block_mask(
     return block_mask(PrefixTree.from_lengths(prefix_lens, suffix_lens).to(device))
 
 
-def _mask_mod_and_blocks(tree: PrefixTree, window: int | None, first_query: int) -> tuple[MaskMod, Tensor, Tensor]:
+def _mask_mod_and_blocks(
+    tree: PrefixTree, window: int | None, first_query: int, chunk: int | None
+) -> tuple[MaskMod, Tensor, Tensor]:
     """Return the mask_mod and which blocks are partial and full, both [query blocks, key blocks] bool."""
     end = tree.end
     start = torch.arange(0, tree.padded_length, BLOCK, device=end.device)  # [n] first token of each block
     row, column = start[:, None], start[None, :]
-    by_block = end.view(-1, BLOCK)  # [n, 128]
-    lo, hi = by_block.amin(1), by_block.amax(1)
+    lo, hi = _block_ranges(end)
     visible = (column <= row) & (hi > row)  # [n, n]
     full = (column < row) & (lo >= row + BLOCK)
     mask_mod = tree_mask_mod(end)
-    if window is not None:
+    if window is not None or chunk is not None:
         position_ids = tree.position_ids
-        first, last = position_ids.view(-1, BLOCK).amin(1), position_ids.view(-1, BLOCK).amax(1)
-        visible &= first[:, None] - last[None, :] < window
-        full &= last[:, None] - first[None, :] < window
-        mask_mod = windowed_mask_mod(end, position_ids, torch.full((), window, device=end.device))
+        oldest = torch.zeros_like(position_ids) if chunk is None else position_ids // chunk * chunk  # [S]
+        if window is not None:
+            oldest = torch.maximum(oldest, position_ids - window + 1)
+        visible &= _blocks_from(tree.ancestors_at(oldest), hi)
+        full &= _block_ranges(oldest)[1][:, None] <= _block_ranges(position_ids)[0][None, :]
+        mask_mod = limited_mask_mod(end, position_ids, oldest)
     if first_query:
         mask_mod = offset_mask_mod(mask_mod, torch.full((), first_query, device=end.device))
         visible, full = visible[first_query // BLOCK :], full[first_query // BLOCK :]
     return mask_mod, visible & ~full, full
+
+
+def _blocks_from(first: Tensor, hi: Tensor) -> Tensor:
+    """Return [n, n] bool, whether a query of block i sees a key of block j <= i, if it sees its ancestors from one on.
+
+    Args:
+        first: [S] int64, the packed index of the first ancestor that each query sees, or its own.
+        hi: [n] int32, the largest `end` of each block.
+    """
+    n, index = len(hi), torch.arange(len(first), device=first.device)
+    # Query q sees a key of block j if its first key is there or before, and the block has an ancestor of it: hi[j] > q.
+    # So of the queries of a block whose first keys are in the same block, the earliest sees all that the others see.
+    earliest = index.new_full((n * n,), len(first))
+    earliest.scatter_reduce_(0, index // BLOCK * n + first // BLOCK, index, "amin")
+    return hi[None, :] > earliest.view(n, n).cummin(1).values
+
+
+def _block_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value [n] of each block, from [S] values."""
+    by_block = values.view(-1, BLOCK)
+    return by_block.amin(1), by_block.amax(1)
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,8 +199,15 @@ class PrefixBlockMask(TreeBlockMask):
         cache: The prefix cache.
     """
 
-    def __init__(self, cache: PrefixCache, tree: PrefixTree, window: int | None = None, first_query: int = 0) -> None:
-        super().__init__(tree, window, first_query)
+    def __init__(
+        self,
+        cache: PrefixCache,
+        tree: PrefixTree,
+        window: int | None = None,
+        first_query: int = 0,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(tree, window, first_query, chunk)
         self.cache = cache
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -208,8 +215,8 @@ class PrefixBlockMask(TreeBlockMask):
             "PrefixBlockMask cannot be pickled or copied: its cache collects gradients of the prompt; pickle mask.tree"
         )
 
-    def _replace(self, tree: PrefixTree, window: int | None) -> TreeBlockMask:
-        return PrefixBlockMask(self.cache, tree, window, self.first_query)
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None) -> TreeBlockMask:
+        return PrefixBlockMask(self.cache, tree, window, self.first_query, chunk)
 
 
 @dataclass(frozen=True)

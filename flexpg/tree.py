@@ -201,12 +201,21 @@ class PrefixTree:
     @torch.inference_mode(False)
     def parent(self) -> Tensor:
         """[S] int64, the packed index of the token before each token in its sequence; -1 at roots and padding."""
+        depth = self.position_ids
+        return torch.where(depth > 0, self.ancestors_at((depth - 1).clamp(min=0)), -1)
+
+    @torch.inference_mode(False)
+    def ancestors_at(self, positions: Tensor) -> Tensor:
+        """Return [S] int64, the packed index of each token's ancestor, or the token itself, at a position.
+
+        Args:
+            positions: [S] int64, at least 0 and at most the token's own.
+        """
         depth, size = self.position_ids, self.padded_length
         index = torch.arange(size, device=depth.device)
-        # In depth-first order the parent is the latest earlier token that is one level higher.
+        # In depth-first order the ancestor is the latest token up to this one that is on its level.
         by_level = (depth * size + index).sort().values
-        found = torch.searchsorted(by_level, (depth - 1) * size + index) - 1
-        return torch.where(depth > 0, by_level[found.clamp(min=0)] % size, -1)
+        return by_level[torch.searchsorted(by_level, positions * size + index, right=True) - 1] % size
 
     @cached_property
     @torch.inference_mode(False)

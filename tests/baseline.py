@@ -3,7 +3,7 @@
 tiny_model(name, **changes)                          a torchtune model of BUILDERS
 in_float64(model)                                    the model in float64, norms and rotary embeddings included
 baseline_logprobs(model, sequences, prompt_lens)     [N, C], one sequence after the other
-baseline_attention(q, k, v, node, window, softcap)   attention of every sequence on its own
+baseline_attention(q, k, v, node, ...)               attention of every sequence on its own
 random_sequences(rng, ...)                           sequences that share prefixes
 Operators()                                          counts operators and the tensors that they return
 
@@ -111,7 +111,14 @@ def baseline_logprobs(model: TransformerDecoder, sequences: list[list[int]], pro
 
 
 def baseline_attention(
-    q: Tensor, k: Tensor, v: Tensor, node: Tensor, window: int | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    node: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Compute [1, Hq, S, D], each packed token's output in the first sequence that has it; 0 at padding.
 
@@ -122,6 +129,8 @@ def baseline_attention(
         node: [N, T], the packed index of token t of sequence n; -1 past the end of the sequence.
         window: Tokens that a token sees at most, itself included.
         softcap: Of the scores.
+        sinks: [Hq] one more logit of each head's softmax, without a value.
+        chunk: Positions of a chunk, outside of which a token sees nothing.
     """
     seen, indices, outputs = torch.zeros(q.shape[2], dtype=torch.bool), [], []
     for nodes in node:
@@ -129,16 +138,24 @@ def baseline_attention(
         is_new = ~seen[nodes.cpu()]
         seen[nodes.cpu()] = True
         own = (x[:, :, nodes] for x in (q, k, v))
-        if window is None and softcap is None:
+        if window is None and softcap is None and sinks is None and chunk is None:
             out = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)
         else:
-            out = _explicit_attention(*own, window, softcap)
+            out = _explicit_attention(*own, window, softcap, sinks, chunk)
         indices.append(nodes[is_new.to(nodes.device)])
         outputs.append(out[:, :, is_new.to(nodes.device)])
     return torch.zeros_like(q).index_copy(2, torch.cat(indices), torch.cat(outputs, 2))
 
 
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
+def _explicit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    chunk: int | None,
+) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if softcap is not None:
@@ -146,7 +163,13 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, sof
     visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     if window is not None:
         visible = visible.triu(1 - window)
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+    if chunk is not None:
+        chunks = torch.arange(q.shape[2], device=q.device) // chunk
+        visible = visible & (chunks[:, None] == chunks)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v
 
 
 class Operators(TorchDispatchMode):

@@ -30,6 +30,8 @@ SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_at
 SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, **SPECIAL}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 ONE_OF_EACH = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 
 # Windows are shorter than the sequences, softcaps bend and multipliers are not 1, or they would do nothing here.
@@ -57,6 +59,35 @@ CONFIGS = {
     "smollm3": transformers.SmolLM3Config(**SHAPE),
     "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.25, use_qk_norm=True),
     "gpt2": transformers.GPT2Config(**GPT2, attn_pdrop=0.0),
+    # Attention sinks, of one layer or of each.
+    "gpt_oss": transformers.GptOssConfig(
+        **SHAPE, **ONE_OF_EACH, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rope_parameters=YARN
+    ),
+    "granite_swa": transformers.GraniteSWAConfig(
+        **SHAPE, **ONE_OF_EACH, attention_multiplier=0.3, layer_rope_theta=[10000.0, 0]
+    ),
+    "mimo_v2_flash": transformers.MiMoV2FlashConfig(
+        **SHAPE,
+        **ONE_OF_EACH,
+        head_dim=8,
+        v_head_dim=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        rope_parameters={kind: PARTIAL_ROPE for kind in ("full_attention", "sliding_attention")},
+    ),
+    # Chunks, and without RoPE a temperature by position; both change within the sequences.
+    "llama4": transformers.Llama4TextConfig(
+        **SHAPE,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+        attention_chunk_size=10,
+        floor_scale=8,
+        attn_scale=0.5,
+    ),
 }
 # Recurrent layers, most with attention in every second layer.
 HYBRID_SHAPE = SHAPE | {"head_dim": 8}
@@ -178,6 +209,7 @@ COMPOSITES: dict[str, transformers.PretrainedConfig] = {
     ),
 }
 EXPERT_MODELS = ["mixtral", "qwen3_moe"]
+SINK_MODELS = ["gpt_oss", "granite_swa", "mimo_v2_flash"]
 FLOAT64_EXPERTS = {"_experts_implementation": "eager"}  # torch's grouped product has no float64
 
 
@@ -230,13 +262,15 @@ class Float64RoPE(nn.Module):
     def __init__(self, rope: nn.Module) -> None:
         super().__init__()
         self.register_buffer("inv_freq", rope.inv_freq.double(), persistent=False)
+        self.scaling = rope.attention_scaling
+        self.repeats = 1 if type(rope).__name__ == "GptOssRotaryEmbedding" else 2
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (position_ids[..., None] * self.inv_freq).repeat(1, 1, 2)  # [B, T, D]
-        return angles.cos(), angles.sin()
+        angles = (position_ids[..., None] * self.inv_freq).repeat(1, 1, self.repeats)  # [B, T, D] or [B, T, D / 2]
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
 
 
-FLOAT64_ROPE = [f"{family}RotaryEmbedding" for family in ("Llama", "Qwen2", "Qwen3Moe", "Granite")]
+FLOAT64_ROPE = [f"{family}RotaryEmbedding" for family in ("Llama", "Qwen2", "Qwen3Moe", "Granite", "GptOss")]
 
 
 def in_float64(model: nn.Module) -> nn.Module:

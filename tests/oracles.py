@@ -1,7 +1,8 @@
 """Slow and obvious versions of prefix trees, masks, block tables and sampling, which the tests compare with.
 
 assert_is_trie(tree, sequences)            a trie of nested dicts
-reachable(tree), windowed(tree, window)    the mask, along parents
+reachable(tree), windowed(tree, window),   the mask, along parents
+chunked(tree, chunk)
 listed(mask, ...), assert_tables(mask)     block tables, those of create_block_mask
 truncate(...), sample_one_by_one(...)      top-k and top-p, and one whole forward per sampled token
 """
@@ -15,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from flexpg.masks import TreeBlockMask
 from flexpg.sampling import SamplingParams
-from flexpg.tree import BLOCK, PrefixTree
+from flexpg.tree import PrefixTree
 
 KV_TABLES = [("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")]
 TABLES = [*KV_TABLES, ("q_num_blocks", "q_indices"), ("full_q_num_blocks", "full_q_indices")]
@@ -86,6 +87,12 @@ def windowed(tree: PrefixTree, window: int) -> Tensor:
     return reachable(tree) & (position_ids[:, None] - position_ids[None, :] < window)
 
 
+def chunked(tree: PrefixTree, chunk: int) -> Tensor:
+    """Return [S, S] bool: the tokens on the path to the root whose positions are in the same chunk."""
+    chunks = torch.tensor([position // chunk for position in tree.position_ids.tolist()])
+    return reachable(tree) & (chunks[:, None] == chunks[None, :])
+
+
 def listed(mask: BlockMask, num_blocks: str, indices: str) -> Tensor:
     """Return [n, m] int, how often a table lists each block for each row."""
     counts, columns = getattr(mask, num_blocks)[0, 0], getattr(mask, indices)[0, 0]
@@ -93,11 +100,6 @@ def listed(mask: BlockMask, num_blocks: str, indices: str) -> Tensor:
     for row, count in enumerate(counts.tolist()):
         times[row].index_add_(0, columns[row, :count].long(), torch.ones(count, dtype=torch.int32))
     return times
-
-
-def by_block(dense: Tensor) -> Tensor:
-    """Return [n, m, 128 * 128], the entries of a mask by block."""
-    return dense.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(2)
 
 
 def assert_tables(mask: TreeBlockMask) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from baseline import Operators, baseline_attention, random_sequences, relative_error
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from flexpg.backends import flex
@@ -66,6 +69,83 @@ def test_attention_float64_matches_baseline(name, heads, backend):
     assert largest_difference(values, expected) < 1e-13
     repeats = inputs[0].shape[1] // inputs[2].shape[1]
     assert torch.equal(out[:, :, padding], inputs[2][:, :, padding].repeat_interleave(repeats, dim=1))  # sees itself
+
+
+def random_sinks(heads: int = 4, dtype=torch.float64, device="cpu") -> Tensor:
+    """Return logits [Hq] around those of the scores, one that dominates the softmax and one that does not matter."""
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    sinks[0], sinks[-1] = 8, -30
+    return sinks.to(device, dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", ["split", "dense"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", TREES)
+def test_attention_sinks_float64_match_softmax_with_one_more_column(name, heads, backend):
+    tree, inputs = TREES[name], [*random_qkv(TREES[name], HEADS[heads]), random_sinks(HEADS[heads][0])]
+    *q_k_v, sinks = inputs
+    used = without_padding(q_k_v, tree)
+    expected = out_and_grads(baseline_attention(*used, tree.node, sinks=sinks), inputs)
+    out = attention(*q_k_v, block_mask(tree), sinks=sinks, backend=backend)
+    values = out_and_grads(out[:, :, : tree.num_tokens], inputs)
+    assert largest_difference(values, expected) < 1e-13
+    assert out.isfinite().all()  # padding too
+
+
+@pytest.mark.parametrize("options", [{"window": 11}, {"softcap": 1.5}, {"window": 11, "softcap": 1.5}], ids=str)
+def test_attention_sinks_with_sliding_window_and_softcap_match_baseline(options):
+    tree = TREES["deep forest"]
+    inputs = [*random_qkv(tree), random_sinks()]
+    *q_k_v, sinks = inputs
+    expected = out_and_grads(baseline_attention(*q_k_v, tree.node, sinks=sinks, **options), inputs)
+    out = attention(*q_k_v, block_mask(tree), sinks=sinks, **options)
+    values = out_and_grads(torch.where(tree_mask(tree), out, 0), inputs)
+    assert largest_difference(values, expected) < 1e-13
+
+
+def tree_mask(tree: PrefixTree) -> Tensor:
+    """Return [S, 1] bool, False at padding."""
+    return (torch.arange(tree.padded_length) < tree.num_tokens)[:, None]
+
+
+def test_split_sinks_leave_padding_unchanged():
+    inputs, sinks = random_qkv(GROUP), random_sinks()
+    outs = [attention(*inputs, block_mask(GROUP), sinks=own, backend="split") for own in (None, sinks)]
+    assert torch.equal(*(out[:, :, GROUP.num_tokens :] for out in outs))
+
+
+def test_attention_sinks_of_minus_infinity_change_nothing():
+    inputs, mask = random_qkv(GROUP), block_mask(GROUP)
+    sinks = torch.full((4,), float("-inf"), dtype=torch.float64, requires_grad=True)
+    for backend in ("split", "dense"):
+        values = out_and_grads(attention(*inputs, mask, sinks=sinks, backend=backend), [*inputs, sinks])
+        expected = out_and_grads(attention(*inputs, mask, backend=backend), inputs)
+        assert largest_difference(values[:-1], expected) < 1e-14 and not values[-1].any()
+
+
+def test_attention_sinks_of_another_head_count_raise():
+    with pytest.raises(ValueError, match=r"sinks must be \[4\], one logit per query head, got \[2\]"):
+        attention(*random_qkv(GROUP), block_mask(GROUP), sinks=random_sinks(2))
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("chunk", [1, 10, 16, 1000])
+def test_attention_chunks_match_baseline(chunk, window, device):
+    dtype, tolerance = (torch.float64, 1e-13) if device == "cpu" else (torch.float32, 1e-4)
+    tree = TREES["deep forest"].to(device)
+    inputs = random_qkv(tree, dtype=dtype, device=device)
+    baseline = baseline_attention(*(x.double() for x in inputs), tree.node, window, chunk=chunk)
+    expected = without_padding(out_and_grads(baseline, inputs), tree)
+    out = attention(*inputs, block_mask(tree, window, chunk=chunk))
+    assert largest_difference(without_padding(out_and_grads(out, inputs), tree), expected) < tolerance
+
+
+def test_split_accepts_a_chunk_that_hides_nothing():
+    inputs, longest = random_qkv(GROUP), GROUP.max_length
+    masks = [block_mask(GROUP, chunk=chunk) for chunk in (None, longest)]
+    assert torch.equal(*(attention(*inputs, mask, backend="split") for mask in masks))
+    with pytest.raises(ValueError, match=f'"split" supports .* chunk .{longest - 1}.'):
+        attention(*inputs, block_mask(GROUP, chunk=longest - 1), backend="split")
 
 
 @pytest.mark.parametrize("scale", [0.07, 1.0])
@@ -127,12 +207,23 @@ def test_attention_changed_completion_leaves_others_bitwise_identical():
 
 
 def assert_error_budget(inputs: list[Tensor], tree: PrefixTree, backend: str) -> None:
-    """Check that errors of output and gradients against float64 are at most 1.5 times the baseline's."""
+    """Check that errors of output and gradients against float64 are at most 1.5 times the baseline's.
+
+    Args:
+        inputs: Queries, keys, values and, if there are four, sinks.
+        tree: The packed sequence.
+        backend: What is checked.
+    """
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = out_and_grads(baseline_attention(*exact, tree.node), exact)
-    values = out_and_grads(attention(*inputs, block_mask(tree), backend=backend), inputs)
-    baseline = out_and_grads(baseline_attention(*inputs, tree.node), inputs)
-    for value, other, truth in zip(*(without_padding(r, tree) for r in (values, baseline, expected)), strict=True):
+
+    def results(attend: Callable[..., Tensor], own: list[Tensor]) -> list[Tensor]:
+        out = attend(*own[:3], sinks=own[3] if len(own) > 3 else None)
+        return out_and_grads(torch.where(tree_mask(tree).to(out.device), out, 0), own)
+
+    baseline = partial(baseline_attention, node=tree.node)
+    shared = partial(attention, mask=block_mask(tree), backend=backend)
+    expected, values, others = results(baseline, exact), results(shared, inputs), results(baseline, inputs)
+    for value, other, truth in zip(values, others, expected, strict=True):
         assert relative_error(value, truth) < 1.5 * relative_error(other, truth)
 
 
@@ -140,6 +231,25 @@ def assert_error_budget(inputs: list[Tensor], tree: PrefixTree, backend: str) ->
 @pytest.mark.parametrize("name", ["group", "five groups", "deep forest"])
 def test_split_low_precision_is_within_error_budget(name, dtype):
     assert_error_budget(random_qkv(TREES[name], dtype=dtype), TREES[name], "split")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["group", "five groups", "deep forest"])
+def test_split_sinks_low_precision_is_within_error_budget(name, dtype):
+    # Many heads: the error of four rounded numbers, the gradient of four sinks, varies by chance.
+    sinks = torch.randn(32, generator=torch.Generator().manual_seed(5)).to(dtype).requires_grad_()
+    assert_error_budget([*random_qkv(TREES[name], (32, 16), dtype), sinks], TREES[name], "split")
+
+
+@pytest.mark.parametrize("name", ["group", "five groups", "deep forest"])
+def test_split_sinks_float32_errors_are_a_few_roundings(name):
+    *q_k_v, sinks = inputs = [*random_qkv(TREES[name], dtype=torch.float32), random_sinks(dtype=torch.float32)]
+    *exact_q_k_v, exact_sinks = exact = [x.detach().double().requires_grad_() for x in inputs]
+    used = slice(TREES[name].num_tokens)
+    out = attention(*q_k_v, block_mask(TREES[name]), sinks=sinks)[:, :, used]
+    truth = attention(*exact_q_k_v, block_mask(TREES[name]), sinks=exact_sinks, backend="dense")[:, :, used]
+    errors = map(relative_error, out_and_grads(out, inputs), out_and_grads(truth, exact))
+    assert max(errors) < 16 * torch.finfo(torch.float32).eps  # about 4 are found
 
 
 def test_split_bfloat16_sums_gradients_of_many_parts_in_float32():
@@ -277,11 +387,12 @@ def test_flex_compiles_once_for_thirty_lengths(device):
 
 
 @pytest.mark.slow
-def test_flex_sliding_window_softcap_and_scale_match_dense(device):
+def test_flex_sliding_window_softcap_scale_and_chunks_match_dense(device):
     for name in ("deep forest", "five groups", "one token"):
         tree = TREES[name].to(device)
         inputs = random_qkv(tree, heads=(2, 2), dtype=torch.float32, device=device)
         assert flex_error(inputs, block_mask(tree), window=11, softcap=1.5, scale=0.4) < 1e-5
+        assert flex_error(inputs, block_mask(tree, chunk=10), scale=0.4) < 1e-5
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -291,6 +402,39 @@ def test_flex_on_cuda_matches_dense_in_output_and_gradients(name, heads, cuda):
     mask, inputs = block_mask(tree), random_qkv(tree, HEADS[heads], dtype=torch.float32, device=cuda)
     expected = out_and_grads(attention(*inputs, mask, backend="dense"), inputs)
     values = out_and_grads(attention(*inputs, mask, backend="flex"), inputs)
+    assert largest_difference(values, expected) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 11, "softcap": 1.5}], ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+def test_flex_sinks_gradients_match_dense(heads, options, monkeypatch):
+    # Not compiled, flex has a backward on CPU, which torch forbids because it is slow.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *q_k_v: None)
+    tree = TREES["deep forest"]
+    inputs = [*random_qkv(tree, HEADS[heads]), random_sinks(HEADS[heads][0])]
+    *q_k_v, sinks = inputs
+    expected = out_and_grads(attention(*q_k_v, block_mask(tree), sinks=sinks, backend="dense", **options), inputs)
+    cap = torch.tensor(1.5, dtype=torch.float64) if options else None
+    out = flex._flex(*q_k_v, block_mask(tree, options.get("window")), WIDTH**-0.5, cap, sinks)
+    assert largest_difference(out_and_grads(out, inputs), expected) < 1e-13
+
+
+def test_flex_sinks_on_cpu_raise():
+    q_k_v = [x.detach() for x in random_qkv(GROUP, dtype=torch.float32)]
+    with pytest.raises(ValueError, match='"flex" has no sinks on CPU'):
+        attention(*q_k_v, block_mask(GROUP), sinks=random_sinks(dtype=torch.float32).detach(), backend="flex")
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("options", [{}, {"window": 11}], ids=str)
+def test_flex_sinks_on_cuda_match_dense_in_output_and_gradients(options, heads, cuda):
+    tree = TREES["deep forest"].to(cuda)
+    q_k_v = random_qkv(tree, HEADS[heads], dtype=torch.float32, device=cuda)
+    sinks = random_sinks(HEADS[heads][0], torch.float32, cuda)
+    expected, values = (
+        out_and_grads(attention(*q_k_v, block_mask(tree), sinks=sinks, backend=backend, **options), [*q_k_v, sinks])
+        for backend in ("dense", "flex")
+    )
     assert largest_difference(values, expected) < 1e-4
 
 

@@ -18,7 +18,7 @@ from baseline import VOCAB, baseline_attention, baseline_logprobs, in_float64, t
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from oracles import KV_TABLES, assert_is_trie, assert_tables, by_block, listed, reachable, sample_one_by_one
+from oracles import assert_is_trie, assert_tables, chunked, reachable, sample_one_by_one, windowed
 from torch import Tensor, nn
 
 import flexpg
@@ -94,12 +94,12 @@ def test_fuzz_block_mask_shows_only_ancestors(sequences, data):
     mask = block_mask(tree, first_query=first)
     assert torch.equal(mask.mask_mod(None, None, index[: size - first, None], index), visible[first:])
     assert_tables(mask)
-    window = data.draw(st.sampled_from([1, 2, 127, 128, 129, 255, 256, 999]), label="window")
-    mask, position_ids = block_mask(tree, window), tree.position_ids
-    blocks = by_block(visible & (position_ids[:, None] - position_ids < window))
-    partial, full = (listed(mask, *names) for names in KV_TABLES)
-    assert (partial + full).max() == 1 and (partial + full).bool()[blocks.any(-1)].all()
-    assert blocks.all(-1)[full.bool()].all()
+    sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 999])
+    limits = data.draw(st.fixed_dictionaries({}, optional={"window": sizes, "chunk": sizes}), label="limits")
+    mask = block_mask(tree, **limits, first_query=first)
+    visible &= windowed(tree, limits.get("window", size)) & chunked(tree, limits.get("chunk", size))
+    assert torch.equal(mask.mask_mod(None, None, index[: size - first, None], index), visible[first:])
+    assert_tables(mask)
 
 
 @given(

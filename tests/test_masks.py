@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from baseline import Operators, random_sequences
-from oracles import KV_TABLES, TABLES, assert_tables, by_block, listed, reachable, windowed
+from oracles import KV_TABLES, TABLES, assert_tables, chunked, listed, reachable, windowed
+from torch import Tensor
 
 from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask, group_block_mask, tree_mask_mod
@@ -87,27 +88,51 @@ def test_block_tables_with_first_query_equal_create_block_mask(first_query):
         assert_tables(mask)
 
 
-@pytest.mark.parametrize("first_query", [0, 256])
-@pytest.mark.parametrize("window", [1, 2, 100, 127, 128, 129, 300, 5000])
-@pytest.mark.parametrize("seed", [0, 1, 3])  # forests large enough for full blocks
-def test_block_tables_sliding_window_cover_every_visible_pair(seed, window, first_query):
-    tree = forest(seed, longest_run=400)
-    mask, expected = block_mask(tree, window, first_query=first_query), windowed(tree, window)[first_query:]
-    queries, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
-    assert torch.equal(mask.mask_mod(None, None, queries, keys), expected)
-    partial, full = (listed(mask, *names) for names in KV_TABLES)
-    assert (partial + full).max() == 1  # no block twice, in one list or in both
-    assert (partial + full).bool()[by_block(expected).any(-1)].all()
-    assert by_block(expected).all(-1)[full.bool()].all()
-    assert full.any() == (window >= 300) or first_query
-    for (num_blocks, indices), table in zip(TABLES[2:], (partial, full), strict=True):
-        assert torch.equal(listed(mask, num_blocks, indices).T, table)
+LIMITS = [{"window": window} for window in (1, 2, 100, 127, 128, 129, 300, 5000)]
+LIMITS += [{"chunk": chunk} for chunk in (1, 2, 100, 127, 128, 129, 300, 5000)]
+LIMITS += [{"window": 150, "chunk": 200}, {"window": 10, "chunk": 7}]
+
+
+def visible(tree: PrefixTree, window: int = 10**9, chunk: int = 10**9) -> Tensor:
+    return windowed(tree, window) & chunked(tree, chunk)
+
+
+@pytest.mark.parametrize("first_query", [0, 128, 256])
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_block_tables_sliding_window_and_chunks_equal_create_block_mask(limits, first_query):
+    for seed in (0, 1, 3):  # forests large enough for full blocks
+        tree = forest(seed, longest_run=400)
+        if first_query < tree.padded_length:
+            mask = block_mask(tree, **limits, first_query=first_query)
+            queries, keys = torch.arange(mask.shape[2])[:, None], torch.arange(mask.shape[3])
+            expected = visible(tree, **limits)[first_query:]
+            assert torch.equal(mask.mask_mod(None, None, queries, keys), expected)
+            assert_tables(mask)
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("name", BLOCK_EDGES)
+def test_block_tables_with_limits_at_block_edges_equal_create_block_mask(name, limits, device):
+    assert_tables(block_mask(PrefixTree.from_sequences(BLOCK_EDGES[name]).to(device), **limits))
+
+
+@pytest.mark.parametrize("limits", [{"window": 100}, {"window": 300}, {"chunk": 100}, {"chunk": 300}], ids=str)
+def test_block_tables_with_limits_list_full_blocks(limits):
+    table = listed(block_mask(PrefixTree.from_sequences([range(1024)]), **limits), *KV_TABLES[1])
+    assert table.any() == (300 in limits.values())
 
 
 def test_block_tables_smaller_window_lists_fewer_blocks():
     tree = PrefixTree.from_lengths([1280], [[256, 256]])
     blocks = [sum(listed(block_mask(tree, window), *names).sum() for names in KV_TABLES) for window in (None, 400, 100)]
     assert blocks[0] > blocks[1] > blocks[2]
+
+
+def test_chunk_is_counted_in_positions():
+    tree = PrefixTree.from_lengths([40], [[30, 30]])
+    mask = block_mask(tree, chunk=35)
+    # The first token of the second completion is at position 40, in the chunk of positions 35 to 69.
+    assert mask.mask_mod(None, None, torch.tensor(70), torch.tensor([34, 35, 39])).tolist() == [False, True, True]
 
 
 def test_window_is_counted_in_positions():
@@ -148,9 +173,9 @@ def test_mask_to_device_moves_tables_and_keeps_window(device):
         assert torch.equal(listed(moved.to("cpu"), *names), listed(mask, *names))
 
 
-def test_mask_to_meta_keeps_window_and_first_query():
-    moved = block_mask(forest(3), 50, first_query=128).to("meta")
-    assert moved.tree.end.is_meta and (moved.window, moved.first_query) == (50, 128)
+def test_mask_to_meta_keeps_window_chunk_and_first_query():
+    moved = block_mask(forest(3), 50, first_query=128, chunk=90).to("meta")
+    assert moved.tree.end.is_meta and (moved.window, moved.first_query, moved.chunk) == (50, 128, 90)
 
 
 def test_for_window_caches_one_mask_per_window():
@@ -160,18 +185,29 @@ def test_for_window_caches_one_mask_per_window():
     assert mask.for_window(9).tree is mask.tree and mask.window is None
 
 
+def test_for_chunk_caches_one_mask_per_chunk_and_keeps_the_window():
+    mask = block_mask(forest(3), 50)
+    assert mask.for_chunk(9) is mask.for_chunk(9) and mask.for_chunk(None) is mask
+    assert (mask.for_chunk(9).chunk, mask.for_chunk(8).chunk, mask.chunk) == (9, 8, None)
+    assert mask.for_chunk(9).window == 50
+    assert (mask.for_chunk(9).for_window(5).chunk, mask.for_chunk(9).for_window(5).window) == (9, 5)
+
+
 def pickled(mask: TreeBlockMask) -> TreeBlockMask:
     return pickle.loads(pickle.dumps(mask))
 
 
 @pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy, copy.copy])
-@pytest.mark.parametrize(("window", "first_query"), [(None, 0), (50, 0), (None, 128), (50, 128)])
-def test_pickled_or_copied_mask_equals_the_mask(duplicate: Callable, window, first_query, device):
-    mask = block_mask(forest(3), window, first_query=first_query).to(device)
+@pytest.mark.parametrize(
+    ("window", "first_query", "chunk"), [(None, 0, None), (50, 0, None), (None, 128, 90), (50, 128, 90)]
+)
+def test_pickled_or_copied_mask_equals_the_mask(duplicate: Callable, window, first_query, chunk, device):
+    mask = block_mask(forest(3), window, first_query=first_query, chunk=chunk).to(device)
     mask.for_window(9)
     twin = duplicate(mask)
     assert type(twin) is TreeBlockMask and twin is not mask
-    assert (twin.window, twin.first_query, twin.seq_lengths) == (window, first_query, mask.seq_lengths)
+    assert (twin.window, twin.first_query, twin.chunk) == (window, first_query, chunk)
+    assert twin.seq_lengths == mask.seq_lengths
     for name in (name for pair in TABLES for name in pair):
         assert torch.equal(getattr(twin, name), getattr(mask, name)), name
     for name in ("tokens", "end", "node", "lengths", "position_ids"):
@@ -204,6 +240,12 @@ def test_index_that_keeps_everything_returns_the_mask_itself():
     assert mask[:] is mask and mask[:, :, 0:, :] is mask
     assert not isinstance(mask[:, :, 1:], TreeBlockMask)
     assert not isinstance(mask[:, :, torch.tensor([1])], TreeBlockMask)
+
+
+@pytest.mark.parametrize("name", ["window", "chunk"])
+def test_block_mask_window_or_chunk_below_one_raises(name):
+    with pytest.raises(ValueError, match=rf"{name} must be at least 1 \(a token sees itself\) or None, got 0"):
+        block_mask(PrefixTree.from_lengths([300], [[20, 30]]), **{name: 0})
 
 
 def test_repr_is_one_line():

@@ -72,9 +72,10 @@ FACTORS = Setting(
     loss_mask=["all_tokens", "some_tokens"],
 )
 
-# Models with softcaps, or with windows that hide something.
+# Models with softcaps, or with windows or chunks that hide something.
 NOT_PLAIN = {"torchtune.gemma2"}
 NOT_PLAIN |= {f"transformers.{name}" for name in ("qwen2", "gemma2", "gemma3", "mistral", "mixtral")}
+NOT_PLAIN |= {f"transformers.{name}" for name in (*hf.SINK_MODELS, "llama4")}
 ALWAYS_TIED = {"torchtune.gemma2"}
 NEVER_TIED = {"torchtune.llama3", "torchtune.mistral", "torchtune.phi3"}
 # On a CPU flex has no float64 and no backward. Each of the others would cost seconds of compilation: other numbers of
@@ -89,6 +90,7 @@ EXCLUDED = {
     "untied": ALWAYS_TIED,
     "tied": NEVER_TIED,
     "transformers.gpt2": {"gqa", "mqa"},  # it has no grouped heads
+    "transformers.mimo_v2_flash": {"mha"},  # its sliding layers have twice as many key/value heads
 }
 PREFERRED = {"float64", "shares_old_reference_policy"}  # chosen where no pair is missing: the strictest, in least time
 
@@ -269,8 +271,10 @@ def baseline_update(setting: Setting, step: Step, dtype: str) -> Update:
 
 # Equality.
 
-# Gemma2's softmax, the experts' routers and Cohere's RoPE compute in float32 in a float64 model too.
+# The softmax of Gemma2 and Granite SWA, routers and the RoPE of Cohere and Llama 4 compute in float32 in a float64
+# model too.
 FLOAT32_INSIDE = {"torchtune.gemma2", *(f"transformers.{name}" for name in ("gemma2", "cohere", *hf.EXPERT_MODELS))}
+FLOAT32_INSIDE |= {f"transformers.{name}" for name in ("granite_swa", "mimo_v2_flash", "llama4")}
 
 
 def errors(update: Update, truth: Update) -> dict[str, float]:

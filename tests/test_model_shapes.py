@@ -48,7 +48,7 @@ def tiny_model(library: str, name: str) -> nn.Module:
     if name == "phi":
         return model_from_config(PHI)
     # FlopCounterMode does not know the grouped matrix product of experts.
-    return hf_models.tiny_model(name, **(FLOAT64_EXPERTS if name in EXPERT_MODELS else {}))
+    return hf_models.tiny_model(name, **(FLOAT64_EXPERTS if name in (*EXPERT_MODELS, "gpt_oss") else {}))
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
@@ -109,6 +109,7 @@ def counted_matrix_flops(tree: PrefixTree, shape: ModelShape, num_loss_tokens: i
 TORCHTUNE = ["llama3", "qwen2_tied", "phi3", "gemma2"]
 TRANSFORMERS = ["llama", "qwen3", "gemma3", "phi3", "olmo2", "cohere", "gpt2", "phi", *EXPERT_MODELS]
 TRANSFORMERS += ["gemma3_vl", "qwen2_5_vl"]  # the vision tower does not count
+TRANSFORMERS += ["gpt_oss", "granite_swa"]
 MODELS = [*(("torchtune", name) for name in TORCHTUNE), *(("transformers", name) for name in TRANSFORMERS)]
 
 

@@ -46,6 +46,22 @@ def random_mask(seed: int) -> TreeBlockMask:
 # Masks and attention
 
 
+@pytest.mark.parametrize(("backend", "chunk"), [("split", None), ("dense", None), ("dense", 100)])
+def test_attention_sinks_and_chunks_after_cached_prompt_match_baseline(backend, chunk):
+    for seed in range(6):
+        mask = random_mask(seed).for_chunk(chunk)
+        tree, first = mask.tree, mask.first_query
+        torch.manual_seed(seed)
+        shapes = [(1, heads, tree.padded_length, 16) for heads in (4, 2, 2)]
+        q, k, v, sinks = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in (*shapes, (4,)))
+        out = attention(q[:, :, first:], k, v, mask, sinks=sinks, backend=backend)[:, :, : tree.num_tokens - first]
+        expected = baseline_attention(q, k, v, tree.node, sinks=sinks, chunk=chunk)[:, :, first : tree.num_tokens]
+        assert relative_error(out, expected) < 1e-14
+        weight = torch.randn_like(expected)
+        grads, truth = (torch.autograd.grad((x * weight).sum(), (q, k, v, sinks)) for x in (out, expected))
+        assert max(map(relative_error, grads, truth)) < 1e-13
+
+
 @pytest.mark.parametrize("backend", ["split", "dense", pytest.param("flex", marks=pytest.mark.slow)])
 def test_attention_after_cached_prompt_matches_baseline(backend):
     for seed in range(2 if backend == "flex" else 12):
@@ -94,10 +110,10 @@ def test_attention_after_cached_prompt_with_other_lengths_raises():
         attention(q, q, q, block_mask(tree, first_query=256))
 
 
-def test_cached_mask_for_another_window_or_device_keeps_its_cache():
+def test_cached_mask_for_another_window_chunk_or_device_keeps_its_cache():
     prefix = cache_without_model(PROMPT)
     mask = prefix.mask_for(tree_of(PROMPT, COMPLETIONS))
-    for other in (mask.for_window(5), mask.to("meta")):
+    for other in (mask.for_window(5), mask.for_chunk(5), mask.to("meta")):
         assert isinstance(other, PrefixBlockMask) and other.cache is prefix and other.first_query == mask.first_query
 
 

@@ -57,7 +57,10 @@ def test_torchtune_model_passes_with_margin(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral", "gpt2", *hf.SINK_MODELS, "llama4"],
+)
 def test_transformers_model_passes_with_margin(name, dtype):
     assert_passes_with_margin(check(flexpg.enable(hf.tiny_model(name).to(dtype))))
 

@@ -87,7 +87,7 @@ def float64_head(monkeypatch):
 
 def fused_model(name: str, convert: Callable = in_float64) -> transformers.PreTrainedModel:
     """Build a model of hf_models with TRL's fused output layer."""
-    model = convert(hf.tiny_model(name, **(MOE if name == "qwen3_moe" else {})))
+    model = convert(hf.tiny_model(name, **(MOE if name in ("qwen3_moe", "gpt_oss") else {})))
     add_fused_lm_head(model, temperature=0.7, outputs=OUTPUTS)
     return model
 
@@ -202,8 +202,8 @@ def test_recurrent_layers_equal_trl(name):
             assert largest_error(results(ours, BATCHES[case]), results(trls, BATCHES[case])) < 1e-11
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "qwen2"])
-def test_softcap_sliding_window_logit_scale_equal_trl(name):
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "qwen2", "gpt_oss"])
+def test_softcap_sliding_window_sinks_logit_scale_equal_trl(name):
     batches = [BATCHES["row_extends_another"], BATCHES["tool_tokens"]]
     if name != "gemma2":  # whose eager attention gives NaN on the left in float64
         batches += [GROUP, TWO_GROUPS, random_batch(3)]

@@ -56,7 +56,9 @@ def layer_matrices(layer: nn.Module, experts_per_token: int = 0) -> list[Matrix]
             continue
         for name, parameter in module.named_parameters(recurse=False):
             own = f"{path}.{name}"
-            if "original_module." in own or parameter.dim() < 2:  # PEFT keeps the original of a module that it trains
+            if "original_module." in own:  # PEFT keeps the original of a module that it trains
+                continue
+            if parameter.dim() < 2 or name.endswith("bias"):  # experts have one bias each, [experts, .]
                 continue
             entries = parameter.numel()
             if parameter.dim() == 3 and experts_per_token:

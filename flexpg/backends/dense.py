@@ -9,9 +9,15 @@ from flexpg.masks import TreeBlockMask, dense_mask
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeBlockMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention with every score written out, in float32 or better, within the mask's window.
+    """Compute attention with every score written out, in float32 or better, within the mask's window and chunks.
 
     Args:
         q: [1, Hq, S, D], from the mask's first query on, with or without padding.
@@ -20,6 +26,7 @@ def dense_attention(
         mask: The mask of the packed sequence.
         scale: Factor of the scores.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None for no softcap.
+        sinks: [Hq] one more logit of each head's softmax, which has no value; None for no sinks.
 
     Returns:
         [1, Hq, S, D] in the dtype of q.
@@ -32,7 +39,14 @@ def dense_attention(
         scores = softcap * torch.tanh(scores / softcap)
     length = k.shape[2]
     visible = dense_mask(mask.tree.end[:length])[mask.first_query :]
+    position_ids = mask.tree.position_ids[:length]
     if mask.window is not None:
-        position_ids = mask.tree.position_ids[:length]
         visible &= position_ids[mask.first_query :, None] - position_ids[None, :] < mask.window
-    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values).to(q.dtype)
+    if mask.chunk is not None:
+        chunk_ids = position_ids // mask.chunk
+        visible &= chunk_ids[mask.first_query :, None] == chunk_ids[None, :]
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(exact)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)  # [1, Hq, queries, S + 1]
+    return (scores.softmax(-1)[..., :length] @ values).to(q.dtype)

@@ -23,6 +23,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute attention of a packed sequence, in which every token attends to its ancestors and itself.
@@ -38,8 +39,10 @@ def attention(
         scale: Factor of the scores; None for 1 / sqrt(D).
         window: Tokens that a query sees at most, itself included, counted in positions; None for the mask's own.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None for no softcap.
+        sinks: [Hq] learned logits, one per query head, that join its softmax without a value (attention sinks): the
+            weights of the keys add up to less than 1. They get a gradient. None for no sinks.
         backend: "flex", "split" or "dense" is used or raises. "auto" is flex on CUDA (dense for float64) and split on
-            CPU (dense with a softcap, or a window that hides something).
+            CPU (dense with a softcap, or a window or chunks that hide something).
 
     Returns:
         [1, Hq, S, D] in the dtype of q.
@@ -55,32 +58,36 @@ def attention(
             f"q must be [1, Hq, S, D] with k and v [1, Hkv, S, D], got {list(q.shape)}, {list(k.shape)} and "
             f"{list(v.shape)}"
         )
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [{q.shape[1]}], one logit per query head, got {list(sinks.shape)}")
     if window is not None:
         mask = mask.for_window(window)
-    hides = mask.window is not None and mask.window < mask.tree.max_length
+    hides = any(size is not None and size < mask.tree.max_length for size in (mask.window, mask.chunk))
     chosen = _choose(backend, q, is_plain=not hides and softcap is None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen != "split":  # which checks itself: a number of tokens in compiled code would recompile
         is_eager = not torch.compiler.is_compiling()
         mask.check_lengths(q, k, padded=not (chosen == "dense" and is_eager and q.device.type == "cpu"))
     if chosen == "dense":
-        return dense_attention(q, k, v, mask, scale, softcap)
+        return dense_attention(q, k, v, mask, scale, softcap, sinks)
     if chosen == "split":
         if hides or softcap is not None or q.device.type != "cpu":
             raise ValueError(
-                f'backend "split" supports neither a softcap ({softcap}) nor a window ({mask.window}), and runs on the '
-                f'CPU (q is on {q.device}); use "auto"'
+                f'backend "split" supports neither a softcap ({softcap}) nor a window ({mask.window}) or chunk '
+                f'({mask.chunk}), and runs on the CPU (q is on {q.device}); use "auto"'
             )
         from flexpg.backends.split import split_attention  # here, because torch.compiler.disable loads dynamo, 1 s
 
-        return split_attention(q, k, v, mask, scale)
+        return split_attention(q, k, v, mask, scale, sinks)
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError('backend "flex" has no backward on CPU; use "split", or torch.no_grad()')
         if q.dtype == torch.float64:
             raise ValueError('backend "flex" has no float64 on CPU; use "split" or "dense"')
+        if sinks is not None:
+            raise ValueError('backend "flex" has no sinks on CPU, where torch returns no logsumexp; use "split"')
         q, k, v = q.detach(), k.detach(), v.detach()  # torch refuses requires_grad under torch.no_grad() too
-    return packed_flex_attention(q, k, v, mask, scale, softcap)
+    return packed_flex_attention(q, k, v, mask, scale, softcap, sinks)
 
 
 def _choose(backend: str, q: Tensor, is_plain: bool) -> str:

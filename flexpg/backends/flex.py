@@ -12,16 +12,22 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexpg.masks import TreeBlockMask
 
-# The layers of a model differ in window and softcap, its calls in length, dtype and gradients; torch's limit is 8.
+# Layers of a model differ in window, softcap and sinks, its calls in length, dtype and gradients; torch's limit is 8.
 RECOMPILE_LIMIT = 64
 
 
 def packed_flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeBlockMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute compiled FlexAttention; key/value heads are not expanded.
 
@@ -32,6 +38,7 @@ def packed_flex_attention(
         mask: The mask of the packed sequence.
         scale: Factor of the scores.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None for no softcap.
+        sinks: [Hq] one more logit of each head's softmax, which has no value; None for no sinks.
 
     Returns:
         [1, Hq, S, D] in the dtype of q.
@@ -41,14 +48,16 @@ def packed_flex_attention(
     """
     cap = None if softcap is None else torch.full((), softcap, dtype=torch.float32, device=q.device)
     if torch.compiler.is_compiling():
-        return _flex(q, k, v, mask, scale, cap)
+        return _flex(q, k, v, mask, scale, cap, sinks)
     # Only the length is dynamic: the kernels need static heads and head size, and a head count that happens to equal
     # the number of blocks would be unified with it. With dynamic=None torch would compile a second time.
     for x in (q, k, v):
         for dim in (0, 1, 3):
             torch._dynamo.mark_static(x, dim)
+    if sinks is not None:
+        torch._dynamo.mark_static(sinks, 0)
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(q, k, v, mask, scale, cap)
+        return _compiled()(q, k, v, mask, scale, cap, sinks)
 
 
 @cache
@@ -57,10 +66,26 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_flex, dynamic=True, fullgraph=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, cap: Tensor | None) -> Tensor:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, cap: Tensor | None, sinks: Tensor | None
+) -> Tensor:
     score_mod = None if cap is None else _softcap_mod(cap)
     is_grouped = q.shape[1] != k.shape[1]
-    return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    if sinks is None:
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    out, aux = flex_attention(
+        q,
+        k,
+        v,
+        score_mod=score_mod,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=is_grouped,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert aux.lse is not None
+    share = torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype))  # [1, Hq, S], of the keys in the softmax
+    return (out * share[..., None]).to(q.dtype)
 
 
 def _softcap_mod(cap: Tensor) -> Callable[..., Tensor]:

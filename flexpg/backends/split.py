@@ -4,7 +4,7 @@ Each segment attends causally to itself, and everything below a segment, one con
 to it: one dense rectangle whose keys and values are neither copied nor gathered. The partial results of a query are
 merged by their logsumexp. In the backward each part is given the merged output and logsumexp, so that it recomputes the
 probabilities of the whole softmax and its gradients add up (the two-part attention of arXiv 2506.05433, generalized to
-trees).
+trees). A sink is one more part, of one logit without a value: it scales the merged output and adds to the logsumexp.
 
 The two aten operators are private; no other file names them. They accept keys and values whose heads are expanded with
 stride 0, so grouped-query attention costs no copy either.
@@ -25,7 +25,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 @torch.compiler.disable  # the loop over segments would be unrolled and recompiled for every tree
-def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float) -> Tensor:
+def split_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """Compute attention of a packed sequence in causal and rectangular parts, merged by logsumexp.
 
     Args:
@@ -34,6 +36,8 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale:
         v: [1, Hkv, S, D].
         mask: The mask of the packed sequence; its tree and first query are read.
         scale: Factor of the scores.
+        sinks: [Hq] one more logit of each head's softmax, which has no value; None for no sinks. Padding tokens have
+            none.
 
     Returns:
         [1, Hq, S, D] in the dtype of q.
@@ -42,12 +46,14 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale:
         ValueError: If the lengths are not those of the tree.
     """
     mask.check_lengths(q, k, padded=False)
-    return _SplitAttention.apply(q, k, v, mask, scale)
+    return _SplitAttention.apply(q, k, v, sinks, mask, scale)
 
 
 class _SplitAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: TreeBlockMask, scale: float
+    ) -> Tensor:
         queries, keys, values = _by_kv_head(q, k, v)
         merged = torch.promote_types(q.dtype, torch.float32)
         heads, group, size, width = queries.shape
@@ -65,17 +71,21 @@ class _SplitAttention(torch.autograd.Function):
             weight = torch.sigmoid(part_lse - lse[:, :, rows])  # this part's share of the merged softmax
             out[:, :, rows].lerp_(part.to(merged), weight[..., None])
             lse[:, :, rows] = torch.logaddexp(lse[:, :, rows], part_lse)
+        if sinks is not None:
+            logits = sinks.to(merged).view(heads, group, 1)
+            out.mul_(torch.sigmoid(lse - logits)[..., None])
+            lse = torch.logaddexp(lse, logits)
         padding = k.shape[2] - mask.tree.num_tokens
         out[:, :, size - padding :] = values[:, :, k.shape[2] - padding :]  # a padding token sees only itself
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.parts, ctx.padding, ctx.scale = parts, padding, scale
         return out.flatten(0, 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         queries, keys, values = _by_kv_head(q, k, v)
         grad_out = _unit_stride(grad)[0].unflatten(0, queries.shape[:2])
         total = lse.dtype
@@ -98,7 +108,20 @@ class _SplitAttention(torch.autograd.Function):
             grad_k[:, columns].add_(part_k.sum(1, dtype=total))
             grad_v[:, columns].add_(part_v.sum(1, dtype=total))
         grad_v[:, k.shape[2] - ctx.padding :].add_(grad_out[:, :, q.shape[2] - ctx.padding :].sum(1, dtype=total))
-        return grad_q.to(q.dtype).flatten(0, 1)[None], grad_k.to(k.dtype)[None], grad_v.to(v.dtype)[None], None, None
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            used = slice(0, q.shape[2] - ctx.padding)
+            share = torch.exp(sinks.to(total).view(*lse.shape[:2], 1) - lse[:, :, used])  # of the sink in the softmax
+            along_out = (grad_out[:, :, used].to(total) * out[:, :, used]).sum(-1)  # [Hkv, Hq / Hkv, S]
+            grad_sinks = -(share * along_out).sum(-1).flatten().to(sinks.dtype)
+        return (
+            grad_q.to(q.dtype).flatten(0, 1)[None],
+            grad_k.to(k.dtype)[None],
+            grad_v.to(v.dtype)[None],
+            grad_sinks,
+            None,
+            None,
+        )
 
 
 def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

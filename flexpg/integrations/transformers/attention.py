@@ -2,20 +2,21 @@
 
 transformers looks attention up by name and passes a four-dimensional mask on unchanged. So a packed sequence with a
 TreeBlockMask reaches flexpg's attention, and everything else (generation, padded batches, evaluation) uses what
-transformers would have used: sdpa, or eager attention for a model with a softcap, which sdpa does not support.
+transformers would have used: sdpa, or eager attention for a model with a softcap or attention sinks, which sdpa does
+not support.
 """
 
 from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -25,8 +26,17 @@ from flexpg.prefix_cache import PrefixBlockMask
 
 NAME = "flexpg"  # of the attention implementation
 
-# The attention modules that the current packed forward has called, each with its window; None outside of one.
-attended: ContextVar[dict[nn.Module, int | None] | None] = ContextVar("attended", default=None)
+
+class Attended(NamedTuple):
+    """What an attention module passed to attention, or what its config says."""
+
+    window: int | None
+    chunk: int | None
+    has_sinks: bool
+
+
+# The attention modules that the current packed forward has called; None outside of one.
+attended: ContextVar[dict[nn.Module, Attended] | None] = ContextVar("attended", default=None)
 
 
 def register() -> None:
@@ -38,9 +48,26 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, ordinary_mask)
 
 
-def softcap_of(config: PretrainedConfig) -> float | None:
-    """Return the softcap of a model's attention, for which transformers uses eager attention; None for no softcap."""
-    return getattr(config, "attn_logit_softcapping", None)
+def uses_eager(config: PretrainedConfig | None) -> bool:
+    """Return whether transformers uses eager attention for a model: one with a softcap, or a class without sdpa."""
+    if config is None:
+        return False
+    return getattr(config, "attn_logit_softcapping", None) is not None or not _supports_sdpa(type(config))
+
+
+@torch.compiler.assume_constant_result  # the lookup imports modules, which cannot be traced
+def _supports_sdpa(config_class: type[PretrainedConfig]) -> bool:
+    model_class = MODEL_MAPPING.get(config_class, None)  # None for a model that transformers does not know
+    return getattr(model_class, "_supports_sdpa", True)
+
+
+def chunk_of(module: nn.Module) -> int | None:
+    """Return the chunk of an attention layer, which transformers tells it by the mask only; None for no chunks."""
+    config = getattr(module, "config", None)
+    chunk, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None)
+    if chunk is None or kinds is None:  # without kinds, all layers are chunked
+        return chunk
+    return chunk if kinds[module.layer_idx] == "chunked_attention" else None
 
 
 def attention_forward(
@@ -69,7 +96,7 @@ def attention_forward(
         scaling: Factor of the scores.
         sliding_window: Window in positions.
         softcap: Of the scores.
-        s_aux: Attention sinks, which are refused.
+        s_aux: [Hq] attention sinks.
         is_causal: Must not be False for packed sequences.
         kwargs: Passed on to sdpa or eager attention.
 
@@ -77,8 +104,6 @@ def attention_forward(
         [B, T, Hq, D'] and None.
     """
     name = type(module).__name__
-    if s_aux is not None:
-        raise TypeError(f'{name} has attention sinks, which "{NAME}" does not support; use attn_implementation="eager"')
     if isinstance(attention_mask, BlockMask) and not isinstance(attention_mask, TreeBlockMask):
         raise TypeError(
             f"{name} got a BlockMask that is not a TreeBlockMask; a layer sliced it or flexpg did not build it"
@@ -93,10 +118,12 @@ def attention_forward(
             attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
             attention_mask = attention_mask.tril(key.shape[2] - length)
         call = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
-        if softcap is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **call)
-        eager = vars(inspect.getmodule(type(module)))["eager_attention_forward"]
-        return eager(module, query, key, value, attention_mask, softcap=softcap, **call)
+        if uses_eager(getattr(module, "config", None)):
+            eager = vars(inspect.getmodule(type(module)))["eager_attention_forward"]
+            return eager(module, query, key, value, attention_mask, softcap=softcap, s_aux=s_aux, **call)
+        if s_aux is not None:
+            raise TypeError(f'{name} has attention sinks, which sdpa does not support; use attn_implementation="eager"')
+        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **call)
     if dropout > 0:
         raise ValueError(
             f"{name} has dropout {dropout}, which would differ between the copies of a prefix; set it to 0"
@@ -108,23 +135,44 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):  # like sdpa; rotary embeddings leave q and k in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if (windows := attended.get()) is not None:  # None in the recomputation of activation checkpointing
-        if module in windows and isinstance(attention_mask, PrefixBlockMask):
+    chunk = chunk_of(module)
+    if (calls := attended.get()) is not None:  # None in the recomputation of activation checkpointing
+        if module in calls and isinstance(attention_mask, PrefixBlockMask):
             raise TypeError(
                 f"{name} computes attention more than once per forward, so a prompt cannot be cached for it; raise "
                 "max_tokens until every group fits"
             )
-        windows[module] = sliding_window
+        calls[module] = Attended(sliding_window, chunk, s_aux is not None)
+    if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+        query = _with_temperatures_by_position(module, query, attention_mask)
     width = value.shape[-1]
     if width < key.shape[-1]:  # DeepSeek
         value = functional.pad(value, (0, key.shape[-1] - width))
     if isinstance(attention_mask, PrefixBlockMask):
         key, value = attention_mask.cache.extend(attention_mask, module, key, value)
-    out = attention(query, key, value, attention_mask, scale=scaling, window=sliding_window, softcap=softcap)
+    mask = attention_mask if chunk is None else attention_mask.for_chunk(chunk)
+    out = attention(query, key, value, mask, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     return out[..., :width].transpose(1, 2).contiguous(), None
 
 
 def ordinary_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
-    """Build the mask of an ordinary batch: sdpa's, or eager's where the config has a softcap."""
-    make = sdpa_mask if softcap_of(config) is None else eager_mask
+    """Build the mask of an ordinary batch: sdpa's, or eager's where transformers uses eager attention."""
+    make = eager_mask if uses_eager(config) else sdpa_mask
     return make(*args, config=config, **kwargs)
+
+
+def _with_temperatures_by_position(module: Any, query: Tensor, mask: TreeBlockMask) -> Tensor:
+    """Return queries [1, Hq, T, D] that are scaled by position; Llama 4 has scaled them by index, where it has no RoPE.
+
+    Args:
+        module: The attention layer, which has `floor_scale` and `attn_scale`.
+        query: [1, Hq, T, D], from the mask's first query on.
+        mask: The mask of the packed sequence.
+    """
+
+    def temperature(positions: Tensor) -> Tensor:  # as in Llama4TextAttention
+        return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    positions = mask.tree.position_ids[mask.first_query :][: query.shape[2]]  # [T]
+    indices = torch.arange(query.shape[2], device=query.device)
+    return (query * (temperature(positions) / temperature(indices))[:, None]).to(query.dtype)

@@ -1,8 +1,8 @@
 """Which transformers models share prefixes exactly; all others are refused, before a forward or after it.
 
 Before: architectures whose layers see past the mask or whose positions do not start at 0, adapters that depend on whole
-sequences, and rotary scaling by the longest sequence. After: layers that the mask did not reach, sliding windows that
-were not passed on, and random numbers that the forward consumed.
+sequences, and rotary scaling by the longest sequence. After: layers that the mask did not reach, sliding windows and
+attention sinks that were not passed on, and random numbers that the forward consumed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexpg.integrations.transformers.attention import NAME, attended
+from flexpg.integrations.transformers.attention import NAME, Attended, attended
 from flexpg.integrations.transformers.composite import backbone, language_model, text_config, tower_modules
 from flexpg.integrations.transformers.recurrent import driven, is_recurrent, recurrent_modules
 from flexpg.tree import PrefixTree
 
 FEED_FORWARD = {"mlp", "moe"}  # kinds of layers in which tokens do not see one another
-EXACT_LAYERS = {"full_attention", "sliding_attention", *FEED_FORWARD}  # of transformers' `layer_types`
+EXACT_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", *FEED_FORWARD}  # of `layer_types`
 RECURRENT_LAYERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
 ONLY_RECURRENT = RECURRENT_LAYERS - {"hybrid", "hybrid_sliding"} | FEED_FORWARD
 SPARSE_LAYERS = {
@@ -81,8 +81,6 @@ def check_architecture(model: PreTrainedModel) -> None:
         )
     if has_attention and "position_ids" not in signature(type(backbone(text_model)).forward).parameters:
         raise TypeError(f"{name} takes no position_ids, so it would count packed tokens; train it without flexpg")
-    if any(path.endswith(".sinks") for path, _ in text_model.named_parameters()):
-        raise TypeError(f"{name} has attention sinks, which flexpg does not support; train it without flexpg")
     for path, module in text_model.named_modules():
         if isinstance(module, nn.Conv1d) and text_model.get_submodule(path.rpartition(".")[0]) not in recurrent:
             raise TypeError(
@@ -163,9 +161,9 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
         )
     check_no_dropout(model)
     _check_tree(base, tree, tree if prefix is None else prefix)
-    windows: dict[nn.Module, int | None] = {}
+    calls: dict[nn.Module, Attended] = {}
     random_state = _random_state(tree.end.device)
-    token, recurrent = attended.set(windows), driven.set(set())
+    token, recurrent = attended.set(calls), driven.set(set())
     try:
         yield
         modules = driven.get() or set()
@@ -179,7 +177,7 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
     finally:
         attended.reset(token)
         driven.reset(recurrent)
-    _check_layers(base, tree, windows, modules)
+    _check_layers(base, tree, calls, modules)
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
@@ -207,7 +205,7 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) ->
 
 
 def _check_layers(
-    model: PreTrainedModel, tree: PrefixTree, windows: dict[nn.Module, int | None], recurrent: set[nn.Module]
+    model: PreTrainedModel, tree: PrefixTree, calls: dict[nn.Module, Attended], recurrent: set[nn.Module]
 ) -> None:
     name, config = type(model).__name__, text_config(model)
     kinds = getattr(config, "layer_types", None)
@@ -215,19 +213,30 @@ def _check_layers(
         if is_recurrent(module) and module not in recurrent:
             raise TypeError(f"{path} of {name} did not get the mask of a packed sequence; train it without flexpg")
     needed = config.num_hidden_layers - sum(kind in FEED_FORWARD for kind in kinds or ())
-    if (found := len({*windows, *recurrent})) < needed or (not recurrent and found != needed):
+    if (found := len({*calls, *recurrent})) < needed or (not recurrent and found != needed):
         raise TypeError(
             f"{found} of {needed} layers of {name} use transformers' attention interface or its cache of recurrent "
             "layers; the others would ignore the mask; train it without flexpg"
         )
     window, needed = getattr(config, "sliding_window", None), 1 if kinds is None else kinds.count("sliding_attention")
     if isinstance(window, int) and window < tree.max_length:
-        passed_on = sum(own is not None for own in windows.values())
+        passed_on = sum(call.window is not None for call in calls.values())
         if passed_on < needed:
             raise TypeError(
                 f"{name} has sliding_window={window}, but {passed_on} of its layers pass it to attention where "
                 f"{needed} should; only sequences of up to {window} tokens are exact"
             )
+    chunked = 0 if kinds is None else kinds.count("chunked_attention")
+    passed_on = sum(call.chunk is not None for call in calls.values())
+    if passed_on < chunked:
+        raise TypeError(f"{name} has chunked attention in {chunked} layers, but {passed_on} of them know their chunk")
+    sinks = sum(path.endswith(".sinks") for path, _ in model.named_parameters())
+    passed_on = sum(call.has_sinks for call in calls.values())
+    if passed_on < sinks:
+        raise TypeError(
+            f"{name} has attention sinks in {sinks} layers, but {passed_on} of them pass theirs to attention; train it "
+            "without flexpg"
+        )
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from flexpg.integrations.transformers.attention import NAME, register, softcap_of
+from flexpg.integrations.transformers.attention import NAME, register, uses_eager
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, set_attention, text_config
 from flexpg.integrations.transformers.recurrent import install, mask_for
@@ -113,7 +113,7 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
         raise ValueError(f"this {type(base).__name__} shares prefixes already; call share_prefixes once")
     register()
     config = text_config(base)
-    before, usual = config._attn_implementation, "sdpa" if softcap_of(config) is None else "eager"
+    before, usual = config._attn_implementation, "eager" if uses_eager(config) else "sdpa"
     set_attention(base)
     install(language_model(base))
     if before not in (usual, NAME):
@@ -159,7 +159,7 @@ def _shared_forward(
         out.last_hidden_state = hidden.index_select(1, batch.parents.to(hidden.device))  # [1, M, E]
         return out
 
-    decoder = model.base_model
+    decoder = backbone(model)
     with (
         exact_forward(model, batch.tree),
         decoder.register_forward_pre_hook(give_mask, with_kwargs=True),
