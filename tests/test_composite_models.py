@@ -201,16 +201,6 @@ def test_placeholder_of_an_image_is_refused(name):
         next(packed_logprobs(flexpg.enable(hf.tiny_model(name)), rollouts, max_tokens=100))
 
 
-def test_composite_with_recurrent_layers_is_refused_with_their_reason():
-    config = transformers.Qwen3_5Config(
-        text_config={**hf.TEXT, "layer_types": ["linear_attention", "full_attention"]},
-        vision_config={**hf.QWEN_TOWER, "hidden_size": 16, "out_hidden_size": 32},
-        **hf.QWEN_IDS,
-    )
-    with pytest.raises(TypeError, match="Qwen3_5ForConditionalGeneration has linear_attention layers, whose state"):
-        flexpg.enable(hf.model_from_config(config))
-
-
 def test_dropout_of_the_vision_tower_is_allowed():
     model = hf.tiny_model("gemma3_vl")
     model.model.vision_tower.add_module("dropout", nn.Dropout(0.3))

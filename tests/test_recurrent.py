@@ -106,6 +106,21 @@ def test_packed_forward_and_gradients_equal_each_sequence_float64(name):
         assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
 
 
+def test_text_of_a_composite_model_with_recurrent_layers_equals_each_sequence():
+    config = transformers.Qwen3_5Config(
+        text_config=hf.TEXT | hf.DELTA | hf.HALF,
+        vision_config={**hf.QWEN_TOWER, "hidden_size": 16, "out_hidden_size": 32},
+        **hf.QWEN_IDS,
+    )
+    with hf.float32_is_float64():
+        model, baseline = (hf.model_from_config(config).double() for _ in range(2))
+        assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
+        rollouts = group_rollouts()
+        (table, found), (expected_table, expected) = (update(model, rollouts, size) for size in (56, 1000))
+    assert (table - expected_table).abs().max() < 1e-10
+    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-9
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "lfm2"])
 def test_float32_is_as_exact_as_other_chunks_of_the_same_sequence(name):
     """A state restarts its chunks at segments, which rounds as differently as left padding by a token does."""

@@ -334,10 +334,11 @@ def test_share_prefixes_twice_is_refused():
 
 
 def test_refused_model_is_unchanged():
-    model = AutoModelForCausalLM.from_config(transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]))
+    kinds = ["linear_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(transformers.MiniMaxConfig(**SHAPE, layer_types=kinds))
     add_fused_lm_head(model, outputs=OUTPUTS)
     forward = model.forward
-    with refused(TypeError, "has conv layers"):
+    with refused(TypeError, "has linear_attention layers"):
         share_prefixes(model)
     assert (model.config._attn_implementation, model.forward) == ("sdpa", forward)
 
