@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -284,18 +282,6 @@ def in_float64(model: nn.Module) -> nn.Module:
             elif kind in FLOAT64_ROPE:
                 setattr(module, name, Float64RoPE(child))
     return model
-
-
-@contextmanager
-def float32_is_float64() -> Iterator[None]:
-    """Let models compute in float64 what they convert to float32, such as recurrent states and routers."""
-    own = torch.float32, torch.float, torch.Tensor.float
-    torch.float32 = torch.float = torch.float64
-    torch.Tensor.float = torch.Tensor.double
-    try:
-        yield
-    finally:
-        torch.float32, torch.float, torch.Tensor.float = own
 
 
 def with_lora(model: nn.Module, **options: Any) -> peft.PeftModel:

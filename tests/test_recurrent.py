@@ -12,6 +12,7 @@ import torch
 import transformers
 from baseline import relative_error
 from cases import VOCAB, Case, three_levels, tokens
+from float64 import float32_is_float64
 from torch import nn
 
 import flexpg
@@ -101,7 +102,7 @@ def assert_equal(model: nn.Module, baseline: nn.Module, case: Case, logprobs: fl
 
 @pytest.mark.parametrize("name", hf.HYBRIDS)
 def test_packed_forward_and_gradients_equal_each_sequence_float64(name):
-    with hf.float32_is_float64():
+    with float32_is_float64():
         model, baseline = (hf.tiny_model(name, **FLOAT64).double() for _ in range(2))
         assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
 
@@ -112,7 +113,7 @@ def test_text_of_a_composite_model_with_recurrent_layers_equals_each_sequence():
         vision_config={**hf.QWEN_TOWER, "hidden_size": 16, "out_hidden_size": 32},
         **hf.QWEN_IDS,
     )
-    with hf.float32_is_float64():
+    with float32_is_float64():
         model, baseline = (hf.model_from_config(config).double() for _ in range(2))
         assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
         rollouts = group_rollouts()
@@ -126,7 +127,7 @@ def test_float32_is_as_exact_as_other_chunks_of_the_same_sequence(name):
     """A state restarts its chunks at segments, which rounds as differently as left padding by a token does."""
     case = branches()
     model, baseline = flexpg.enable(hf.tiny_model(name)), hf.tiny_model(name)
-    with hf.float32_is_float64():
+    with float32_is_float64():
         truth = baseline_table(hf.tiny_model(name, **FLOAT64).double(), case)
     table, own = packed_table(model, case), baseline_table(baseline, case)
     error, budget = (
@@ -137,7 +138,7 @@ def test_float32_is_as_exact_as_other_chunks_of_the_same_sequence(name):
 
 
 def test_three_levels_and_padding_equal_each_sequence():
-    with hf.float32_is_float64():
+    with float32_is_float64():
         model, baseline = (hf.tiny_model("qwen3_5", **FLOAT64).double() for _ in range(2))
         assert_equal(flexpg.enable(model), baseline, three_levels(), 1e-10, 1e-9)
 
@@ -213,7 +214,7 @@ def update(model: nn.Module, rollouts: Rollouts, max_tokens: int) -> tuple[torch
 @pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2", "mamba2"])
 def test_oversized_group_equals_one_packed_sequence(name, checkpointing):
     rollouts = group_rollouts()
-    with hf.float32_is_float64():
+    with float32_is_float64():
         model = flexpg.enable(hf.tiny_model(name, **FLOAT64).double())
         expected_table, expected = update(model, rollouts, 1000)
         if checkpointing:
@@ -227,7 +228,7 @@ def test_oversized_group_equals_one_packed_sequence(name, checkpointing):
 
 def test_prompt_of_one_token_can_be_cached():
     rollouts = Rollouts.from_groups([[3]], [[tokens(9, 1), tokens(8, 2), tokens(9, 3)]], [[0.0, 1.0, 0.0]])
-    with hf.float32_is_float64():
+    with float32_is_float64():
         model = flexpg.enable(hf.tiny_model("qwen3_5", **FLOAT64).double())
         (table, found), (expected_table, expected) = (update(model, rollouts, size) for size in (10, 1000))
     assert (table - expected_table).abs().max() < 1e-10
@@ -235,7 +236,7 @@ def test_prompt_of_one_token_can_be_cached():
 
 
 def test_gradient_checkpointing_equals_stored_activations():
-    with hf.float32_is_float64():
+    with float32_is_float64():
         for name in ("qwen3_5", "mamba2"):
             model, baseline = (hf.tiny_model(name, **FLOAT64).double() for _ in range(2))
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -244,7 +245,7 @@ def test_gradient_checkpointing_equals_stored_activations():
 
 def test_lora_on_recurrent_layers_equals_baseline():
     targets = {"target_modules": ["in_proj_qkv", "out_proj", "q_proj"]}
-    with hf.float32_is_float64():
+    with float32_is_float64():
         model, baseline = (hf.with_lora(hf.tiny_model("qwen3_5", **FLOAT64).double(), **targets) for _ in range(2))
         assert_equal(flexpg.enable(model), baseline, three_levels(), 1e-10, 1e-9)
 

@@ -30,6 +30,7 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin
 from cases import VOCAB, assert_within_budget, float32_floor
 from cases import largest_error as largest_relative_error
 from datasets import Dataset
+from float64 import float32_is_float64
 from hf_models import SHAPE, in_float64
 from peft import LoraConfig, get_peft_model
 from processes import run_processes
@@ -196,7 +197,7 @@ def test_fused_outputs_of_random_batches_equal_trl():
 
 @pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2"])
 def test_recurrent_layers_equal_trl(name):
-    with hf.float32_is_float64():
+    with float32_is_float64():
         for case in ("two_groups_left_padded", "row_extends_another", "tool_tokens"):
             ours, trls = (make(name, nn.Module.double) for make in (shared_model, fused_model))
             assert largest_error(results(ours, BATCHES[case]), results(trls, BATCHES[case])) < 1e-11
