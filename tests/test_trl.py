@@ -605,6 +605,17 @@ def test_grpo_trains_as_trl(case, saved):
     assert all(any(0 < value < 1 or name == "aux_loss" for value in ours.logged(name)) for name in happened)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5", "nemotron_h", "lfm2"])
+def test_grpo_of_sinks_and_recurrent_layers_trains_as_trl(name, saved):
+    runs = []
+    for trainer_class in (SharedPrefixGRPOTrainer, GRPOTrainer):
+        runs.append(make_run(trainer_class, saved(name), num_iterations=2))
+        with float32_is_float64():
+            runs[-1].trainer.train()
+    assert_trained_alike(*runs, tolerance=1e-11)
+
+
 # Text-only data of models that take images too. Their RoPE computes in float32 in a float64 model, and in GRPO TRL
 # counts positions from the padding on the left, which rounds otherwise.
 COMPOSITE_CASES = {
