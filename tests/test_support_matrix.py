@@ -10,7 +10,7 @@ from support_matrix import Row, all_types, check, rows, table
 from flexpg.integrations.transformers import attention as flexpg_attention
 
 EXACT = ["beam", "deepseek_v3", "dots1", "gemma3n_text", "gemma4_text", "glm4_moe", "minimax_m2", "qwen3_vl_moe"]
-REFUSED = ["bart", "falcon", "mamba2", "minimax_m3_vl_text", "paligemma"]
+REFUSED = ["bart", "falcon", "mamba", "minimax_m3_vl_text", "paligemma"]
 
 
 @pytest.mark.parametrize("name", [name for name in EXACT if name in all_types()])
