@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of ru
     "memory": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "scaling": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "sharing": {"cpu": [], "cuda": ["device=cuda", "dtype=bf16"]},
+    "hybrid": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "trl_update": {"cpu": [], "cuda": CUDA},
     "paper_figure": {"cpu": []},
 }

@@ -278,6 +278,19 @@ def sharing(result: Result) -> str:
     return markdown(["", "baseline", "prompts encoded once", "shared"], rows)
 
 
+def hybrid(result: Result) -> str:
+    """Return the updates of a model with recurrent layers."""
+    header = ["prompt", "completions", "tokens, baseline / shared", "seconds, baseline", "seconds, shared", "speed-up"]
+    header += ["largest difference of a log-probability", "with attention shared only"]
+    rows = []
+    for case in result["cases"]:
+        seconds = [f"{case['update_ms'][name]['median'] / 1e3:.2f}" for name in ("baseline", "flexpg")]
+        row = [case["prompt"], f"{case['group']} of {case['completion']}", f"{case['token_ratio']:.1f}", *seconds]
+        differences = [f"{case[f'largest_difference{end}']:.0e}" for end in ("", "_attention_only")]
+        rows.append([*row, spread(case["speedup"]), *differences])
+    return markdown(header, rows)
+
+
 def trl_update(result: Result) -> str:
     """Return TRL's trainer and flexpg's."""
     rows = []
@@ -355,6 +368,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "scaling.growth": scaling_growth,
     "scaling.parallel": scaling_parallel,
     "sharing": sharing,
+    "hybrid": hybrid,
     "trl_update": trl_update,
     "paper_figure": paper_figure,
     "conversations.tokens": conversations_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torchtune.training import set_activation_checkpointing
 
 import flexpg
 from flexpg import Rollouts, pack, self_check
+from flexpg.integrations import transformers as integration
 from flexpg.masks import TreeBlockMask, dense_mask
 from flexpg.verify import SelfCheckError, SelfCheckResult, baseline_logprobs, gradient_norms
 
@@ -135,6 +137,42 @@ def test_result_prints_one_line():
         r"in \d+\.\d s",
         str(check(tiny_model("qwen2"))),
     )
+
+
+@torch.no_grad()
+def routes_of(model: nn.Module, call: Callable[[], Any]) -> list[Tensor]:
+    """Call a Qwen3-MoE and return the [T, K] experts that each router chose, ascending."""
+    routes: list[Tensor] = []
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _, args, out: routes.append(out[2].sort(-1).values))
+        for layer in model.model.layers
+    ]
+    call()
+    for handle in handles:
+        handle.remove()
+    return routes
+
+
+def test_tokens_that_rounding_sends_to_other_experts_are_counted():
+    torch.manual_seed(0)
+    model = hf.tiny_model("qwen3_moe").to(torch.bfloat16)
+    for layer in model.model.layers:  # of experts that differ little, so that choices are close
+        weight = layer.mlp.gate.weight.data
+        weight.copy_(weight[:1] * (1 + 0.02 * torch.randn(weight.shape)))
+    alone = [routes_of(model, partial(model, sequence[None])) for sequence in make_rollouts().sequences]
+    (batch,) = pack(make_rollouts(), 8192)
+    tree = batch.tree
+    shared = routes_of(model, partial(integration.forward, flexpg.enable(model), tree))
+    order = tree.node.amax(1).argsort(stable=True).tolist()
+    expected = 0
+    for n in (order[0], order[(len(order) - 1) // 2], order[-1]):
+        nodes = tree.node[n][tree.node[n] >= 0]
+        changed = [(a[nodes] != b).any(-1) for a, b in zip(shared, alone[int(batch.indices[n])], strict=True)]
+        expected += int(torch.stack(changed).any(0).sum())
+    found = check(model)
+    assert found.rerouted_tokens == expected > 0
+    assert f", rounding sends {expected} tokens to other experts, in " in str(found)
+    assert check(model.float()).rerouted_tokens == 0 and check(tiny_model("qwen2")).rerouted_tokens is None
 
 
 # The baseline that it compares with.

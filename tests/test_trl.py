@@ -510,6 +510,7 @@ def make_run(
     for each in (trainer.model, trainer.ref_model):  # TRL adds adapters and loads a reference model in float32
         if each is not None:
             convert(each)
+            each.config._experts_implementation = "eager"  # torch's grouped product has no float64
     return Run(trainer, batches)
 
 
@@ -605,12 +606,22 @@ def test_grpo_trains_as_trl(case, saved):
     assert all(any(0 < value < 1 or name == "aux_loss" for value in ours.logged(name)) for name in happened)
 
 
+SINKS_AND_RECURRENT_LAYERS_CASES = {
+    "grpo": (SharedPrefixGRPOTrainer, GRPOTrainer, {"num_iterations": 2}),
+    "grpo_lora": (SharedPrefixGRPOTrainer, GRPOTrainer, {"lora": True, "beta": 0.1}),
+    "rloo": (SharedPrefixRLOOTrainer, RLOOTrainer, {"beta": 0.1, "num_iterations": 2}),
+    "dpo": (SharedPrefixDPOTrainer, DPOTrainer, {}),
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("case", SINKS_AND_RECURRENT_LAYERS_CASES)
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5", "nemotron_h", "lfm2"])
-def test_grpo_of_sinks_and_recurrent_layers_trains_as_trl(name, saved):
+def test_sinks_and_recurrent_layers_train_as_trl(name, case, saved):
+    *trainer_classes, settings = SINKS_AND_RECURRENT_LAYERS_CASES[case]
     runs = []
-    for trainer_class in (SharedPrefixGRPOTrainer, GRPOTrainer):
-        runs.append(make_run(trainer_class, saved(name), num_iterations=2))
+    for trainer_class in trainer_classes:
+        runs.append(make_run(trainer_class, saved(name), **settings))
         with float32_is_float64():
             runs[-1].trainer.train()
     assert_trained_alike(*runs, tolerance=1e-11)

@@ -37,6 +37,7 @@ from flexpg.verify.comparison import (
     shared_backward,
 )
 from flexpg.verify.isolation import check_isolation
+from flexpg.verify.routes import count_rerouted_tokens
 
 __all__ = ["SelfCheckError", "SelfCheckResult", "baseline_logprobs", "gradient_norms", "self_check"]
 
@@ -54,6 +55,9 @@ class SelfCheckResult:
         logprob_budget: What rounding explains, in nats.
         gradient_error: Of the parameter that is closest to its budget, relative to the norm of its gradient.
         gradient_budget: The budget of that parameter.
+        rerouted_tokens: Tokens of the compared rollouts, with their prompts, that a mixture of experts sends to other
+            experts than in the baseline, because rounding decides a close choice; None without experts, or
+            if these compute every token, as Llama 4's.
         seconds: Duration of the check.
     """
 
@@ -63,13 +67,16 @@ class SelfCheckResult:
     logprob_budget: float
     gradient_error: float
     gradient_budget: float
+    rerouted_tokens: int | None
     seconds: float
 
     def __str__(self) -> str:
+        routes = f", rounding sends {self.rerouted_tokens} tokens to other experts" if self.rerouted_tokens else ""
         return (
             f"self-check passed: no leakage between completions; {self.rollouts} rollouts ({self.tokens} packed tokens)"
             f" match the baseline: log-probabilities within {self.logprob_error:.0e} (budget {self.logprob_budget:.0e})"
-            f", gradients within {self.gradient_error:.0e} (budget {self.gradient_budget:.0e}), in {self.seconds:.1f} s"
+            f", gradients within {self.gradient_error:.0e} (budget {self.gradient_budget:.0e}){routes}"
+            f", in {self.seconds:.1f} s"
         )
 
 
@@ -127,9 +134,9 @@ def self_check(
     gradient_error, gradient_budget = check_gradients(checked, compared, norms, errors, noises)
     tokens = sum(batch.tree.num_tokens for batch in batches)
     num_rollouts = len({int(batch.indices[n]) for batch, n in compared})
-    return SelfCheckResult(
-        num_rollouts, tokens, error, budget, gradient_error, gradient_budget, perf_counter() - started
-    )
+    rerouted = count_rerouted_tokens(checked, compared)
+    seconds = perf_counter() - started
+    return SelfCheckResult(num_rollouts, tokens, error, budget, gradient_error, gradient_budget, rerouted, seconds)
 
 
 def _with_full_loss_mask(batch: MicroBatch) -> MicroBatch:
