@@ -298,15 +298,16 @@ def test_copied_recurrent_model_uses_its_own_weights():
     assert torch.equal(integration.forward(pickle.loads(pickle.dumps(other)), tree), changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (transformers.MambaConfig(**hf.SHAPE, state_size=8), "MambaMixer does not continue from its state"),
+        (transformers.MambaConfig(**hf.SHAPE, state_size=8), "MambaMixer ignores its recurrent state"),
         (
             transformers.JambaConfig(
                 **hf.SHAPE, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8
             ),
-            "JambaMambaMixer does not continue from its state over several tokens",
+            "JambaMambaMixer ignores its recurrent state if it is called with several tokens",
         ),
         (
             transformers.MiniMaxConfig(**hf.SHAPE, layer_types=["linear_attention", "full_attention"]),
@@ -315,10 +316,25 @@ def test_copied_recurrent_model_uses_its_own_weights():
     ],
     ids=["mamba", "jamba", "minimax"],
 )
-def test_recurrent_layer_that_cannot_continue_is_refused(config, words):
-    model = hf.model_from_config(config)
+def test_recurrent_layer_that_cannot_continue_is_refused(config, words, dtype):
+    model = hf.model_from_config(config).to(dtype)
     with pytest.raises(TypeError, match=words):
         integration.forward(flexpg.enable(model), three_levels().tree)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recurrent_layer_that_misreads_its_state_is_refused(dtype, monkeypatch):
+    monkeypatch.setattr(recurrent, "_checked", set())
+    read = recurrent.SegmentStates.get_recurrent_state
+
+    def reversed_heads(states, layer_idx, state_idx=0):
+        state = read(states, layer_idx, state_idx)
+        return None if state is None else state.flip(1)
+
+    monkeypatch.setattr(recurrent.SegmentStates, "get_recurrent_state", reversed_heads)
+    model = flexpg.enable(hf.tiny_model("qwen3_5").to(dtype))
+    with pytest.raises(TypeError, match="does not continue from its state over several tokens"):
+        integration.forward(model, three_levels().tree)
 
 
 def test_token_ids_of_the_cases_fit_the_models():

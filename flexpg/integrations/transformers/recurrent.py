@@ -324,8 +324,10 @@ def _check_continues(
 ) -> None:
     """Refuse a kind of layer that does not continue from a state as if it had seen the tokens before it.
 
+    In bfloat16, rounding may be as large as the effect of a state, so it is also checked that each state has an effect.
+
     Raises:
-        TypeError: If the outputs of two halves differ from those of the whole.
+        TypeError: If the outputs of two halves differ from those of the whole, or do not depend on a state.
     """
     if kind in _checked:
         return
@@ -333,6 +335,13 @@ def _check_continues(
     whole, _ = call(tokens, None)
     first, states = call(tokens[:, :5], None)
     second, _ = call(tokens[:, 5:], {key: state.clone() for key, state in states.items()})
+    for key in states:
+        other, _ = call(tokens[:, 5:], {other: state + (other == key) for other, state in states.items()})
+        if torch.equal(second, other):
+            raise TypeError(
+                f"{kind.__name__} ignores its {key[0]} state if it is called with several tokens, so a prefix cannot "
+                "be shared; train this model without flexpg"
+            )
     error = (torch.cat([first, second], 1) - whole).float().norm() / whole.float().norm().clamp(min=1e-30)
     if not error < max(1e-3, torch.finfo(whole.dtype).eps ** 0.5):  # float32 inside of float64 models
         raise TypeError(
