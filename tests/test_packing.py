@@ -298,9 +298,9 @@ def test_pack_10k_rollouts_is_fast_and_within_5_percent_of_optimal(system, group
     prompts = [torch.from_numpy(np.append(start, rng.integers(1000, size=n))) for n in rng.integers(20, 400, count)]
     completions = [torch.from_numpy(rng.integers(1000, size=n)) for n in rng.integers(1, 300, 10000)]
     rollouts = Rollouts(prompts, completions, torch.arange(count).repeat_interleave(group_size), torch.ones(10000))
-    began = time.process_time()
+    began = time.thread_time()  # without other threads, which wait actively for work
     pack(rollouts, max_tokens)
-    assert time.process_time() - began < 3.0  # under one on two quiet cores, three times that on a busy machine
+    assert time.thread_time() - began < 8.0  # about 1 on a quiet machine, 2.4 on a busy one
     assert_near_optimal(rollouts, max_tokens, more=1.05 if group_size == 1 else 1.5)  # groups are large items
 
 
