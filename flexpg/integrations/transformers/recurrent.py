@@ -334,10 +334,14 @@ def _check_continues(
     tokens = hidden[:, :8] if hidden.shape[1] >= 8 else hidden[:, :1].expand(-1, 8, -1)
     whole, _ = call(tokens, None)
     first, states = call(tokens[:, :5], None)
-    second, _ = call(tokens[:, 5:], {key: state.clone() for key, state in states.items()})
+
+    def continued(shifted: tuple[str, int] | None = None) -> Tensor:
+        copies = {key: state + int(key == shifted) for key, state in states.items()}  # a layer may write into them
+        return call(tokens[:, 5:], copies)[0]
+
+    second = continued()
     for key in states:
-        other, _ = call(tokens[:, 5:], {other: state + (other == key) for other, state in states.items()})
-        if torch.equal(second, other):
+        if torch.equal(second, continued(shifted=key)):
             raise TypeError(
                 f"{kind.__name__} ignores its {key[0]} state if it is called with several tokens, so a prefix cannot "
                 "be shared; train this model without flexpg"
