@@ -28,6 +28,7 @@ from benchmarks.record import commit, save
 from flexpg import PrefixTree, token_logprobs
 from flexpg.analysis.flops import ModelShape, update_flops
 from flexpg.analysis.torchtune_shape import shape_of
+from flexpg.analysis.work import baseline_work, packed_work
 from flexpg.integrations.torchtune import forward
 from flexpg.prefix_cache import whole_sequence
 
@@ -56,8 +57,8 @@ def counted_ratio(prompt: int, ratio: float, group: int, shape: ModelShape, with
     completion = round(prompt / ratio)
     tree = PrefixTree.from_lengths([prompt], [[completion] * group])
     loss_tokens = group * completion if with_output else 0
-    baseline = update_flops(tree.baseline_tokens, tree.baseline_pairs, loss_tokens, shape)
-    return baseline.total / update_flops(tree.num_tokens, tree.num_pairs, loss_tokens, shape).total
+    baseline = update_flops(baseline_work(tree), loss_tokens, shape)
+    return baseline.total / update_flops(packed_work(tree), loss_tokens, shape).total
 
 
 def flops_of(update: Callable[[], object]) -> int:
@@ -124,8 +125,7 @@ def cell(model: TransformerDecoder, group: int, ratio: float, repeats: int) -> d
     seconds += [[cpu_seconds(update) for update in both] for _ in range((repeats if sum(seconds[0]) < 1.5 else 3) - 1)]
     tree = PrefixTree.from_lengths([SMALL_PROMPT], [[completion] * group])
     shape = shape_of(model)
-    work = ((tree.baseline_tokens, tree.baseline_pairs), (tree.num_tokens, tree.num_pairs))
-    counted = [update_flops(*own, group * completion, shape).total for own in work]
+    counted = [update_flops(own, group * completion, shape).total for own in (baseline_work(tree), packed_work(tree))]
     result = {
         "group": group,
         "ratio": ratio,

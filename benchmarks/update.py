@@ -45,6 +45,7 @@ from benchmarks.timing import alternate, paired_ratio, quartiles
 from flexpg import PrefixTree, grpo_loss, token_logprobs
 from flexpg.analysis.flops import update_flops
 from flexpg.analysis.torchtune_shape import shape_of
+from flexpg.analysis.work import baseline_work, packed_work
 from flexpg.integrations import torchtune as integration
 from flexpg.prefix_cache import whole_sequence
 
@@ -256,8 +257,8 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     ours, first = times.get("flexpg"), next(iter(logprobs.values()), None)
     tree, loss_tokens, shape = group.tree, int(group.mask.sum()), shape_of(model)
     flops = [
-        update_flops(*work, loss_tokens, shape, activation_checkpointing=case.checkpointing).total
-        for work in ((tree.baseline_tokens, tree.baseline_pairs), (tree.num_tokens, tree.num_pairs))
+        update_flops(work, loss_tokens, shape, activation_checkpointing=case.checkpointing).total
+        for work in (baseline_work(tree), packed_work(tree))
     ]
     return {
         "tokens_baseline": tree.baseline_tokens,

@@ -1,8 +1,8 @@
-"""Micro-batches: the rollouts of one packed sequence, and what several of them cost."""
+"""Micro-batches: the rollouts of one packed sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -61,27 +61,6 @@ class MicroBatch:
 def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
     """Group micro-batches by rank and cache id: those that may share one prefix cache."""
     return [list(own) for _, own in groupby(batches, key=lambda batch: (batch.rank, batch.cache_id))]
-
-
-def encoded_work(batches: Iterable[MicroBatch]) -> tuple[int, int]:
-    """Return the tokens and visible pairs that go through the model, without padding, with cached prompts once."""
-    tokens = pairs = 0
-    for series in by_cache(batches):
-        repeated = [batch.cached_tokens for batch in series if batch.cached_tokens][1:]
-        tokens += sum(batch.tree.num_tokens for batch in series) - sum(repeated)
-        pairs += sum(batch.tree.num_pairs for batch in series) - sum(map(causal_pairs, repeated))
-    return tokens, pairs
-
-
-def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
-    """Return how many prefix tokens are encoded more than once, by several micro-batches or ranks.
-
-    Args:
-        batches: What `pack` returned, for all ranks.
-    """
-    busy = [batch for batch in batches if not batch.is_idle]
-    everything = PrefixTree.from_sequences([sequence for batch in busy for sequence in batch.rollouts.sequences])
-    return encoded_work(busy)[0] - everything.num_tokens
 
 
 def idle_micro_batch(rollouts: Rollouts, index: int, rank: int, cache_id: int) -> MicroBatch:

@@ -6,38 +6,58 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.paper_figure import GROUPS, NAMED, PROMPTS, PUBLISHED, RATIOS, SHAPES, counted_ratio
-from flexpg.analysis.flops import Flops, ModelShape, activation_bytes, prompts_once, update_flops
+from flexpg.analysis.flops import Flops, ModelShape, activation_bytes, update_flops
+from flexpg.analysis.work import Work, packed_work, prompts_once_work
 from flexpg.rollouts import Rollouts
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ModelShape(3, 8, 2, 1, 4, 16, vocab_size=50, layer_weights=576, last_weights=128)
+WORK = Work(torch.tensor([0, 0, 0, 10]))  # ten tokens that see four each
 LORA = replace(SHAPE, layer_weights=600, last_weights=16, frozen_weights=576, first_inputs=96, is_output_frozen=True)
 
 
 def test_prompts_once_counts_equal_completions_in_full():
     rollouts = Rollouts.from_groups([[1, 2, 3], [1]], [[[7, 7], [7, 7]], [[8]]], rewards=[[0.0, 0.0], [0.0]])
-    assert prompts_once(rollouts) == (3 + 2 + 2 + 1 + 1, (1 + 2 + 3) + 2 * (4 + 5) + 1 + 2)
-    assert (rollouts.tree.num_tokens, rollouts.tree.num_pairs) == (6, 1 + 2 + 3 + 4 + 5 + 2)
+    once, shared = prompts_once_work(rollouts), packed_work(rollouts.tree)
+    assert (once.num_tokens, once.num_pairs) == (3 + 2 + 2 + 1 + 1, (1 + 2 + 3) + 2 * (4 + 5) + 1 + 2)
+    assert (shared.num_tokens, shared.num_pairs) == (6, 1 + 2 + 3 + 4 + 5 + 2)
 
 
 def test_update_flops_of_full_training_match_hand_count():
     forward = Flops(linear=3 * 10 * 2 * 576, attention=3 * 40 * 2 * (4 + 4) * 2, output=6 * 2 * 8 * 50)
-    flops = update_flops(10, 40, 6, SHAPE)
+    flops = update_flops(WORK, 6, SHAPE)
     assert flops == Flops(3 * forward.linear, 3 * forward.attention, 4 * forward.output)
     assert flops.total == flops.linear + flops.attention + flops.output
-    assert update_flops(10, 40, 6, SHAPE, recompute_output=False) == replace(flops, output=3 * forward.output)
-    checkpointed = update_flops(10, 40, 6, SHAPE, activation_checkpointing=True)
+    assert update_flops(WORK, 6, SHAPE, recompute_output=False) == replace(flops, output=3 * forward.output)
+    checkpointed = update_flops(WORK, 6, SHAPE, activation_checkpointing=True)
     assert checkpointed.linear == flops.linear + 3 * 10 * 2 * (576 - 128)
     assert (checkpointed.attention, checkpointed.output) == (4 * forward.attention, flops.output)
 
 
 def test_update_flops_of_lora_skip_weight_gradients_of_frozen_matrices():
-    flops = update_flops(10, 40, 6, replace(LORA, output_adapters=20))
+    flops = update_flops(WORK, 6, replace(LORA, output_adapters=20))
     assert flops.linear == 10 * (3 * (4 * 576 + 6 * 24) - 2 * 96)
     assert flops.output == 6 * (6 * 8 * 50 + 8 * 20)
-    assert flops.attention == update_flops(10, 40, 6, SHAPE).attention
+    assert flops.attention == update_flops(WORK, 6, SHAPE).attention
+
+
+def test_update_flops_count_pairs_inside_windows_and_layers_with_attention():
+    full = update_flops(WORK, 6, SHAPE)
+    hybrid = update_flops(WORK, 6, replace(SHAPE, attention_layers=2, value_dim=6))
+    assert hybrid == replace(full, attention=full.attention * 2 // 3 * (4 + 6) // (4 + 4))
+    windowed = update_flops(WORK, 6, replace(SHAPE, windowed_layers=2, window=3))
+    assert windowed == replace(full, attention=full.attention // 3 + 2 * full.attention // 3 * 3 // 4)
+    chunked = update_flops(WORK, 6, replace(SHAPE, windowed_layers=2, window=3, is_chunked=True))
+    assert chunked == replace(full, attention=full.attention // 3 + 2 * full.attention // 3 // 4)
+
+
+def test_update_flops_of_recurrence_grow_with_tokens_only():
+    shape = replace(SHAPE, recurrent_layers=1, recurrent_flops=7, recurrent_backward_flops=15)
+    assert update_flops(WORK, 6, shape) == replace(update_flops(WORK, 6, SHAPE), recurrent=10 * 22)
+    assert update_flops(WORK, 6, shape, activation_checkpointing=True).recurrent == 10 * 29
 
 
 def test_activation_bytes_per_layer_match_hand_count():
@@ -53,6 +73,18 @@ def test_activation_bytes_per_layer_match_hand_count():
     # In bfloat16 a norm's input and the logsumexp are in float32.
     assert growth(itemsize=2) == 1000 * (2 * 8 * (4 + 2 + 2) + 2 * (8 + 4 + 4 + 8) + 4 * 2 + 2 * 4 * 16)
     assert growth(itemsize=4, expanded_kv=True) == growth(itemsize=4) + 1000 * 4 * 2 * 4
+
+
+def test_activation_bytes_of_a_hybrid_match_hand_count():
+    options, few = {"itemsize": 4}, replace(SHAPE, num_layers=10)
+    hybrid = replace(few, attention_layers=4, recurrent_layers=6, recurrent_bytes=6 * 5000)
+    of_attention = 1000 * 4 * (8 + 4 + 4 + 8 + 2)
+    found, expected = (activation_bytes(1000, 1, shape, **options) for shape in (hybrid, few))
+    assert found == expected + 6 * (1000 * 5000 - of_attention)
+    found, expected = (
+        activation_bytes(1000, 1, shape, activation_checkpointing=True, **options) for shape in (hybrid, few)
+    )
+    assert found == expected + 1000 * 5000 - of_attention  # the one layer that is recomputed
 
 
 def test_activation_bytes_of_logits_grow_by_one_chunk_only():

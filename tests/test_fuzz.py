@@ -24,9 +24,10 @@ from torch import Tensor, nn
 import flexpg
 from flexpg import PrefixTree, Rollouts, SamplingParams, attention, block_mask, dense_mask, grpo_loss, pack
 from flexpg.analysis.rollout_files import read_rollouts
+from flexpg.analysis.work import encoded_work
 from flexpg.conversations import conversation_rollouts
 from flexpg.losses import ImportanceSamplingLevel, LossType
-from flexpg.micro_batches import MicroBatch, by_cache, encoded_work
+from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import _uniforms
 from flexpg.training.config import load_config
@@ -185,7 +186,7 @@ def test_fuzz_pack_assigns_every_rollout_to_one_rank_once(drawn, world_size, sha
         assert max(sizes) + cached <= max_tokens
         encoded += sum(sizes) + cached
     idle = sum(batch.is_idle for batch in batches)
-    assert encoded_work(batches)[0] == encoded <= size_of(drawn, chosen, sharing=False) + 2 * idle
+    assert encoded_work(batches).num_tokens == encoded <= size_of(drawn, chosen, sharing=False) + 2 * idle
 
 
 # Losses and advantages.

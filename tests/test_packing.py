@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexpg.micro_batches import MicroBatch, by_cache, encoded_work, recomputed_tokens
+from flexpg.analysis.work import encoded_work, recomputed_tokens
+from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.packing import PAIRS_PER_TOKEN, pack
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
@@ -135,7 +136,8 @@ def test_pack_oversized_group_has_its_prompt_in_every_part():
     batches = pack(rollouts, 9)
     assert indices_of(batches) == [[0, 2], [1, 3]]
     assert [(batch.tree.num_tokens, batch.cached_tokens) for batch in batches] == [(9, 5), (9, 5)]
-    assert encoded_work(batches) == (5 + 8, 15 + 4 * (6 + 7))
+    work = encoded_work(batches)
+    assert (work.num_tokens, work.num_pairs) == (5 + 8, 15 + 4 * (6 + 7))
     assert indices_of(pack(rollouts, 9, sharing=False)) == [[0], [1], [2], [3]]
 
 
@@ -209,7 +211,7 @@ def test_pack_oversized_groups_over_two_ranks():
     for rollouts, sizes, encoded in ((one, [4], 2), (four, [2, 2], 4)):  # a group on both ranks; two groups on each
         batches = pack(rollouts, 60, world_size=2)
         assert [[len(s) for s in by_cache(batches) if s[0].rank == rank] for rank in range(2)] == [sizes, sizes]
-        assert encoded_work(batches)[0] == encoded * 10 + 400
+        assert encoded_work(batches).num_tokens == encoded * 10 + 400
         assert recomputed_tokens(batches) == 10 * (encoded - rollouts.num_groups)
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from flexpg.analysis.flops import ModelShape, activation_bytes, update_flops
 from flexpg.analysis.report import report, rollouts_from_lengths
 from flexpg.analysis.rollout_files import read_rollouts
-from flexpg.micro_batches import encoded_work, recomputed_tokens
+from flexpg.analysis.work import Work, encoded_work, packed_work, recomputed_tokens
 from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 
@@ -21,13 +22,17 @@ ROLLOUTS = Rollouts.from_groups(PROMPTS, COMPLETIONS, rewards=[[0.0] * 4, [0.0] 
 
 
 def count_trie(sequences):
-    """Count tokens and pairs of a trie: every distinct prefix is a token, which sees as many as it is long."""
+    """Count the tokens of a trie by position: every distinct prefix is a token, which sees as many as it is long."""
     prefixes = {tuple(sequence[:t]) for sequence in sequences for t in range(1, len(sequence) + 1)}
-    return len(prefixes), sum(map(len, prefixes))
+    return by_position([len(prefix) - 1 for prefix in prefixes])
 
 
 def count_separately(sequences):
-    return sum(map(len, sequences)), sum(t for sequence in sequences for t in range(1, len(sequence) + 1))
+    return by_position([t for sequence in sequences for t in range(len(sequence))])
+
+
+def by_position(positions):
+    return Work(torch.tensor([positions.count(position) for position in range(max(positions) + 1)]))
 
 
 def count_prompts_once(groups):
@@ -48,17 +53,17 @@ def test_report_by_group_size_counts_first_completions_of_every_prompt(checkpoin
         sequences = [prompt + tokens for prompt, own in groups for tokens in own]
         loss_tokens = sum(len(tokens) for _, own in groups for tokens in own)
         assert row["rollouts"] == len(sequences)
-        for name, (tokens, pairs) in {
+        for name, work in {
             "baseline": count_separately(sequences),
             "prompts_once": count_prompts_once(groups),
             "shared": count_trie(sequences),
         }.items():
             options = {"activation_checkpointing": checkpointing}
             counts = {
-                "tokens": tokens,
-                "pairs": pairs,
-                "flops": update_flops(tokens, pairs, loss_tokens, SHAPE, **options).total,
-                "activation_bytes": activation_bytes(tokens, loss_tokens, SHAPE, itemsize=4, **options),
+                "tokens": work.num_tokens,
+                "pairs": work.num_pairs,
+                "flops": update_flops(work, loss_tokens, SHAPE, **options).total,
+                "activation_bytes": activation_bytes(work.num_tokens, loss_tokens, SHAPE, itemsize=4, **options),
             }
             assert counts.items() <= row[name].items()
             if name != "baseline":
@@ -77,7 +82,7 @@ def test_report_counts_logits_only_of_tokens_in_the_loss():
     mask[0, 1:] = False
     full, masked = report(ROLLOUTS, SHAPE), report(replace(ROLLOUTS, loss_mask=mask), SHAPE)
     assert (full.loss_tokens, masked.loss_tokens) == (12, 10)
-    logits = update_flops(0, 0, 2, SHAPE).total
+    logits = update_flops(Work(torch.tensor([0])), 2, SHAPE).total
     assert full.total["shared"]["flops"] - masked.total["shared"]["flops"] == logits > 0
 
 
@@ -99,12 +104,17 @@ def test_report_of_oversized_group_counts_its_cached_prompt_once():
     batches = pack(group, 24)
     assert len(batches) > 1 and {batch.cached_tokens for batch in batches} == {20}
     row, whole = report(group, SHAPE, max_tokens=[24, 100]).by_max_tokens
-    assert (row["micro_batches"], row["tokens"]) == (len(batches), encoded_work(batches)[0])
+    assert (row["micro_batches"], row["tokens"]) == (len(batches), encoded_work(batches).num_tokens)
     assert row["recomputed_tokens"] == recomputed_tokens(batches) <= 2  # what completions have in common
-    prompt = update_flops(20, 210, 0, SHAPE).total
-    flops = [update_flops(b.tree.num_tokens, b.tree.num_pairs, int(b.loss_mask.sum()), SHAPE).total for b in batches]
+    prompt = update_flops(Work(torch.ones(20, dtype=torch.int64)), 0, SHAPE).total
+    flops = [update_flops(packed_work(b.tree), int(b.loss_mask.sum()), SHAPE).total for b in batches]
     assert row["flops"] == sum(flops) - (len(batches) - 1) * prompt
     assert row["activation_bytes"] < whole["activation_bytes"]
+
+
+def test_report_names_recurrent_layers_and_windows():
+    shape = replace(SHAPE, attention_layers=1, recurrent_layers=1, windowed_layers=1, window=512)
+    assert "model: 2 layers (1 recurrent, 1 with a window of 512) of width 8" in printed(report(ROLLOUTS, shape))
 
 
 def test_report_of_lengths_shares_prompts_only():

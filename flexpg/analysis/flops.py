@@ -1,17 +1,10 @@
-"""Floating-point operations and activation memory of an update, from its tokens and visible pairs.
-
-`tree.num_tokens` and `tree.num_pairs` are those of a packed sequence, `tree.baseline_tokens` and `tree.baseline_pairs`
-those of the baseline, `packing.encoded_work` those of micro-batches.
-"""
+"""Floating-point operations and activation memory of an update, from the work of its tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from flexpg.rollouts import Rollouts
+from flexpg.analysis.work import Work
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,7 @@ class ModelShape:
         embed_dim: E.
         num_heads: Hq, query heads.
         num_kv_heads: Hkv, key/value heads.
-        head_dim: D.
+        head_dim: D, of queries and keys.
         intermediate_dim: I, of the MLP; with experts, the sum over those that a token is routed to.
         vocab_size: V, rows of the output layer.
         layer_weights: Entries of the matrices of a layer that a token is multiplied with, adapters included; the mean
@@ -38,10 +31,19 @@ class ModelShape:
         has_qk_norm: Whether queries and keys are normalized.
         experts_per_token: Experts that a token is routed to; 0 for an MLP without experts.
         frozen_weights: Entries of `layer_weights` that are not trained (LoRA's base matrices); the mean over layers.
-        first_inputs: Entries of the first layer's matrices whose input needs no gradient, because neither the
-            embeddings nor any matrix before them is trained.
+        first_inputs: Entries of the first matrices, whose input needs no gradient, because neither the embeddings nor
+            any matrix before them is trained.
         is_output_frozen: Whether the output layer is not trained.
         output_adapters: Entries of the output layer's adapters.
+        value_dim: Of a value head; 0 if it is D.
+        attention_layers: Layers with attention; None if all have it.
+        windowed_layers: Those of them with a sliding window or chunks.
+        window: The tokens that a token sees there at most, or those of a chunk.
+        is_chunked: Whether `window` is that of chunks.
+        recurrent_layers: Layers with recurrence, in place of attention or next to it.
+        recurrent_flops: FLOPs of a token's forward in all recurrent layers, without those of `layer_weights`.
+        recurrent_backward_flops: The same of its backward.
+        recurrent_bytes: Bytes that all recurrent layers keep of a token for their backward.
     """
 
     num_layers: int
@@ -61,6 +63,20 @@ class ModelShape:
     first_inputs: int = 0
     is_output_frozen: bool = False
     output_adapters: int = 0
+    value_dim: int = 0
+    attention_layers: int | None = None
+    windowed_layers: int = 0
+    window: int = 0
+    is_chunked: bool = False
+    recurrent_layers: int = 0
+    recurrent_flops: int = 0
+    recurrent_backward_flops: int = 0
+    recurrent_bytes: int = 0
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers with attention."""
+        return self.num_layers if self.attention_layers is None else self.attention_layers
 
 
 @dataclass(frozen=True)
@@ -71,21 +87,22 @@ class Flops:
         linear: Of the layers' matrices.
         attention: Of QK^T and PV, for visible pairs only.
         output: Of the logits.
+        recurrent: Of recurrent layers, without their matrices.
     """
 
     linear: int
     attention: int
     output: int
+    recurrent: int = 0
 
     @property
     def total(self) -> int:
         """The sum."""
-        return self.linear + self.attention + self.output
+        return self.linear + self.attention + self.output + self.recurrent
 
 
 def update_flops(
-    num_tokens: int,
-    num_pairs: int,
+    work: Work,
     num_loss_tokens: int,
     shape: ModelShape,
     *,
@@ -96,28 +113,38 @@ def update_flops(
 
     A matrix of n entries takes 2 n per token in the forward, 2 n for the gradient of its input and, if it is trained,
     2 n for its own gradient. A visible pair takes 4 D per layer and head (QK^T and PV), and twice that in the backward.
-    The scores that flash kernels recompute in their backward are not counted, nor are norms, activation functions,
-    softmax, the optimizer and padding.
+    Of a recurrent layer, matrix products and convolutions over the sequence count, elementwise operations do not. The
+    scores that flash kernels recompute in their backward are not counted, nor are norms, activation functions, softmax,
+    attention sinks, the optimizer and padding.
 
     Args:
-        num_tokens: Tokens that are encoded.
-        num_pairs: Visible query-key pairs.
+        work: The tokens that are encoded.
         num_loss_tokens: Completion tokens whose logits are computed.
         shape: The model.
         activation_checkpointing: Each layer's forward is recomputed in the backward (not reentrant).
         recompute_output: Logits are recomputed in the backward, as `token_logprobs` does.
 
+    >>> from flexpg.analysis.work import packed_work
+    >>> from flexpg.tree import PrefixTree
     >>> shape = ModelShape(1, 8, 1, 1, 8, 16, vocab_size=10, layer_weights=4 * 8 * 8 + 3 * 8 * 16)
-    >>> update_flops(5, 14, 2, shape)
-    Flops(linear=19200, attention=1344, output=1280)
+    >>> update_flops(packed_work(PrefixTree.from_lengths([3], [[1, 1]])), 2, shape)
+    Flops(linear=19200, attention=1344, output=1280, recurrent=0)
     """
     per_token = shape.num_layers * (6 * shape.layer_weights - 2 * shape.frozen_weights) - 2 * shape.first_inputs
+    recurrent = shape.recurrent_flops + shape.recurrent_backward_flops
     if activation_checkpointing:
         per_token += 2 * shape.num_layers * (shape.layer_weights - shape.last_weights)
-    per_pair = shape.num_layers * 4 * shape.head_dim * shape.num_heads * (4 if activation_checkpointing else 3)
+        recurrent += shape.recurrent_flops
+    pairs = work.num_pairs * (shape.num_attention_layers - shape.windowed_layers)
+    if shape.windowed_layers:
+        pairs += work.pairs(shape.window, shape.is_chunked) * shape.windowed_layers
+    per_pair = 2 * (shape.head_dim + (shape.value_dim or shape.head_dim)) * shape.num_heads
+    per_pair *= 4 if activation_checkpointing else 3
     output, adapters = shape.embed_dim * shape.vocab_size, shape.output_adapters
     per_logits = 2 * (output + adapters) * (3 + recompute_output) - 2 * output * shape.is_output_frozen
-    return Flops(num_tokens * per_token, num_pairs * per_pair, num_loss_tokens * per_logits)
+    return Flops(
+        work.num_tokens * per_token, pairs * per_pair, num_loss_tokens * per_logits, work.num_tokens * recurrent
+    )
 
 
 def activation_bytes(
@@ -141,8 +168,10 @@ def activation_bytes(
     With checkpointing, a layer keeps only its input, and the second working set includes one recomputed layer.
 
     The estimate is within 15 % of peaks measured on a CPU in float32 with flash attention, and up to 18 % too low in
-    bfloat16. No GPU was measured. It does not hold for dense attention (a softcap or a window on a CPU), for compiled
-    layers (which keep less), or if gradients exist already and new ones are added to them.
+    bfloat16; up to 30 % too low with Mamba2 layers, whose backward in torch needs more, and 35 % for gpt-oss, whose
+    experts compute their activation function in steps. No GPU was measured. It does not hold for dense attention (a
+    softcap or a window on a CPU), for compiled layers and kernels of recurrent layers (which keep less), or if
+    gradients exist already and new ones are added to them.
 
     Args:
         num_tokens: Tokens that are encoded.
@@ -158,8 +187,10 @@ def activation_bytes(
     3860
     """
     width, rounded = shape.embed_dim, max(itemsize, 4)  # norms, softmax and logsumexp are in float32 or better
-    layer = _kept_bytes(shape, itemsize, expanded_kv)
-    stored = shape.num_layers * (width * itemsize if activation_checkpointing else layer)
+    attention, other = _kept_bytes(shape, itemsize, expanded_kv)
+    stored = shape.num_attention_layers * attention + shape.num_layers * other + shape.recurrent_bytes
+    if activation_checkpointing:
+        stored = shape.num_layers * width * itemsize
     chunk = min(num_loss_tokens, chunk_tokens) * shape.vocab_size * (itemsize + 2 * rounded)
     if num_loss_tokens > chunk_tokens and not shape.is_output_frozen:
         chunk += width * shape.vocab_size * itemsize  # the output layer's gradient of a chunk, to be added to the next
@@ -167,29 +198,15 @@ def activation_bytes(
     at_logits = num_tokens * (rounded + 2 * itemsize) * width + chunk
     in_mlp = num_tokens * itemsize * (2 * shape.intermediate_dim + 2 * width)
     if activation_checkpointing:
-        in_mlp += num_tokens * (layer - width * itemsize)
+        recurrent = shape.recurrent_bytes // max(shape.recurrent_layers, 1)
+        is_parallel = shape.num_attention_layers + shape.recurrent_layers > shape.num_layers
+        mixer = attention + recurrent if is_parallel else max(attention, recurrent)
+        in_mlp += num_tokens * (mixer + other - width * itemsize)
     return num_tokens * stored + max(at_logits, in_mlp)
 
 
-def prompts_once(rollouts: Rollouts) -> tuple[int, int]:
-    """Count tokens and visible pairs if only prompts are shared: every completion is encoded in full.
-
-    >>> rollouts = Rollouts.from_groups([[1, 2, 3]], [[[4], [4]]], rewards=[[0.0, 1.0]])
-    >>> prompts_once(rollouts), (rollouts.tree.num_tokens, rollouts.tree.num_pairs)
-    ((5, 14), (4, 10))
-    """
-    prompts = torch.tensor([len(prompt) for prompt in rollouts.prompts])  # [P]
-    lens, own = rollouts.prompt_lens, rollouts.completion_lens  # [N]
-    pairs = _causal_pairs(prompts).sum() + (_causal_pairs(lens + own) - _causal_pairs(lens)).sum().cpu()
-    return int(prompts.sum()) + int(own.sum()), int(pairs)
-
-
-def _causal_pairs(length: Tensor) -> Tensor:
-    return length * (length + 1) // 2
-
-
-def _kept_bytes(shape: ModelShape, itemsize: int, expanded_kv: bool) -> int:
-    """Return the bytes that a layer keeps of a token for its backward.
+def _kept_bytes(shape: ModelShape, itemsize: int, expanded_kv: bool) -> tuple[int, int]:
+    """Return the bytes that attention, and the rest of a layer, keep of a token for their backward.
 
     A norm keeps its input in float32, the normalized input and the output; attention q, k, v, its output and logsumexp;
     a gated MLP its two factors, the result of the activation function and the product; an expert also its copy of the
@@ -198,8 +215,9 @@ def _kept_bytes(shape: ModelShape, itemsize: int, expanded_kv: bool) -> int:
     rounded = max(itemsize, 4)
     norms = shape.norms * shape.embed_dim * (rounded + 2 * itemsize)
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    attention = 2 * itemsize * (queries + (queries if expanded_kv else keys)) + rounded * shape.num_heads
+    heads = shape.num_heads + (shape.num_heads if expanded_kv else shape.num_kv_heads)
+    attention = itemsize * heads * (shape.head_dim + (shape.value_dim or shape.head_dim)) + rounded * shape.num_heads
     if shape.has_qk_norm:
         attention += (rounded + itemsize) * (queries + keys)
     mlp = itemsize * shape.mlp_tensors * shape.intermediate_dim
-    return norms + attention + mlp + 2 * itemsize * shape.experts_per_token * shape.embed_dim
+    return attention, norms + mlp + 2 * itemsize * shape.experts_per_token * shape.embed_dim

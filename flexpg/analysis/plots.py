@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from flexpg.analysis.flops import prompts_once
 from flexpg.analysis.report import Report, Row, short
+from flexpg.analysis.work import prompts_once_work
 from flexpg.masks import block_mask, tree_mask_mod
 from flexpg.rollouts import Rollouts
 from flexpg.tree import BLOCK, PrefixTree
@@ -98,10 +98,10 @@ def plot_tree(tree: PrefixTree) -> Figure:
 
 def plot_savings(rollouts: Rollouts) -> Figure:
     """Plot the tokens and visible pairs of a step by the baseline, with every prompt once, and shared."""
-    tree, once = rollouts.tree, prompts_once(rollouts)
+    tree, once = rollouts.tree, prompts_once_work(rollouts)
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
-    counts = {"tokens": (tree.baseline_tokens, once[0], tree.num_tokens)}
-    counts["visible pairs"] = (tree.baseline_pairs, once[1], tree.num_pairs)
+    counts = {"tokens": (tree.baseline_tokens, once.num_tokens, tree.num_tokens)}
+    counts["visible pairs"] = (tree.baseline_pairs, once.num_pairs, tree.num_pairs)
     _draw_counts(figure.subplots(), counts)
     return figure
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexpg.analysis.flops import ModelShape, activation_bytes, prompts_once, update_flops
-from flexpg.micro_batches import MicroBatch, encoded_work
+from flexpg.analysis.flops import ModelShape, activation_bytes, update_flops
+from flexpg.analysis.work import Work, baseline_work, encoded_work, packed_work, prompts_once_work
+from flexpg.micro_batches import MicroBatch
 from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
+from flexpg.tree import PrefixTree
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -110,7 +112,7 @@ class Report:
         return [
             f"{plural(count, 'rollout')} of {plural(self.prompts, 'prompt')}: {short(self.prompt_tokens)} prompt "
             f"tokens, {short(self.completion_tokens)} completion tokens, {short(self.loss_tokens)} in the loss",
-            f"model: {shape.num_layers} layers of width {shape.embed_dim:,}, vocabulary {shape.vocab_size:,}; "
+            f"model: {_layers(shape)} of width {shape.embed_dim:,}, vocabulary {shape.vocab_size:,}; "
             + ", ".join(options),
         ]
 
@@ -258,42 +260,40 @@ def _scaled(count: int, base: int, units: Sequence[str]) -> str:
 
 
 def _count(
-    tokens: int, pairs: int, loss_tokens: int, *, shape: ModelShape, itemsize: int, activation_checkpointing: bool
+    work: Work, loss_tokens: int, *, shape: ModelShape, itemsize: int, activation_checkpointing: bool
 ) -> dict[str, int]:
     checkpointing = {"activation_checkpointing": activation_checkpointing}
     return {
-        "tokens": tokens,
-        "pairs": pairs,
-        "flops": update_flops(tokens, pairs, loss_tokens, shape, **checkpointing).total,
-        "activation_bytes": activation_bytes(tokens, loss_tokens, shape, itemsize=itemsize, **checkpointing),
+        "tokens": work.num_tokens,
+        "pairs": work.num_pairs,
+        "flops": update_flops(work, loss_tokens, shape, **checkpointing).total,
+        "activation_bytes": activation_bytes(work.num_tokens, loss_tokens, shape, itemsize=itemsize, **checkpointing),
     }
 
 
-def _comparison(rollouts: Rollouts, count: Callable[[int, int, int], Row]) -> Row:
-    tree, loss_tokens = rollouts.tree, rollouts.num_loss_tokens
-    baseline = count(tree.baseline_tokens, tree.baseline_pairs, loss_tokens)
+def _comparison(rollouts: Rollouts, count: Callable[[Work, int], Row]) -> Row:
+    loss_tokens = rollouts.num_loss_tokens
+    baseline = count(baseline_work(rollouts.tree), loss_tokens)
     others = {
-        "prompts_once": count(*prompts_once(rollouts), loss_tokens),
-        "shared": count(tree.num_tokens, tree.num_pairs, loss_tokens),
+        "prompts_once": count(prompts_once_work(rollouts), loss_tokens),
+        "shared": count(packed_work(rollouts.tree), loss_tokens),
     }
     for own in others.values():
         own |= {f"{name}_ratio": value / own[name] for name, value in baseline.items()}
     return {"rollouts": len(rollouts), "baseline": baseline, **others}
 
 
-def _packed(rollouts: Rollouts, budget: int, total: Row, count: Callable[[int, int, int], Row]) -> Row:
-    def peak_bytes(batches: list[MicroBatch], tokens: str) -> int:
-        return max(
-            count(getattr(each.tree, tokens), 0, int(each.loss_mask.sum()))["activation_bytes"] for each in batches
-        )
+def _packed(rollouts: Rollouts, budget: int, total: Row, count: Callable[[Work, int], Row]) -> Row:
+    def peak_bytes(batches: list[MicroBatch], work: Callable[[PrefixTree], Work]) -> int:
+        return max(count(work(each.tree), int(each.loss_mask.sum()))["activation_bytes"] for each in batches)
 
     batches, baseline = pack(rollouts, budget), pack(rollouts, budget, sharing=False)
-    work = count(*encoded_work(batches), rollouts.num_loss_tokens)
+    work = count(encoded_work(batches), rollouts.num_loss_tokens)
     return {
         "baseline_micro_batches": len(baseline),
-        "baseline_activation_bytes": peak_bytes(baseline, "baseline_tokens"),
+        "baseline_activation_bytes": peak_bytes(baseline, baseline_work),
         "micro_batches": len(batches),
-        "activation_bytes": peak_bytes(batches, "num_tokens"),
+        "activation_bytes": peak_bytes(batches, packed_work),
         "tokens": work["tokens"],
         "recomputed_tokens": work["tokens"] - total["shared"]["tokens"],
         "flops": work["flops"],
@@ -310,6 +310,14 @@ def _first_completions(rollouts: Rollouts) -> list[tuple[int, Rollouts]]:
         seen[group] += 1
     sizes = {2**power for power in range(max(seen).bit_length())} | {max(seen)}
     return [(size, rollouts.select([n for n, own in enumerate(rank) if own < size])) for size in sorted(sizes)]
+
+
+def _layers(shape: ModelShape) -> str:
+    """Return the number of layers, and how many have recurrence or a window."""
+    kinds = [f"{shape.recurrent_layers} recurrent"] if shape.recurrent_layers else []
+    if shape.windowed_layers:
+        kinds.append(f"{shape.windowed_layers} with {'chunks' if shape.is_chunked else 'a window'} of {shape.window:,}")
+    return plural(shape.num_layers, "layer") + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def _cell(work: Row, name: str) -> str:

@@ -46,6 +46,7 @@ def shape_of(model: TransformerDecoder) -> ModelShape:
     matrices = [sorted(layer_matrices(layer), key=lambda matrix: matrix.projection == "mlp.w2") for layer in layers]
     embeddings, output = model.tok_embeddings, model.output
     output_weight = embeddings.weight if isinstance(output, TiedLinear) else output.weight
+    windows = [getattr(layer.attn, "sliding_window_size", None) for layer in layers]
     return ModelShape(
         num_layers=len(layers),
         embed_dim=embeddings.embedding_dim,
@@ -62,6 +63,8 @@ def shape_of(model: TransformerDecoder) -> ModelShape:
         output_adapters=sum(map(Tensor.numel, get_adapter_params(output).values()))
         if isinstance(output, LoRALinear)
         else 0,
+        windowed_layers=sum(window is not None for window in windows),
+        window=max(window or 0 for window in windows),
         **weight_fields(matrices, embeds_are_trained=embeddings.weight.requires_grad),
     )
 

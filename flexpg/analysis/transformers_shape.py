@@ -6,20 +6,25 @@ the model's layers.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flexpg.analysis.flops import ModelShape
 from flexpg.analysis.transformers_files import meta_model
-from flexpg.analysis.weights import keeps_input, layer_matrices, weight_fields
+from flexpg.analysis.transformers_recurrent import recurrent_work
+from flexpg.analysis.weights import Matrix, keeps_input, layer_matrices, weight_fields
 from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, unwrap
 from flexpg.integrations.transformers.composite import text_config
-from flexpg.integrations.transformers.recurrent import recurrent_modules
+from flexpg.integrations.transformers.recurrent import is_recurrent, recurrent_modules
 
 
 def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
@@ -44,51 +49,138 @@ def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
     config, name = text_config(base), type(base).__name__
     if base.get_output_embeddings() is None:
         raise TypeError(f"{name} has no output layer; load it with AutoModelForCausalLM")
-    if next(recurrent_modules(base), None) is not None:
-        raise TypeError(f"{name} has recurrent layers, whose FLOPs are not counted yet; write its ModelShape by hand")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise TypeError(
-            f"{name} has keys and values of different sizes (latent attention); write its ModelShape by hand"
-        )
     own_layers = list(layers(base).values())
     if not own_layers:
         raise ValueError(f"{name} must have at least one layer, got num_hidden_layers=0")
-    first_layer = own_layers[0]
-    has_experts = any(parameter.dim() == 3 for parameter in first_layer.parameters())
-    experts = config.num_experts_per_tok if has_experts else 0
-    matrices = [layer_matrices(layer, experts) for layer in own_layers]
-    if matrices[0][-1].path.count(".") < 2:
+    parts = [_parts(layer, getattr(config, "num_experts_per_tok", 0)) for layer in own_layers]
+    if any(part.matrices[-1].path.count(".") < 2 for part in parts):
         raise TypeError(f"{name} must have its MLP in a module of its own; write its ModelShape by hand")
-    in_mlp = [m.entries for own in matrices for m in own if m.block == own[-1].block and not m.is_adapter]
-    last = [m for m in matrices[0] if not m.is_adapter][-1].entries
-    is_gated = has_experts or sum(in_mlp) > 2.5 * len(own_layers) * last  # three matrices of one size, not two
+    with_mlp = [part for part in parts if part.mlp]
+    mlp_entries = sum(m.entries for part in with_mlp for m in part.mlp)
+    # Three matrices of one size, not two.
+    is_gated = any(part.experts for part in parts) or mlp_entries > 2.5 * sum(part.mlp[-1].entries for part in with_mlp)
     # 0.5 * x * (1 + tanh(... x ** 3)), written out, keeps x, 0.5 x, tanh and 1 + tanh, where a kernel keeps only x.
-    is_written_out = any(isinstance(module, NewGELUActivation) for module in first_layer.modules())
-    norms = {path: module for path, module in first_layer.named_children() if "Norm" in type(module).__name__}
-    is_normed_after = any("post_feedforward" in path or "post_mlp" in path for path in norms)
+    is_written_out = any(isinstance(module, NewGELUActivation) for module in own_layers[0].modules())
+    norms = [path for path, module in own_layers[0].named_children() if "Norm" in type(module).__name__]
     output = {path: p for path, p in base.get_output_embeddings().named_parameters() if p.dim() == 2}
     # A hook may make embeddings require grad, as gradient checkpointing does with adapters.
     embeds = base.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.int64, device=base.device))
-    return ModelShape(
+    shape = ModelShape(
         num_layers=len(own_layers),
         embed_dim=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        intermediate_dim=sum(in_mlp) // (len(own_layers) * config.hidden_size * (3 if is_gated else 2)),
+        intermediate_dim=mlp_entries // (len(own_layers) * config.hidden_size * (3 if is_gated else 2)),
         vocab_size=config.vocab_size,
-        last_weights=0 if is_normed_after or has_experts else matrices[0][-1].entries,  # experts' outputs are weighted
-        mlp_tensors=(4 if is_gated else 2) + (3 if is_written_out else 0) - (not keeps_input(matrices[0])),
+        last_weights=sum(part.last_entries for part in parts) // len(parts),
+        mlp_tensors=(4 if is_gated else 2) + (3 if is_written_out else 0) - (not keeps_input(parts[0].matrices)),
         norms=len(norms),
-        has_qk_norm=any(path.endswith(("q_norm", "q_layernorm")) for path, _ in first_layer.named_modules()),
-        experts_per_token=experts,
+        has_qk_norm=any(path.endswith(("q_norm", "q_layernorm")) for path, _ in base.named_modules()),
+        experts_per_token=max(part.experts for part in parts),
         is_output_frozen=not any(p.requires_grad for path, p in output.items() if "lora_" not in path),
         output_adapters=sum(p.numel() for path, p in output.items() if "lora_" in path),
+        **_attention_fields(config, name, [part.attention for part in parts]),
         **weight_fields(
-            matrices,
+            [part.matrices for part in parts],
             embeds_are_trained=embeds.requires_grad,
-            is_parallel=len(norms) == 1,
+            is_parallel=len(norms) == 1 and not any(part.recurrent for part in parts),
         ),
+    )
+    modules = [module for part in parts for module in part.recurrent]
+    return _with_recurrent_layers(shape, modules, meta_model(base.config).to(base.dtype)) if modules else shape
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a decoder layer consists of.
+
+    Attributes:
+        attention: Its attention module, if it has one.
+        recurrent: Its recurrent modules.
+        matrices: All matrices, those of the MLP last.
+        mlp: Those outside attention and recurrence, without adapters.
+        experts: Experts that a token is routed to; 0 without experts.
+        last_entries: Entries of the last matrix if checkpointing does not recompute it, else 0.
+    """
+
+    attention: nn.Module | None
+    recurrent: list[nn.Module]
+    matrices: list[Matrix]
+    mlp: list[Matrix]
+    experts: int
+    last_entries: int
+
+
+def _parts(layer: nn.Module, experts_per_token: int) -> _Parts:
+    recurrent = {path: module for path, module in layer.named_modules() if is_recurrent(module)}
+    attention = {path: module for path, module in layer.named_modules() if _is_attention(module)}
+    # Of a recurrent module, a token is multiplied with the matrices of Linear layers only.
+    others = {part for own in recurrent.values() for part in own.modules() if not isinstance(part, nn.Linear)}
+    own = [p for part in layer.modules() if part not in others for p in part.parameters(recurse=False)]
+    experts = experts_per_token if any(parameter.dim() == 3 for parameter in own) else 0
+    matrices = layer_matrices(layer, experts, no_matrices=others)
+    mixers = tuple(f"{path}." for path in (*recurrent, *attention))
+    mlp = [matrix for matrix in matrices if not matrix.path.startswith(mixers)]
+    matrices = [matrix for matrix in matrices if matrix not in mlp] + mlp
+    # Of a norm after it, experts, which are weighted, and a recurrent layer's segments, the backward needs inputs.
+    is_recomputed = any(re.search("post_(feedforward|mlp|ffn)", path) for path, _ in layer.named_children())
+    is_recomputed |= bool(experts) or matrices[-1].path.startswith(tuple(f"{path}." for path in recurrent))
+    return _Parts(
+        attention=next(iter(attention.values()), None),
+        recurrent=list(recurrent.values()),
+        matrices=matrices,
+        mlp=[matrix for matrix in mlp if not matrix.is_adapter],
+        experts=experts,
+        last_entries=0 if is_recomputed else matrices[-1].entries,
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    is_layer = isinstance(module, GradientCheckpointingLayer)  # BambaAttentionDecoderLayer
+    return "Attention" in type(module).__name__ and not is_layer and not is_recurrent(module)
+
+
+def _attention_fields(config: PretrainedConfig, name: str, modules: Sequence[nn.Module | None]) -> dict[str, Any]:
+    """Return the fields of a ModelShape that describe attention.
+
+    Args:
+        config: Of the language model.
+        name: Of the model, for errors.
+        modules: The attention module of each layer.
+    """
+    attention = [module for module in modules if module is not None]
+    own = {size for module in attention if isinstance(size := getattr(module, "head_dim", None), int)}
+    if len(own) > 1:
+        raise TypeError(f"{name} has heads of {sorted(own)} entries in different layers; write its ModelShape by hand")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None) is not None:  # latent attention
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    kinds = getattr(config, "layer_types", None)
+    chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
+    chunked = len(attention) if kinds is None else kinds.count("chunked_attention")
+    sliding = len(attention) if kinds is None else sum("sliding" in kind for kind in kinds)
+    windowed = chunked if chunk else sliding if window else 0
+    return {
+        "head_dim": head_dim,
+        "value_dim": 0 if (size := getattr(config, "v_head_dim", None) or head_dim) == head_dim else size,
+        "attention_layers": None if len(attention) == len(modules) else len(attention),
+        "windowed_layers": windowed,
+        "window": (chunk or window) if windowed else 0,
+        "is_chunked": bool(windowed and chunk),
+    }
+
+
+def _with_recurrent_layers(shape: ModelShape, modules: Sequence[nn.Module], on_meta: nn.Module) -> ModelShape:
+    """Return the shape with the work of recurrent modules; one of each kind runs, in a model on the meta device."""
+    kinds = {type(module): module for module in recurrent_modules(on_meta)}
+    work = {kind: recurrent_work(module, shape.embed_dim) for kind, module in kinds.items()}
+    own = [work[type(module)] for module in modules]
+    return replace(
+        shape,
+        recurrent_layers=len(own),
+        recurrent_flops=sum(each.flops for each in own),
+        recurrent_backward_flops=sum(each.backward_flops for each in own),
+        recurrent_bytes=sum(each.kept_bytes for each in own),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +40,22 @@ class Matrix:
         return ".lora_" in self.path
 
 
-def layer_matrices(layer: nn.Module, experts_per_token: int = 0) -> list[Matrix]:
+def layer_matrices(
+    layer: nn.Module, experts_per_token: int = 0, no_matrices: Collection[nn.Module] = ()
+) -> list[Matrix]:
     """Return the matrices of a layer in the order of its modules.
 
     Args:
         layer: A decoder layer.
         experts_per_token: How many experts of a 3-D parameter [experts, ., .] a token is routed to; 0 without experts.
+        no_matrices: Modules whose own parameters, those of submodules excluded, are no such matrices.
 
     Raises:
         TypeError: If it is unknown what a token does with a parameter.
     """
     found = []
     for path, module in layer.named_modules():
-        if "Norm" in type(module).__name__:  # Cohere's norms have a weight per head
+        if module in no_matrices or "Norm" in type(module).__name__:  # Cohere's norms have a weight per head
             continue
         for name, parameter in module.named_parameters(recurse=False):
             own = f"{path}.{name}"
@@ -98,15 +101,25 @@ def weight_fields(
     return {
         "layer_weights": total // len(layers),
         "frozen_weights": (total - trained) // len(layers),
-        "first_inputs": 0 if embeds_are_trained else _without_input_gradient(layers[0], is_parallel),
+        "first_inputs": 0 if embeds_are_trained else _first_inputs(layers, is_parallel),
     }
+
+
+def _first_inputs(layers: Sequence[Sequence[Matrix]], is_parallel: bool) -> int:
+    """Count the entries of the first layers' matrices whose input needs no gradient."""
+    entries = 0
+    for matrices in layers:
+        entries += _without_input_gradient(matrices, is_parallel)
+        if any(matrix.is_trained for matrix in matrices):
+            break
+    return entries
 
 
 def _without_input_gradient(matrices: Sequence[Matrix], is_parallel: bool) -> int:
     """Count the entries of a first layer's matrices whose input needs no gradient."""
     blocks = [[m for m in matrices if m.block == block] for block in dict.fromkeys(m.block for m in matrices)]
     attention, mlp = blocks[0], blocks[-1]
-    attention_in = [m for m in attention if re.search(r"[qkv]|c_attn", m.projection.split(".")[-1])]
+    attention_in = [m for m in attention if re.search(r"in_proj|[qkv]|c_attn", m.projection.split(".")[-1])]
     mlp_out = [m for m in mlp if m.projection == mlp[-1].projection]
     stages = [  # matrices with the same input
         [attention_in, [m for m in attention if m not in attention_in]],

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexpg.analysis.flops import ModelShape, prompts_once, update_flops
-from flexpg.micro_batches import MicroBatch, by_cache, encoded_work, recomputed_tokens
+from flexpg.analysis.flops import ModelShape, update_flops
+from flexpg.analysis.work import baseline_work, encoded_work, prompts_once_work, recomputed_tokens, total_work
+from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.rollouts import Rollouts
 from flexpg.tree import padded_length
 
@@ -63,7 +64,7 @@ def cost_metrics(
     series = [own for minibatch in minibatches for own in by_cache(minibatch)]
     repeated = sum(sum(batch.cached_tokens for batch in own) - _cached_prompt_tokens(own) for own in series)
     if is_shared:
-        encoded = sum(encoded_work(minibatch)[0] for minibatch in minibatches)
+        encoded = sum(encoded_work(minibatch).num_tokens for minibatch in minibatches)
         suffixes = [batch.tree.num_tokens - batch.cached_tokens for batch in batches]
         with_padding = sum(map(padded_length, suffixes) if keep_padding else suffixes)
         with_padding += sum(padded_length(_cached_prompt_tokens(own)) for own in series if len(own) > 1)
@@ -72,7 +73,7 @@ def cost_metrics(
         with_padding = sum(len(batch.tree.lengths) * batch.tree.max_length for batch in batches)
     return {
         "tokens_baseline": sum(batch.tree.baseline_tokens for batch in busy),
-        "tokens_prompts_once": sum(prompts_once(batch.rollouts)[0] for batch in busy) - repeated,
+        "tokens_prompts_once": sum(prompts_once_work(batch.rollouts).num_tokens for batch in busy) - repeated,
         "tokens_encoded": encoded,
         "padding": with_padding - encoded,
         "tokens_recomputed": sum(map(recomputed_tokens, minibatches)) if is_shared else 0,
@@ -88,10 +89,9 @@ def flop_ratio(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -
         shape: Of the model.
     """
     batches = [batch for own in minibatches for batch in own if not batch.is_idle]
-    baseline_tokens = sum(batch.tree.baseline_tokens for batch in batches)
-    baseline_pairs = sum(batch.tree.baseline_pairs for batch in batches)
-    tokens, pairs = torch.tensor([encoded_work(own) for own in minibatches]).sum(0).tolist()
-    return update_flops(baseline_tokens, baseline_pairs, 0, shape).total / update_flops(tokens, pairs, 0, shape).total
+    baseline = total_work([baseline_work(batch.tree) for batch in batches])
+    shared = total_work([encoded_work(own) for own in minibatches])
+    return update_flops(baseline, 0, shape).total / update_flops(shared, 0, shape).total
 
 
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:
