@@ -9,8 +9,11 @@ the completion tokens by:
 
 - baseline: a right-padded batch through the model's own forward; logits of completion tokens only.
 - flexpg.
-- attention_only: as flexpg, but recurrent layers run along the packed sequence, which is what implementations that
-  replace attention alone do. It is not timed; the difference to the baseline shows that it is wrong.
+- prefix_grouper: the package of that name from PyPI, with `enable_gqa` and flexpg's log-probabilities. It replaces
+  attention alone, so recurrent layers run along the packed sequence, and pass their states from completion to
+  completion: the difference to the baseline shows that its log-probabilities are wrong here.
+
+The bound is the cost model's: FLOPs of the baseline over those of flexpg.
 
 Only recurrent layers' reference implementations run on a CPU; on CUDA the kernels of flash-linear-attention are used if
 they are installed.
@@ -18,23 +21,28 @@ they are installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from prefix_grouper import PrefixGrouper
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import flexpg
 from benchmarks.record import run
 from benchmarks.timing import alternate, paired_ratio, quartiles
+from benchmarks.update import prefix_grouper_attention
 from flexpg import PrefixTree, grpo_loss, token_logprobs
+from flexpg.analysis.flops import update_flops
+from flexpg.analysis.transformers_shape import shape_of
+from flexpg.analysis.work import baseline_work, packed_work
 from flexpg.integrations import transformers as integration
-from flexpg.integrations.transformers.recurrent import recurrent_modules
+from flexpg.prefix_cache import whole_sequence
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ CASES = {
     "cuda": [Case(4096, 512, 8, 1024, 24), Case(16_384, 1024, 8, 1024, 24)],
     "tiny": [Case(96, 16, 3, 64)],
 }
+IMPLEMENTATIONS = ("baseline", "prefix_grouper", "flexpg")
 
 
 def build_model(case: Case, device: torch.device) -> nn.Module:
@@ -77,26 +86,27 @@ def build_model(case: Case, device: torch.device) -> nn.Module:
     return flexpg.enable(model.to(torch.float32 if device.type == "cpu" else torch.bfloat16).train())
 
 
-@contextmanager
-def attention_only(model: nn.Module) -> Iterator[None]:
-    """Let recurrent layers ignore the tree inside."""
-    modules = list(recurrent_modules(model))
-    forwards = [module.forward for module in modules]
+def prefix_grouper_hidden(model: Any, grouper: PrefixGrouper, tree: PrefixTree) -> Tensor:
+    """Return hidden states [1, T, E] of a packed sequence by PrefixGrouper's attention; other layers do not change."""
+    attend = prefix_grouper_attention(grouper, expanded=False)
+
+    def forward(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
+        return attend(q, k, v), None
+
+    ALL_ATTENTION_FUNCTIONS["prefix_grouper"] = forward
+    own, before = slice(tree.num_tokens), model.config._attn_implementation
+    model.set_attn_implementation("prefix_grouper")
     try:
-        for module in modules:
-            module.forward = partial(_without_mask, module)
-        yield
+        hidden: Tensor = model.base_model(
+            input_ids=tree.input_ids[:, own], position_ids=tree.position_ids[None, own], use_cache=False
+        ).last_hidden_state
     finally:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.forward = forward
-
-
-def _without_mask(module: nn.Module, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-    return type(module).forward(module, *args, **kwargs)
+        model.set_attn_implementation(before)
+    return hidden
 
 
 def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Return the times of both implementations, the speed-up, and differences of log-probabilities."""
+    """Return the times of all implementations, the speed-ups, the bound and differences of log-probabilities."""
     model = build_model(case, device)
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(8192, (case.prompt,), generator=draw)
@@ -106,6 +116,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     tree = PrefixTree.from_groups([prompt], [completions]).to(device)
     lens = torch.full((case.group,), case.prompt, device=device)
     mask = torch.ones(case.group, case.completion, dtype=torch.bool, device=device)
+    grouper = PrefixGrouper([[case.prompt, *[case.completion] * case.group]], device=device)
     output = integration.output(model)
     found: dict[str, Tensor] = {}
 
@@ -117,33 +128,30 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     def shared() -> Tensor:
         return token_logprobs(integration.forward(model, tree), output, tree, prompt_lens=lens)
 
+    def prefix_grouper() -> Tensor:
+        hidden = prefix_grouper_hidden(model, grouper, tree)
+        return token_logprobs(whole_sequence(hidden, tree), output, tree, prompt_lens=lens)
+
+    implementations = dict(zip(IMPLEMENTATIONS, (baseline, prefix_grouper, shared), strict=True))
+
     def update(name: str) -> None:
         model.zero_grad()
-        logprobs = {"baseline": baseline, "flexpg": shared}[name]()
+        logprobs = implementations[name]()
         grpo_loss(logprobs, advantages, mask).backward()
         found[name] = logprobs.detach()
 
-    times = alternate({name: partial(update, name) for name in ("baseline", "flexpg")}, repeats, device)
-    with torch.no_grad(), attention_only(model):
-        base_model = model.base_model
-        packed = slice(tree.num_tokens if device.type == "cpu" else tree.padded_length)
-        hidden = base_model(
-            input_ids=tree.input_ids[:, packed],
-            position_ids=tree.position_ids[None, packed],
-            attention_mask=integration.mask_for(base_model, flexpg.block_mask(tree)),
-            use_cache=False,
-        ).last_hidden_state
-        padded = nn.functional.pad(hidden, (0, 0, 0, tree.padded_length - hidden.shape[1]))
-        found["attention_only"] = token_logprobs(padded, output, tree, prompt_lens=lens)
+    times = alternate({name: partial(update, name) for name in IMPLEMENTATIONS}, repeats, device)
+    shape, loss_tokens = shape_of(model), case.group * case.completion
+    flops = [update_flops(work, loss_tokens, shape).total for work in (baseline_work(tree), packed_work(tree))]
     differences = {name: (own - found["baseline"]).abs().max().item() for name, own in found.items()}
     return {
         "tokens_baseline": tree.baseline_tokens,
         "tokens_shared": tree.num_tokens,
         "token_ratio": tree.baseline_tokens / tree.num_tokens,
         "update_ms": {name: quartiles(own) for name, own in times.items()},
-        "speedup": paired_ratio(times["baseline"], times["flexpg"]),
-        "largest_difference": differences["flexpg"],
-        "largest_difference_attention_only": differences["attention_only"],
+        "bound": flops[0] / flops[1],
+        "speedup_over": {name: paired_ratio(times[name], times["flexpg"]) for name in ("baseline", "prefix_grouper")},
+        "largest_difference": {name: differences[name] for name in ("flexpg", "prefix_grouper")},
     }
 
 

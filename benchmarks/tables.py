@@ -280,14 +280,15 @@ def sharing(result: Result) -> str:
 
 def hybrid(result: Result) -> str:
     """Return the updates of a model with recurrent layers."""
-    header = ["prompt", "completions", "tokens, baseline / shared", "seconds, baseline", "seconds, shared", "speed-up"]
-    header += ["largest difference of a log-probability", "with attention shared only"]
+    header = ["prompt", "completions", "seconds, baseline", "PrefixGrouper", "flexpg", "speed-up", "bound"]
+    header += ["speed-up / bound", "largest difference of a log-probability", "of PrefixGrouper's"]
     rows = []
     for case in result["cases"]:
-        seconds = [f"{case['update_ms'][name]['median'] / 1e3:.2f}" for name in ("baseline", "flexpg")]
-        row = [case["prompt"], f"{case['group']} of {case['completion']}", f"{case['token_ratio']:.1f}", *seconds]
-        differences = [f"{case[f'largest_difference{end}']:.0e}" for end in ("", "_attention_only")]
-        rows.append([*row, spread(case["speedup"]), *differences])
+        seconds = [f"{own['median'] / 1e3:.2f}" for own in case["update_ms"].values()]
+        row = [case["prompt"], f"{case['group']} of {case['completion']}", *seconds]
+        speedup, bound = case["speedup_over"]["baseline"], case["bound"]
+        differences = [f"{own:.0e}" for own in case["largest_difference"].values()]
+        rows.append([*row, spread(speedup), f"{bound:.2f}", f"{speedup['median'] / bound:.2f}", *differences])
     return markdown(header, rows)
 
 
