@@ -1,19 +1,20 @@
 """Keys and values while completions are sampled: those of a prompt are stored once for all its samples.
 
 A decoding step attends in two parts under one softmax: to the prompt's keys, one copy for all G samples, and to the
-sample's own. The slots of the samples are allocated once.
+sample's own. The slots of the samples are allocated once. Recurrent layers keep a state per sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexpg.backends.dispatch import attention
-from flexpg.masks import block_mask
+from flexpg.masks import TreeBlockMask, block_mask
 from flexpg.tree import BLOCK, PrefixTree
 
 
@@ -39,8 +40,11 @@ class SampleCache:
         self.is_filled = False
         self._mask = block_mask(tree)
         self._slots = max_new_tokens if compiled else 1  # of each sample, that a step reads
+        self._num_samples = group_size  # of each prompt, those that are decoded
         self._prompts: dict[Hashable, tuple[Tensor, ...]] = {}  # per layer k, v [P, Hkv, T, D]
         self._samples: dict[Hashable, tuple[Tensor, ...]] = {}  # per layer k, v [P, G, Hkv, max_new_tokens, D]
+        self._seen: set[Hashable] = set()  # layers that the current step has called
+        self._states: dict[Hashable, dict[Any, Tensor]] = {}  # per recurrent layer [P, G, ...] each
 
     def attend(
         self,
@@ -52,6 +56,8 @@ class SampleCache:
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """Compute attention of the packed prompts until the cache is filled, then of each sample's newest token.
 
@@ -63,12 +69,17 @@ class SampleCache:
             scale: Factor of the scores; None for 1 / sqrt(D).
             window: Sliding window in positions, or None.
             softcap: Scores become `softcap * tanh(scores / softcap)`; None for no softcap.
+            sinks: [Hq], one more logit per head in the softmax, whose value vector is 0, or None.
+            chunk: Positions of a chunk, outside of which a query sees nothing, or None.
 
         Returns:
             A tensor of the shape of q.
         """
         if self.is_filled:
-            return self._attend_sample(layer, q, k, v, scale or q.shape[-1] ** -0.5, window, softcap)
+            if not self.compiled:
+                self._seen.add(layer)
+            visible = self._visible(self._prompts[layer][0].shape[2], window, chunk)
+            return self._attend_sample(layer, q, k, v, scale or q.shape[-1] ** -0.5, visible, softcap, sinks)
         node = self.tree.node
         if self.compiled:
             node = F.pad(node, (0, -node.shape[1] % BLOCK))
@@ -76,10 +87,38 @@ class SampleCache:
         slots = (len(node), self.group_size, k.shape[1], self.max_new_tokens, k.shape[3])
         self._prompts[layer] = self._stable(x[0][:, node].transpose(0, 1) for x in (k, v))
         self._samples[layer] = self._stable(x.new_zeros(slots) for x in (k, v))
-        return attention(q, k, v, self._mask, scale=scale, window=window, softcap=softcap)
+        mask = self._mask if chunk is None else self._mask.for_chunk(chunk)
+        return attention(q, k, v, mask, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+    def keep_states(self, layer: Hashable, states: Mapping[Any, Tensor]) -> None:
+        """Store the states [P * G, ...] of a recurrent layer after the newest token of each sample."""
+        if self.is_filled:
+            self._seen.add(layer)
+        groups = len(self.lengths), -1
+        self._states[layer] = {key: state.unflatten(0, groups) for key, state in states.items()}
+
+    def states_of(self, layer: Hashable) -> dict[Any, Tensor]:
+        """Return the states [P * G, ...] of a recurrent layer; the layer may write into them."""
+        return {key: state.flatten(0, 1) for key, state in self._states[layer].items()}
+
+    def positions(self) -> Tensor:
+        """Return the positions of the newest tokens, [P * G] int64, or those of the packed prompts, [S]."""
+        if not self.is_filled:
+            return self.tree.position_ids
+        return (self.lengths + self.step).repeat_interleave(self._num_samples)
 
     def advance(self) -> None:
-        """Advance to the next step, after every layer has stored its newest keys and values."""
+        """Advance to the next step, after every layer has stored its newest keys and values, or its state.
+
+        Raises:
+            TypeError: If a layer has not, because the model did not hand it the cache.
+        """
+        if not self.compiled and len(self._seen) < (needed := len(self._prompts) + len(self._states)):
+            raise TypeError(
+                f"{len(self._seen)} of {needed} layers used the sampler's cache for the newest token; sample with "
+                "model.generate(...)"
+            )
+        self._seen.clear()
         self.step += 1
         self._slots = min(self._slots + 1, self.max_new_tokens)
 
@@ -95,6 +134,9 @@ class SampleCache:
         for layer in self._prompts:
             self._prompts[layer] = self._stable(x[kept] for x in self._prompts[layer])
             self._samples[layer] = self._stable(x[prompts, samples] for x in self._samples[layer])
+        for layer, states in self._states.items():
+            self._states[layer] = {key: state[prompts, samples] for key, state in states.items()}
+        self._num_samples = samples.shape[1]
 
     def _stable(self, made: Iterable[Tensor]) -> tuple[Tensor, ...]:
         tensors = tuple(made)
@@ -104,7 +146,15 @@ class SampleCache:
         return tensors
 
     def _attend_sample(
-        self, layer: Hashable, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+        self,
+        layer: Hashable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        visible: Tensor,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         prompt_k, prompt_v = self._prompts[layer]
         sample_k, sample_v = self._samples[layer]
@@ -119,20 +169,37 @@ class SampleCache:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        hidden = ~self._visible(prompt_k.shape[2], window)
-        probabilities = scores.masked_fill_(hidden, float("-inf")).softmax(-1).to(v.dtype)
+        scores = scores.masked_fill_(~visible, float("-inf"))
+        if sinks is not None:
+            by_head = sinks.to(scores.dtype).view(heads, -1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, by_head], -1)
+        probabilities = scores.softmax(-1)[..., : visible.shape[-1]].to(v.dtype)
         on_prompt, on_sample = probabilities.split([to_prompt.shape[-1], to_sample.shape[-1]], -1)
         out = torch.einsum("pghrt,phtd->pghrd", on_prompt, prompt_v)
         out = out + torch.einsum("pghrt,pghtd->pghrd", on_sample, sample_v)
         return out.flatten(0, 1).flatten(1, 2)[:, :, None]  # [P * G, Hq, 1, D]
 
-    def _visible(self, longest: int, window: int | None) -> Tensor:
+    def _visible(self, longest: int, window: int | None, chunk: int | None) -> Tensor:
         """Return [P, 1, 1, 1, T + slots] bool, the keys that the newest tokens of each prompt's samples see."""
         lengths = self.lengths[:, None]  # [P, 1]
         prompt = torch.arange(longest, device=lengths.device)
         sample = torch.arange(self._slots, device=lengths.device)
         visible = torch.cat([prompt < lengths, (sample <= self.step).expand(len(lengths), -1)], 1)
+        ages = [lengths + self.step - prompt, (self.step - sample).expand(len(lengths), -1)]
         if window is not None:
-            ages = [lengths + self.step - prompt, (self.step - sample).expand(len(lengths), -1)]
             visible &= torch.cat(ages, 1) < window
+        if chunk is not None:
+            visible &= torch.cat(ages, 1) <= (lengths + self.step) % chunk
         return visible[:, None, None, None]
+
+
+class SampleBlockMask(TreeBlockMask):
+    """The TreeBlockMask of a sampler's prompts with the cache, for models that hand their mask to every layer.
+
+    Attributes:
+        cache: The sampler's cache.
+    """
+
+    def __init__(self, cache: SampleCache) -> None:
+        super().__init__(cache.tree)
+        self.cache = cache

@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import flexpg
-from flexpg import Rollouts, packed_logprobs
+from flexpg import Rollouts, SamplingParams, packed_logprobs
 from tests.float64 import float32_is_float64
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -48,6 +48,7 @@ OUTCOMES = ("exact", "refused", "not built", "WRONG")
 WINDOW, VOCAB = 7, 64
 THROUGHOUT_TOLERANCE = 1e-9  # relative, if what a model rounds to float32 inside is computed in float64 too
 FLOAT64_TOLERANCE = 1e-5  # norms, routers and RoPE round to float32 inside
+SAMPLING_TOLERANCE = 1e-4  # absolute; sampled log-probabilities are float32
 FLOAT32_TOLERANCE = 1e-3  # of models that cannot compute in float64; a token that sees too much changes 0.1 or more
 
 # Values of config fields, by name.
@@ -102,6 +103,7 @@ class Row:
         detail: The reason; of exact types a note, or "".
         errors: The largest errors of log-probabilities and gradients, relative.
         dtype: What they were computed in.
+        sampled: The largest error of the log-probabilities of sampled tokens, or None if sampling was refused.
     """
 
     name: str
@@ -110,11 +112,18 @@ class Row:
     detail: str = ""
     errors: tuple[float, float] | None = None
     dtype: str = ""
+    sampled: float | None = None
 
     @property
     def error_texts(self) -> str:
-        """The errors as two cells of a table."""
-        return " | " if self.errors is None else " | ".join(f"{error:.0e}" if error else "0" for error in self.errors)
+        """The errors as three cells of a table."""
+        if self.errors is None:
+            return " |  | "
+        return " | ".join("-" if error is None else f"{error:.0e}" if error else "0" for error in self._all_errors)
+
+    @property
+    def _all_errors(self) -> tuple[float | None, ...]:
+        return (*self.errors, self.sampled) if self.errors else ()
 
 
 # Where a small value contradicts another one, the next of these is tried.
@@ -281,6 +290,22 @@ def packed(model: nn.Module, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]
         yield batch.indices, logprobs
 
 
+@torch.no_grad()
+def sampling_error(model: nn.Module) -> float:
+    """Return the largest error of a sample's log-probabilities, compared with each sequence alone."""
+    rng, worst = random.Random(1), 0.0
+    prompts = [torch.tensor(draw(length, rng)) for length in (27, 4, 1)]
+    params = SamplingParams(14, stop_tokens=range(0, VOCAB, 9))
+    samples = flexpg.sample(model, prompts, 3, params, seed=0)
+    for n, (completion, logprobs) in enumerate(zip(samples.completions, samples.logprobs, strict=True)):
+        drawn = (completion < DRAWN).long().cumprod(0).sum()  # up to a placeholder of images, if one was drawn
+        prompt, own = prompts[n // 3], completion[:drawn]
+        logits = model(input_ids=torch.cat([prompt, own])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        scores = logits.double().log_softmax(-1).gather(-1, own[:, None])[:, 0]
+        worst = max([worst, *(scores - logprobs[:drawn]).abs().tolist()])
+    return worst
+
+
 def relative_error(value: Tensor, expected: Tensor, scale: float = 0.0) -> float:
     norm = max(float(expected.norm()), scale, 1e-30)
     error = float((value - expected).norm()) / norm
@@ -349,8 +374,16 @@ def _check(name: str, throughout: bool = False) -> Row:
     except Exception as error:
         outcome = outcome if is_own(error) else "WRONG"
         detail = f"without a cached prompt: {one_line(error)}"
+    sampled = None
+    try:
+        sampled = sampling_error(model)
+        if not sampled < SAMPLING_TOLERANCE:
+            outcome, detail = "WRONG", f"sampling: {sampled:.0e}"
+    except Exception as error:
+        outcome = outcome if is_own(error) else "WRONG"
+        detail = detail or f"without sampling: {one_line(error)}"
     precision = "float64 throughout" if throughout else str(dtype).removeprefix("torch.")
-    return Row(name, architecture, outcome, detail, worst, precision)
+    return Row(name, architecture, outcome, detail, worst, precision, sampled)
 
 
 def _refused_or_not_built(name: str, reason: str) -> Row:
@@ -438,8 +471,8 @@ def table(found: Sequence[Row]) -> str:
             INTRODUCTION.format(version=importlib.metadata.version("transformers"), counts=counts),
             "## Exact",
             "",
-            "| type | class | computed in | log-probabilities | gradients | note |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| type | class | computed in | log-probabilities | gradients | sampling | note |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *(
                 f"| {row.name} | {row.architecture} | {row.dtype} | {row.error_texts} | {row.detail} |"
                 for row in by_outcome["exact"]
@@ -470,7 +503,8 @@ silently wrong, or raises an error that is not flexpg's.
 
 A tiny random model of each type is compared with each of five sequences on its own: two prompts, one of them with four
 completions, in one packed sequence and again with the prompt cached. The table has the largest relative errors of
-log-probabilities and of any parameter's gradient. What models round to float32 inside (norms, RoPE, routers, recurrent
+log-probabilities and of any parameter's gradient, and the largest error (not relative) of a log-probability that
+`flexpg.sample` returned, in float32. What models round to float32 inside (norms, RoPE, routers, recurrent
 states) is computed in float64 too where that works ("float64 throughout"); elsewhere errors of gradients up to 1e-6 are
 rounding. Each type is represented by a small config, with one layer of each kind that its default config has: a
 checkpoint with other options (a window, sinks) may be refused where the type is exact, and is checked in every forward.

@@ -19,6 +19,7 @@ import flexpg
 from flexpg import PrefixTree, Rollouts, packed_logprobs, self_check
 from flexpg.integrations import transformers as integration
 from flexpg.integrations.transformers import recurrent
+from flexpg.integrations.transformers.segment_plan import plan_segments
 from flexpg.masks import TreeBlockMask
 
 pytestmark = [
@@ -181,7 +182,7 @@ def test_group_is_one_call_for_the_prompt_and_one_for_completions():
 def test_plan_covers_every_token_once():
     case = branches()
     mask = TreeBlockMask(case.tree)
-    plan = recurrent._plan(mask, case.tree.num_tokens)
+    plan = plan_segments(mask, case.tree.num_tokens)
     seen = Counter(torch.cat([step.index.flatten() for step in plan.steps]).tolist())
     assert set(seen) == set(range(case.tree.num_tokens))
     flat = torch.cat([step.index.flatten() for step in plan.steps])

@@ -18,6 +18,7 @@ def test_type_with_a_mechanism_of_its_own_is_exact(name):
     row = check(name)
     assert (row.outcome, row.detail) == ("exact", "")
     assert max(row.errors) < support_matrix.FLOAT64_TOLERANCE
+    assert row.sampled < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name in all_types()])

@@ -186,7 +186,7 @@ def sample(
     """Sample G completions of every prompt, whose keys and values are stored once for all of them.
 
     Args:
-        model: A torchtune decoder. For transformers models use `model.generate` and `Rollouts.from_generate`.
+        model: A torchtune decoder, or a transformers model, plain or with PEFT adapters. It is enabled.
         prompts: P token sequences of any lengths, on the model's device.
         group_size: G, completions per prompt.
         params: How tokens are sampled.
@@ -195,7 +195,8 @@ def sample(
         max_cache_tokens: Tokens whose keys and values are stored at a time, padding and unused slots included. As many
             whole prompts as fit are decoded together, the longest first; of a prompt whose group does not fit, as many
             samples as fit. None for no limit.
-        compiled: Compile the decoding step, once per shape of the cache; on CUDA it becomes a CUDA graph.
+        compiled: Compile the decoding step of a torchtune model, once per shape of the cache; on CUDA it becomes a CUDA
+            graph.
         autocast_dtype: Run the model under torch.autocast with this dtype.
 
     Raises:

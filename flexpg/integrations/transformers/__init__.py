@@ -23,9 +23,10 @@ from flexpg.integrations.transformers.composite import (
     set_attention,
     text_config,
 )
-from flexpg.integrations.transformers.recurrent import install, mask_for
+from flexpg.integrations.transformers.recurrent import install, mask_for, sampled
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
+from flexpg.sample_cache import SampleBlockMask, SampleCache
 from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
 
@@ -154,15 +155,46 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def decoder(model: nn.Module) -> Decoder:
-    """Raise: sampling from transformers models is not supported yet.
+    """Return what `sample_completions` calls for hidden states; the model's own caches are not used.
 
     Raises:
-        TypeError: Always.
+        ValueError: If the model has dropout or is in training mode, or an unsupported adapter.
+        TypeError: If prefixes cannot be shared exactly in the model.
     """
-    raise TypeError(
-        f"flexpg.sample does not support transformers models yet, got {type(model).__name__}; use model.generate(...) "
-        "and Rollouts.from_generate(...)"
-    )
+    enable(model)
+    base = unwrap(model)
+    mask: SampleBlockMask | None = None  # of the cache that is being decoded
+
+    def hidden_states(tokens: Tensor, position_ids: Tensor) -> Tensor:
+        assert mask is not None
+        outer = sampled.set(mask)
+        try:
+            hidden: Tensor = backbone(base)(
+                input_ids=tokens,
+                position_ids=position_ids,
+                attention_mask=mask_for(backbone(language_model(base)), mask),
+                use_cache=False,
+            ).last_hidden_state
+            return hidden
+        finally:
+            sampled.reset(outer)
+
+    def decode(tokens: Tensor, position_ids: Tensor, cache: SampleCache) -> Tensor:
+        nonlocal mask
+        if cache.compiled:
+            raise ValueError("compiled must be False for transformers models, whose decoding step is not compiled")
+        if cache.is_filled:
+            return run_as_forward(model, lambda: hidden_states(tokens, position_ids))
+
+        def prefill() -> Tensor:
+            check_is_text(base, cache.tree)
+            with exact_forward(model, cache.tree, longest=cache.tree.max_length + cache.max_new_tokens):
+                return hidden_states(tokens, position_ids)
+
+        mask = SampleBlockMask(cache)
+        return run_as_forward(model, prefill)
+
+    return decode
 
 
 class _HiddenStates(BaseModelOutputWithPast):

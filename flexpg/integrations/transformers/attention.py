@@ -23,6 +23,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask
 from flexpg.prefix_cache import PrefixBlockMask
+from flexpg.sample_cache import SampleBlockMask
 
 NAME = "flexpg"  # of the attention implementation
 
@@ -137,10 +138,10 @@ def attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     chunk = chunk_of(module)
     if (calls := attended.get()) is not None:  # None in the recomputation of activation checkpointing
-        if module in calls and isinstance(attention_mask, PrefixBlockMask):
+        if module in calls and isinstance(attention_mask, PrefixBlockMask | SampleBlockMask):
             raise TypeError(
                 f"{name} computes attention more than once per forward, so a prompt cannot be cached for it; raise "
-                "max_tokens until every group fits"
+                "max_tokens until every group fits, and sample with model.generate(...)"
             )
         calls[module] = Attended(sliding_window, chunk, s_aux is not None)
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
@@ -150,8 +151,12 @@ def attention_forward(
         value = functional.pad(value, (0, key.shape[-1] - width))
     if isinstance(attention_mask, PrefixBlockMask):
         key, value = attention_mask.cache.extend(attention_mask, module, key, value)
-    mask = attention_mask if chunk is None else attention_mask.for_chunk(chunk)
-    out = attention(query, key, value, mask, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
+    options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    if isinstance(attention_mask, SampleBlockMask):
+        out = attention_mask.cache.attend(module, query, key, value, chunk=chunk, **options)
+    else:
+        mask = attention_mask if chunk is None else attention_mask.for_chunk(chunk)
+        out = attention(query, key, value, mask, **options)
     return out[..., :width].transpose(1, 2).contiguous(), None
 
 
@@ -166,13 +171,15 @@ def _with_temperatures_by_position(module: Any, query: Tensor, mask: TreeBlockMa
 
     Args:
         module: The attention layer, which has `floor_scale` and `attn_scale`.
-        query: [1, Hq, T, D], from the mask's first query on.
-        mask: The mask of the packed sequence.
+        query: [1, Hq, T, D], from the mask's first query on; of a sampler's step [B, Hq, 1, D].
+        mask: The mask of the packed sequence, or of a sampler.
     """
 
     def temperature(positions: Tensor) -> Tensor:  # as in Llama4TextAttention
         return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    positions = mask.tree.position_ids[mask.first_query :][: query.shape[2]]  # [T]
+    positions = mask.tree.position_ids[mask.first_query :][: query.shape[2]][None]  # [1, T]
+    if isinstance(mask, SampleBlockMask) and mask.cache.is_filled:
+        positions = mask.cache.positions()[:, None]  # [B, 1]
     indices = torch.arange(query.shape[2], device=query.device)
-    return (query * (temperature(positions) / temperature(indices))[:, None]).to(query.dtype)
+    return (query * (temperature(positions) / temperature(indices))[:, None, :, None]).to(query.dtype)

@@ -141,13 +141,16 @@ def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
 
 
 @contextmanager
-def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None = None) -> Iterator[None]:
+def exact_forward(
+    model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None = None, longest: int = 0
+) -> Iterator[None]:
     """Run one forward of a packed sequence inside; raise before or after it if it is not exact.
 
     Args:
         model: An enabled transformers or PEFT model.
         tree: The packed sequence.
         prefix: The tree of the cached prompt, if any.
+        longest: Tokens of the longest sequence that a sampler continues the tree to.
 
     Raises:
         ValueError: If the model is not enabled, has dropout, or the tree does not fit it.
@@ -160,7 +163,7 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
             f'{type(base).__name__} has attn_implementation="{implementation}"; call flexpg.enable(model) first'
         )
     check_no_dropout(model)
-    _check_tree(base, tree, tree if prefix is None else prefix)
+    _check_tree(base, tree, tree if prefix is None else prefix, max(longest, tree.max_length))
     calls: dict[nn.Module, Attended] = {}
     random_state = _random_state(tree.end.device)
     token, recurrent = attended.set(calls), driven.set(set())
@@ -185,7 +188,7 @@ def exact_forward(model: nn.Module, tree: PrefixTree, prefix: PrefixTree | None 
         )
 
 
-def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) -> None:
+def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, longest: int) -> None:
     config = text_config(model)
     if tree.max_token >= (vocab := config.vocab_size):
         raise ValueError(f"token ids must be below the model's vocabulary size of {vocab}, got {tree.max_token}")
@@ -197,10 +200,10 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree) ->
         kind, original = scaling["rope_type"], scaling.get("original_max_position_embeddings")
         original = original or config.max_position_embeddings
         depends_on_longest = "dynamic" in kind or (kind == "longrope" and shortest <= original)
-        if depends_on_longest and tree.max_length > original:
+        if depends_on_longest and longest > original:
             raise ValueError(
                 f"RoPE scaling {kind!r} depends on the longest sequence of a batch once it exceeds {original} tokens, "
-                f"here {tree.max_length}; put such sequences into a tree of their own"
+                f"here {longest}; put such sequences into a tree of their own"
             )
 
 

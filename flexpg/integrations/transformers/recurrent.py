@@ -5,9 +5,7 @@ layer's own forward is called per segment of the tree, with a cache that hands o
 the segment's own. transformers' cache writes states in place, which autograd does not allow; this one keeps the tensors
 that it is given, so that gradients flow from every segment into its parent's state.
 
-Segments are batched: leaves of one depth in one call, padded on the right, where a causal layer does not see it; inner
-segments of one depth and length in one call, because their children need the state after their last token. A group is
-one call for the prompt and one for all completions.
+A sampler's prompts are segments too; their states are copied for each sample, which continues from them token by token.
 """
 
 from __future__ import annotations
@@ -15,51 +13,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from flexpg.integrations.transformers.segment_plan import PROMPT, Plan, plan_prompts, plan_segments
 from flexpg.masks import TreeBlockMask
 from flexpg.prefix_cache import PrefixBlockMask
+from flexpg.sample_cache import SampleBlockMask
 
 States = dict[tuple[str, int], Tensor]  # (kind, number of the state) -> [B, ...]
-PROMPT = -1  # the segment number of a cached prompt
 
 # The recurrent modules that the current packed forward has called; None outside of one.
 driven: ContextVar[set[nn.Module] | None] = ContextVar("driven", default=None)
+# The sampler's mask of the current forward; models drop masks of single tokens.
+sampled: ContextVar[SampleBlockMask | None] = ContextVar("sampled", default=None)
 _checked: set[type] = set()  # kinds of layers that were seen to continue from a state
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of a recurrent layer.
-
-    Attributes:
-        index: [B, L] int64, the hidden state that each token reads; padding reads any.
-        parents: For each row the segment whose state it continues; None for rows that start from nothing.
-        segments: For each row the segment whose final state it is, or None if nobody needs it.
-    """
-
-    index: Tensor
-    parents: list[int] | None
-    segments: list[int | None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All calls of a recurrent layer for one packed sequence.
-
-    Attributes:
-        steps: The calls, parents first.
-        gather: [S'] int64, for each hidden state its place in the outputs of all calls, one after the other, or after
-            them for padding.
-    """
-
-    steps: list[Step]
-    gather: Tensor
 
 
 _plans: WeakKeyDictionary[TreeBlockMask, Plan] = WeakKeyDictionary()
@@ -179,7 +150,7 @@ class SegmentedForward:
         signature = inspect.signature(own)
         given = signature.bind(module, *args, **kwargs).arguments
         mask = given.get("attention_mask")
-        mask = mask.mask if isinstance(mask, _Padding) else mask
+        mask = sampled.get() or (mask.mask if isinstance(mask, _Padding) else mask)
         if not isinstance(mask, TreeBlockMask):
             return own(module, *args, **kwargs)
         cache_name = "cache_params" if "cache_params" in signature.parameters else "past_key_values"
@@ -198,6 +169,8 @@ class SegmentedForward:
         if (modules := driven.get()) is not None:  # None in the recomputation of activation checkpointing
             _check_continues(type(module), call, hidden)
             modules.add(module)
+        if isinstance(mask, SampleBlockMask):
+            return _sampled(module, call, hidden, mask)
         return _segmented(module, call, hidden, mask)
 
 
@@ -218,12 +191,55 @@ def _segmented(
     Returns:
         [1, S', E]; 0 at padding.
     """
-    plan = _plans.get(mask) or _plan(mask, hidden.shape[1])
+    plan = _plans.get(mask) or plan_segments(mask, hidden.shape[1])
     _plans[mask] = plan
     cache = mask.cache if isinstance(mask, PrefixBlockMask) else None
     kept: dict[int, tuple[States, int]] = {}  # segment -> states of a call, and its row
     if cache is not None and mask.first_query:
         kept[PROMPT] = cache.states_of(module), 0
+    out = _run(plan, call, hidden, kept)
+    if cache is not None and not mask.first_query:
+        cache.keep_states(module, _gather([kept[0]]))
+    return out
+
+
+def _sampled(
+    module: nn.Module,
+    call: Callable[[Tensor, States | None], tuple[Tensor, States]],
+    hidden: Tensor,
+    mask: SampleBlockMask,
+) -> Tensor:
+    """Compute a recurrent layer over the prompts of a sampler, then over one more token of each sample.
+
+    Args:
+        module: What tells the model's layers apart in the cache.
+        call: (hidden states [B, L, E], states) -> outputs [B, L, E] and the states after the last token.
+        hidden: [1, S, E] of the prompts, then [P * G, 1, E] of the samples.
+        mask: The mask with the sampler's cache.
+
+    Returns:
+        A tensor of the shape of `hidden`; 0 at padding.
+    """
+    cache = mask.cache
+    if cache.is_filled:
+        previous = cache.states_of(module)
+        out, states = call(hidden, previous)
+        cache.keep_states(module, previous | states)  # a kernel for one token may have written into the previous ones
+        return out
+    kept: dict[int, tuple[States, int]] = {}
+    out = _run(plan_prompts(mask.tree), call, hidden, kept)
+    prompts = _gather([kept[n] for n in range(len(mask.tree.lengths))])
+    cache.keep_states(module, {key: x.repeat_interleave(cache.group_size, 0) for key, x in prompts.items()})
+    return out
+
+
+def _run(
+    plan: Plan,
+    call: Callable[[Tensor, States | None], tuple[Tensor, States]],
+    hidden: Tensor,
+    kept: dict[int, tuple[States, int]],
+) -> Tensor:
+    """Run the calls of a plan, and add the final states of its segments to `kept`: those of a call, and the row."""
     outputs = []
     for step in plan.steps:
         previous = None if step.parents is None else _gather([kept[segment] for segment in step.parents])
@@ -231,9 +247,6 @@ def _segmented(
         out, states = call(hidden[0].index_select(0, step.index.flatten()).unflatten(0, (rows, length)), previous)
         outputs.append(out.flatten(0, 1))
         kept |= {segment: (states, row) for row, segment in enumerate(step.segments) if segment is not None}
-    if cache is not None and not mask.first_query:
-        (states, row) = kept[0]
-        cache.keep_states(module, {key: state[row : row + 1] for key, state in states.items()})
     padding = outputs[0].new_zeros(1, outputs[0].shape[-1])
     return torch.cat([*outputs, padding]).index_select(0, plan.gather)[None]
 
@@ -245,77 +258,6 @@ def _gather(sources: Sequence[tuple[States, int]]) -> States:
         rows = [row for _, row in sources]
         return {key: state.index_select(0, torch.tensor(rows, device=state.device)) for key, state in first.items()}
     return {key: torch.cat([states[key][row : row + 1] for states, row in sources]) for key in first}
-
-
-def _plan(mask: TreeBlockMask, size: int) -> Plan:
-    """Plan the calls for a packed sequence of which `size` hidden states are computed.
-
-    A segment of one token that continues a state is not called on its own, because layers have another kernel for it
-    that writes into the state: a leaf is padded by a second token, and an inner segment is put in front of each of its
-    children instead.
-    """
-    tree, first = mask.tree, mask.first_query
-    segments = tree.segments.tolist()
-    parents = _parents(segments)
-    has_children = {parent for (start, *_), parent in zip(segments, parents, strict=True) if start >= first}
-    is_prompt = isinstance(mask, PrefixBlockMask) and not first
-    tokens: dict[int, list[int]] = {}  # what each segment reads: its own tokens, after those of an absorbed parent
-    state_of: dict[int, int | None] = {}  # the segment whose state it continues
-    depth: dict[int, int] = {}
-    absorbed: set[int] = set()
-    for n, (start, stop, _) in enumerate(segments):
-        if start < first:
-            continue
-        parent = parents[n]
-        outside = parent is not None and segments[parent][0] < first
-        before = tokens[parent] if parent in absorbed else []
-        tokens[n] = [*before, *range(start - first, stop - first)]
-        state_of[n] = PROMPT if outside else state_of[parent] if parent in absorbed else parent
-        depth[n] = 0 if parent is None or outside else depth[parent] + (parent not in absorbed)
-        if len(tokens[n]) == 1 and n in has_children and state_of[n] is not None:
-            absorbed.add(n)
-    by_call: dict[tuple[int, bool, int], list[int]] = {}
-    for n in tokens:
-        if n not in absorbed:
-            needs_state = n in has_children or (is_prompt and n == 0)
-            key = (depth[n], state_of[n] is None, len(tokens[n]) if needs_state else 0)
-            by_call.setdefault(key, []).append(n)
-    steps: list[Step] = []
-    place: dict[int, int] = {}  # of a token's output among those of all calls
-    offset = 0
-    for (_, is_first, inner_length), members in sorted(by_call.items(), key=lambda item: item[0][0]):
-        length = max(len(tokens[n]) for n in members)
-        if not is_first:
-            length = max(length, 2)
-        rows = []
-        for n in members:
-            own = tokens[n]
-            rows.append([*own, *[own[-1]] * (length - len(own))])
-            for at, token in enumerate(own):
-                place.setdefault(token, offset + at)  # an absorbed token is in several calls, with the same output
-            offset += length
-        states = [None if is_first else state_of[n] for n in members]
-        steps.append(
-            Step(
-                torch.tensor(rows, device=tree.end.device),
-                None if is_first else [own for own in states if own is not None],
-                [n if inner_length else None for n in members],
-            )
-        )
-    gather = torch.tensor([place.get(token, offset) for token in range(size)], device=tree.end.device)
-    return Plan(steps, gather)
-
-
-def _parents(segments: Sequence[Sequence[int]]) -> list[int | None]:
-    """Return for each segment (start, stop, end of its subtree) the number of its parent."""
-    parents: list[int | None] = []
-    path: list[int] = []
-    for n, (start, *_) in enumerate(segments):
-        while path and segments[path[-1]][2] <= start:
-            path.pop()
-        parents.append(path[-1] if path else None)
-        path.append(n)
-    return parents
 
 
 @torch.no_grad()
