@@ -2,8 +2,8 @@
 
     tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml
 
-A torchtune recipe for one process or many (FSDP2), all parameters or LoRA. Options and their defaults are in
-flexpg/training/config.py; this file is yours to copy and change. One step is
+A torchtune recipe for models of torchtune or transformers, one process or many (FSDP2), all parameters or LoRA. Options
+and their defaults are in flexpg/training/config.py; this file is yours to copy and change. One step is
 
     generate    sample group_size completions for each of prompts_per_step problems
     score       compute their rewards
@@ -32,14 +32,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchtune import training, utils
-from torchtune.modules.peft import disable_adapter, get_adapter_params
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 import flexpg
 from flexpg import MicroBatch, Rollouts, group_advantages, grpo_loss, pack, packed_logprobs, self_check
 from flexpg.analysis.plots import plot_mask, plot_reward, plot_savings
-from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.sampling import Samples
 from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.training.config import (
@@ -63,7 +61,7 @@ from flexpg.training.metrics import (
     rollout_metrics,
     synchronized_time,
 )
-from flexpg.training.models import build_model, load_weights, materialize, save_weights
+from flexpg.training.models import build_model, library_of
 from flexpg.training.prompts import completion_group, tokenize_problems
 from flexpg.training.reward_calls import Run, TrainerState
 from flexpg.training.rewards import build_rewards, reward_metrics, score
@@ -123,8 +121,9 @@ class GRPORecipe(FTRecipeInterface):
         self.rewards = build_rewards(cfg.rewards, self.problems)
         self.test_reward = build_rewards({"test_reward": cfg.test_reward}, self.test_problems)
         self.model = build_model(cfg, self.dtype, self.param_dtype)
-        self.is_lora = bool(get_adapter_params(self.model))
-        self.shape = shape_of(self.model)
+        self.library = library_of(self.model)  # torchtune or transformers
+        self.is_lora = self.library.has_adapters(self.model)
+        self.shape = self.library.shape_of(self.model)
         self.prompts, self.test_prompts = (
             tokenize_problems(cfg, self.tokenizer, self.model, name, problems, at_least=at_least, device=world.device)
             for name, problems, at_least in (
@@ -137,12 +136,12 @@ class GRPORecipe(FTRecipeInterface):
             raise ValueError(f"output_dir must be a folder that all ranks share, got {self.output_dir}")
         if earlier and not cfg.resume:
             raise ValueError(f"output_dir holds {earlier[-1]} of an earlier run; set resume=true or another output_dir")
-        saved = Path(cfg.checkpointer.output_dir, "epoch_0")
+        saved = self.library.weights_folder(cfg) / "epoch_0"
         if world.is_first and saved.exists() and not earlier:
             print(f"the trained weights in {saved} will be replaced at the end of this run")
 
-        self.checkpointer, weights = load_weights(cfg, self.model) if world.is_first else (None, {})
-        self.model = materialize(
+        self.source, weights = self.library.load_weights(cfg, self.model) if world.is_first else (None, {})
+        self.model = self.library.materialize(
             self.model,
             weights,
             world,
@@ -154,7 +153,8 @@ class GRPORecipe(FTRecipeInterface):
         self.reference = None  # with LoRA, the reference is the model without its adapters
         if cfg.loss.beta > 0 and not self.is_lora:
             reference = build_model(cfg, self.dtype, self.dtype).requires_grad_(False)
-            self.reference = flexpg.enable(materialize(reference, weights, world, seed=cfg.seed, compile=cfg.compile))
+            reference = self.library.materialize(reference, weights, world, seed=cfg.seed, compile=cfg.compile)
+            self.reference = flexpg.enable(reference)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = component(cfg, "optimizer", self.trained)
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer)
@@ -300,7 +300,7 @@ class GRPORecipe(FTRecipeInterface):
         if cfg.num_iterations * cfg.minibatches > 1:  # otherwise the old policy is the current one
             tables["old_logprobs"] = self.logprob_table(self.model, rollouts, packed)
         if cfg.loss.beta > 0 and self.is_lora:
-            with disable_adapter(self.model):
+            with self.library.without_adapters(self.model):
                 tables["ref_logprobs"] = self.logprob_table(self.model, rollouts, packed)
         elif cfg.loss.beta > 0:
             tables["ref_logprobs"] = self.logprob_table(self.reference, rollouts, packed)
@@ -434,8 +434,8 @@ class GRPORecipe(FTRecipeInterface):
         save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world)
 
     def save_checkpoint(self) -> None:
-        """Save the trained weights in the format that the checkpointer loaded."""
-        save_weights(self.model, self.cfg, self.checkpointer, self.world)
+        """Save the trained weights in the format that they were loaded from."""
+        self.library.save_weights(self.model, self.cfg, self.source, self.world)
 
     def plot(self, rollouts: Rollouts) -> None:
         """Plot the mask of the first groups, and what sharing saves."""
@@ -450,7 +450,7 @@ class GRPORecipe(FTRecipeInterface):
             rewards = [metrics["reward"] for metrics in self.history]
             plot_reward(rewards, self.accuracies).savefig(self.output_dir / "reward.png", dpi=200)
             print(f"{'plots':<20}{self.output_dir}/{{reward,mask,savings}}.png")
-            print(f"{'weights':<20}{self.cfg.checkpointer.output_dir}/epoch_0")
+            print(f"{'weights':<20}{self.library.weights_folder(self.cfg)}/epoch_0")
 
     def cleanup(self) -> None:
         """Close the log and leave the process group."""

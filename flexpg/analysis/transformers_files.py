@@ -41,11 +41,15 @@ def local_model(path: Path) -> nn.Module:
 
 def meta_model(config: PretrainedConfig) -> nn.Module:
     """Build the model of a config on the meta device; of one that holds more than text, with its vision tower."""
-    is_text = config.get_text_config(decoder=True) is config
-    auto: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config)
+        model: nn.Module = auto_class(config).from_config(config)
         return model
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class that loads a config's model: for text, or for images and text."""
+    is_text = config.get_text_config(decoder=True) is config
+    return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
 
 
 def _local_adapter(folder: Path) -> nn.Module:

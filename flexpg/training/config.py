@@ -57,8 +57,8 @@ class GRPOConfig:
 
     # Model and data
     tokenizer: Component = MISSING
-    model: Component = MISSING  # a builder of a torchtune TransformerDecoder, with or without LoRA
-    checkpointer: Component = MISSING  # loads the weights, and saves the trained ones in the same format
+    model: Component = MISSING  # flexpg.training.causal_lm.model, or a builder of a torchtune TransformerDecoder
+    checkpointer: Component | None = None  # of a torchtune model: loads the weights, and saves in the same format
     train_problems: Component = MISSING  # returns a list of flexpg.training.tasks.Problem
     test_problems: Component = MISSING
     prompt_format: Literal["plain", "bos", "chat"] = "chat"
@@ -237,7 +237,7 @@ def device_and_dtypes(cfg: Any) -> tuple[torch.device, torch.dtype, torch.dtype]
 def _check_values(cfg: Any) -> None:
     """Refuse values with which a run would not do what it says."""
     for name in COMPONENTS:
-        if not isinstance(cfg[name].get("_component_"), str):
+        if cfg[name] is not None and not isinstance(cfg[name].get("_component_"), str):
             raise ValueError(f"{name} must have a _component_, got {cfg[name]}")
     for name in ("num_steps", "prompts_per_step", "num_iterations", "minibatches", "eval_every_n_steps"):
         if cfg[name] < 1:

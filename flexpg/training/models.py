@@ -1,49 +1,71 @@
-"""A torchtune model for a recipe: built, loaded on one device or sharded, and saved.
-
-Builders, adapters and file formats are torchtune's; sharding and state dicts are PyTorch's (FSDP2).
-"""
+"""The model of a recipe, of torchtune or transformers: built, loaded on one device or sharded, and saved."""
 
 from __future__ import annotations
 
-import json
-import math
-import random
 import shutil
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torchtune import training
-from torchtune.models.gemma2._attention import Gemma2Attention
-from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import (
-    DoRALinear,
-    LoRALinear,
-    get_adapter_params,
-    get_adapter_state_dict,
-    get_lora_module_names,
-    get_merged_lora_ckpt,
-    set_trainable_params,
-)
+from torchtune.modules import TransformerDecoder
 
-from flexpg.training.checkpoints import CheckpointError, differences
+from flexpg.analysis.flops import ModelShape
+from flexpg.training.checkpoints import CheckpointError
 from flexpg.training.config import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
 
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+
+class Library(Protocol):
+    """What a recipe needs to know about the models of a library; a module for each."""
+
+    def prepare(self, model: Any) -> None:
+        """Freeze what adapters leave out, and refuse what the recipe does not support."""
+
+    def has_adapters(self, model: Any) -> bool:
+        """Return whether only adapters are trained."""
+
+    def without_adapters(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which the model is its base."""
+
+    def check_fits(self, model: Any, max_token: int, max_length: int) -> None:
+        """Raise ValueError unless the model has an embedding for every token and a position for every length."""
+
+    def shape_of(self, model: Any) -> ModelShape:
+        """Return the shape for the cost model."""
+
+    def load_weights(self, cfg: Any, model: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Return what `save_weights` needs to know of the checkpoint, and its weights."""
+
+    def materialize(
+        self,
+        model: Any,
+        weights: dict[str, Tensor],
+        world: World,
+        *,
+        seed: int,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> Any:
+        """Allocate a model of `build_model` and load weights, on one device or sharded over the ranks by FSDP2."""
+
+    def weights_folder(self, cfg: Any) -> Path:
+        """Return the folder in which `save_weights` creates epoch_0."""
+
+    def save_weights(self, model: Any, cfg: Any, source: Any, world: World) -> None:
+        """Save the weights in the format that they were loaded from; all ranks call it."""
 
 
-def build_model(cfg: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> TransformerDecoder:
+def build_model(cfg: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> nn.Module:
     """Build the configured model on the meta device, without memory or weights, which `materialize` provides.
 
-    With a `lora_*` builder, only the adapters require gradients.
+    With adapters, only these require gradients.
 
     Args:
         cfg: The configuration.
@@ -51,212 +73,49 @@ def build_model(cfg: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> Trans
         param_dtype: The dtype of trained parameters.
 
     Raises:
-        ValueError: If the adapters are not plain LoRA (DoRA, or a quantized base).
-        TypeError: If the component is not a TransformerDecoder.
+        ValueError: If the recipe does not support the adapters.
+        TypeError: If the component is of another kind.
     """
     with training.set_default_dtype(dtype), torch.device("meta"):
-        model = component(cfg, "model")
-    if not isinstance(model, TransformerDecoder):
-        raise TypeError(f"model must build a torchtune TransformerDecoder, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, DoRALinear) or (isinstance(module, LoRALinear) and module._quantize_base):
-            raise ValueError("model must not have use_dora or quantize_base, which the recipe does not support")
-    if adapters := get_adapter_params(model):
-        set_trainable_params(model, adapters)
+        model: nn.Module = component(cfg, "model")
+    library_of(model).prepare(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(param_dtype)
     return model
 
 
-def load_weights(cfg: Any, model: TransformerDecoder) -> tuple[Any, dict[str, Tensor]]:
-    """Load the weights of the configured checkpointer.
+def library_of(model: nn.Module) -> Library:
+    """Return the module for the library that a model comes from."""
+    name = "torchtune_models" if isinstance(model, TransformerDecoder) else "transformers_models"
+    library: Any = import_module(f"flexpg.training.{name}")
+    return library
+
+
+def write_weights(place: Path, write: Callable[[Path], None]) -> None:
+    """Write trained weights to a temporary folder, and rename its parts over those of an earlier run.
 
     Args:
-        cfg: The configuration.
-        model: From `build_model`. The heads in the checkpoint's config.json are compared too, because a model with
-            other heads may have weights of the same shapes.
-
-    Returns:
-        The checkpointer, and the weights under torchtune's names.
+        place: The folder that gets epoch_0 and adapter/epoch_0.
+        write: Writes them into the folder that it is given.
 
     Raises:
-        ValueError: If a file is missing, or the weights belong to another model.
+        CheckpointError: If they could not be written; what was there is untouched.
     """
-    checkpointer = component(cfg, "checkpointer")
-    folder = Path(cfg.checkpointer.checkpoint_dir)
-    try:
-        weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-    except Exception as error:  # for a wrong model_type, torchtune raises nothing narrower
-        raise ValueError(f"checkpointer: {type(error).__name__}: {one_line(error)} (in {folder})") from error
-    adapters = get_adapter_params(model)
-    needed = {name: value.shape for name, value in model.state_dict().items() if name not in adapters}
-    wrong = differences({name: value.shape for name, value in weights.items()}, needed)
-    if wrong := wrong or _head_differences(model, folder / "config.json"):
-        raise ValueError(f"the checkpoint in {folder} does not fit `model`: {wrong[0]} ({len(wrong)} differences)")
-    return checkpointer, weights
-
-
-def materialize(
-    model: TransformerDecoder,
-    weights: dict[str, Tensor],
-    world: World,
-    *,
-    seed: int,
-    compile: bool = False,
-    activation_checkpointing: bool = False,
-) -> TransformerDecoder:
-    """Allocate a model of `build_model` and load weights, on one device or sharded over the ranks by FSDP2.
-
-    New adapters are initialized as in the LoRA paper (arXiv 2106.09685), A random and B zero. They depend on the seed
-    only, so any world size starts from the same model.
-
-    Args:
-        model: A model on the meta device; changed in place.
-        weights: Under torchtune's names; read on rank 0 only.
-        world: The ranks.
-        seed: Of the adapters.
-        compile: Compile each layer.
-        activation_checkpointing: Recompute each layer in the backward.
-
-    Returns:
-        The model.
-    """
-    adapters = {name: (tuple(value.shape), value.dtype) for name, value in get_adapter_params(model).items()}
-    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-    if compile:
-        training.compile_model(model, verbose=False)
-    if activation_checkpointing:
-        training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-    if world.size > 1:
-        training.shard_model(model, [partial(training.get_shard_conditions, names_to_match=None)], cpu_offload=False)
-    model.to_empty(device=world.device)
-    if world.is_first:
-        weights = {name: value.to(dtypes[name]) for name, value in weights.items()}
-        weights |= {name: _new_adapter(name, *shape, seed) for name, shape in adapters.items()}
-    if world.size > 1:
-        set_model_state_dict(model, dict(weights) if world.is_first else {}, options=BROADCAST)
-    else:
-        model.load_state_dict(weights)
-    with world.device:
-        for module in model.modules():
-            rope_init = getattr(module, "rope_init", None)
-            if callable(rope_init):
-                rope_init()  # its tables are not in the state dict
-    return model
-
-
-def save_weights(model: TransformerDecoder, cfg: Any, checkpointer: Any, world: World) -> None:
-    """Save the weights in the format that they were loaded from, for transformers and vLLM; all ranks call it.
-
-    `checkpointer.output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters,
-    which its config.json then names. `checkpointer.output_dir`/adapter/epoch_0 holds adapters for PEFT. Both are
-    written to a temporary folder and renamed over those of an earlier run.
-
-    Args:
-        model: On one device or sharded.
-        cfg: The configuration.
-        checkpointer: The one that loaded the weights.
-        world: The ranks.
-
-    Raises:
-        CheckpointError: If they could not be written, on rank 0; what was there is untouched.
-    """
-    gathered = get_model_state_dict(model, options=GATHER)  # on rank 0
-    if not world.is_first:
-        return
-    trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
-    weights = {name: value.to(trained) for name, value in gathered.items() if isinstance(value, Tensor)}
-    lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
-    place = Path(cfg.checkpointer.output_dir)
     unfinished = place / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
     try:
-        if lora is not None:
-            _save_adapters(weights, lora, model.head_dim, cfg, unfinished / "adapter")
-            own = {name: value.clone() for name, value in weights.items()}  # on a CPU, merging would change the model
-            weights = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
-        checkpointer._output_dir = unfinished  # another checkpointer would have to load the weights first
-        checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
-        _set_dtype_in_config(unfinished / "epoch_0" / "config.json", trained)
-        _move_into_place(unfinished, place)
+        write(unfinished)
+        for new in [*unfinished.glob("adapter/epoch_0"), *unfinished.glob("epoch_0")]:
+            final = place / new.relative_to(unfinished)
+            final.parent.mkdir(exist_ok=True)
+            if final.exists():
+                final.rename(new.with_name("replaced"))
+            new.rename(final)
+        shutil.rmtree(unfinished, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
             f"the trained weights could not be written to {place / 'epoch_0'}: {one_line(error)}; free disk space and "
             "run again with resume=true"
         ) from error
-
-
-def _move_into_place(unfinished: Path, place: Path) -> None:
-    for new in [*unfinished.glob("adapter/epoch_0"), *unfinished.glob("epoch_0")]:
-        final = place / new.relative_to(unfinished)
-        final.parent.mkdir(exist_ok=True)
-        if final.exists():
-            final.rename(new.with_name("replaced"))
-        new.rename(final)
-    shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: Any, folder: Path) -> None:
-    described = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": get_lora_module_names(
-            list(cfg.model.lora_attn_modules),
-            cfg.model.get("apply_lora_to_mlp", False),
-            cfg.model.get("apply_lora_to_output", False),
-        ),
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        # torchtune would write the hub's name here, where `tune` downloaded the base.
-        "base_model_name_or_path": str(cfg.checkpointer.checkpoint_dir),
-    }
-    adapter = {training.ADAPTER_KEY: get_adapter_state_dict(weights), training.ADAPTER_CONFIG: described}
-    is_qwen = cfg.checkpointer.model_type == "QWEN2"
-    options = {"safe_serialization": True} if is_qwen else {}
-    checkpointer = component(cfg, "checkpointer", output_dir=str(folder), **options)
-    checkpointer.save_checkpoint(adapter, epoch=0, adapter_only=True)
-    if is_qwen:
-        _undo_llama_permutation(folder / "epoch_0" / "adapter_model.safetensors", head_dim)
-
-
-def _head_differences(model: TransformerDecoder, config_file: Path) -> list[str]:
-    if not config_file.exists():  # not a checkpoint in Hugging Face's format
-        return []
-    theirs = json.loads(config_file.read_text())
-    heads = (theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"]))
-    attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention | Gemma2Attention))
-    own = (attn.num_heads, attn.num_kv_heads)
-    return [] if heads == own else [f"it has {heads} query and key/value heads, the model {own}"]
-
-
-def _new_adapter(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    weight = torch.zeros(shape)
-    if name.endswith("lora_a.weight"):
-        generator = torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-    return weight.to(dtype)
-
-
-def _undo_llama_permutation(adapter_file: Path, head_dim: int) -> None:
-    """Order the rows of Qwen's query and key adapters as transformers does.
-
-    torchtune 0.6.1 permutes them like Llama's, whose rotary pairs are adjacent in torchtune and half a head apart in
-    transformers. Qwen's are half a head apart in both, and nothing else of it is permuted.
-    """
-    tensors = safetensors.load(adapter_file.read_bytes())
-    for name, weight in tensors.items():
-        if name.endswith(("q_proj.lora_B.weight", "k_proj.lora_B.weight")):
-            pairs = weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # [H, D / 2, 2, rank]
-            tensors[name] = pairs.flatten(0, 2).contiguous()
-    safetensors.save_file(tensors, adapter_file, metadata={"format": "pt"})
-
-
-def _set_dtype_in_config(config_file: Path, dtype: torch.dtype) -> None:
-    """Write the dtype into config.json: transformers loads weights in it, and torchtune copies that of the source."""
-    if config_file.exists():
-        described = json.loads(config_file.read_text())
-        keys = [key for key in ("dtype", "torch_dtype") if key in described] or ["torch_dtype"]
-        described |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-        config_file.write_text(json.dumps(described, indent=2) + "\n")

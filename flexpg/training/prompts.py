@@ -1,4 +1,4 @@
-"""Problems as prompt tokens, and completions as text, through a torchtune tokenizer."""
+"""Problems as prompt tokens, and completions as text, through a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchtune.data import Message
-from torchtune.modules import TransformerDecoder
 
-from flexpg.integrations.torchtune import check_fits
+from flexpg.training.causal_lm import CheckpointTokenizer
+from flexpg.training.models import library_of
 from flexpg.training.reward_calls import Group
 from flexpg.training.tasks.problem import Problem
 from flexpg.tree import BLOCK
@@ -32,6 +32,8 @@ def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "
     """
     if prompt_format != "chat":
         return list(tokenizer.encode(prompt, add_bos=prompt_format == "bos", add_eos=False))
+    if isinstance(tokenizer, CheckpointTokenizer):
+        return tokenizer.chat_prompt(prompt)
     # What two answers have in common; torchtune 0.6.1 would end an empty assistant message of Qwen and Phi.
     user = Message(role="user", content=prompt)
     first, second = (
@@ -46,7 +48,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "
 def tokenize_problems(
     cfg: Any,
     tokenizer: Any,
-    model: TransformerDecoder,
+    model: nn.Module,
     name: str,
     problems: Sequence[Problem],
     *,
@@ -80,7 +82,7 @@ def tokenize_problems(
             for budget, needed in (("max_tokens", length), ("max_cache_tokens", slots)):
                 if needed > cfg[budget]:
                     raise ValueError(f"prompt and completion need {needed} tokens, more than {budget}={cfg[budget]}")
-            check_fits(model, max([*tokens, *tokenizer.stop_tokens]), length)
+            library_of(model).check_fits(model, max([*tokens, *tokenizer.stop_tokens]), length)
         except ValueError as error:
             raise ValueError(f"{name}, problem {number}: {error}") from None
         prompts.append(torch.tensor(tokens, device=device))

@@ -1,0 +1,135 @@
+"""transformers checkpoints in a recipe's configuration.
+
+    model:
+      _component_: flexpg.training.causal_lm.model
+      path: /tmp/Qwen3-0.6B
+      lora: {r: 32, lora_alpha: 64, target_modules: all-linear}  # without it, all parameters are trained
+    tokenizer:
+      _component_: flexpg.training.causal_lm.tokenizer
+      path: ${model.path}
+
+`transformers_models.py` loads, shards and saves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def model(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build the model of a checkpoint, without its weights.
+
+    Args:
+        path: The folder of a transformers checkpoint, or its name on the hub. Of one that takes images too, all
+            parameters are loaded; a text batch trains the language model.
+        lora: Options of `peft.LoraConfig`; None to train all parameters.
+
+    Raises:
+        ImportError: If PEFT is not installed, with `lora`.
+        ValueError: If lora_dropout is not 0.
+    """
+    from transformers import AutoConfig
+
+    from flexpg.analysis.transformers_files import auto_class
+
+    config = AutoConfig.from_pretrained(path)
+    built: nn.Module = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    return built if lora is None else with_adapters(built, lora)
+
+
+def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
+    """Add LoRA adapters to a transformers model.
+
+    Args:
+        model: The model.
+        lora: Options of `peft.LoraConfig`.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If lora_dropout is not 0.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"{error}; model.lora needs PEFT, run: pip install peft") from error
+    if lora.get("lora_dropout"):
+        raise ValueError(
+            f"lora.lora_dropout must be 0, got {lora['lora_dropout']}: it would differ between the copies of a prefix"
+        )
+    own: Any = model
+    adapted: nn.Module = get_peft_model(own, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
+    return adapted
+
+
+def tokenizer(
+    path: str, stop_tokens: Iterable[str] = (), template_options: Mapping[str, Any] | None = None
+) -> CheckpointTokenizer:
+    """Load the tokenizer of a checkpoint.
+
+    Args:
+        path: The folder of a transformers checkpoint, or its name on the hub.
+        stop_tokens: Texts of one token that end a completion, such as "<|im_end|>", besides the end-of-sequence tokens of
+            the tokenizer and of the checkpoint's generation config.
+        template_options: Arguments of the chat template, such as {"enable_thinking": False}.
+
+    Raises:
+        ValueError: If one of `stop_tokens` is not one token.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    own = AutoTokenizer.from_pretrained(path)
+    ids = {own.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the checkpoint has no generation config
+        eos = None
+    ids |= {eos} if isinstance(eos, int) else set(eos or ())
+    for text in stop_tokens:
+        encoded = own.encode(text, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise ValueError(f"stop_tokens must be one token each, got {text!r}, which is {len(encoded)}")
+        ids |= set(encoded)
+    return CheckpointTokenizer(own, sorted(ids - {None}), dict(template_options or {}))
+
+
+class CheckpointTokenizer:
+    """A transformers tokenizer with the methods that recipes call.
+
+    Args:
+        tokenizer: The tokenizer.
+        stop_tokens: Ids that end a completion.
+        template_options: Arguments of the chat template.
+    """
+
+    def __init__(self, tokenizer: Any, stop_tokens: list[int], template_options: dict[str, Any]) -> None:
+        self.tokenizer, self.stop_tokens, self.template_options = tokenizer, stop_tokens, template_options
+
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+        """Return the ids of a text; special tokens are added on request only."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if add_bos and bos is None:
+            raise ValueError("the tokenizer has no beginning-of-sequence token; set prompt_format=plain or chat")
+        return [bos] * add_bos + ids + [eos] * add_eos
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of the ids, without special tokens."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def chat_prompt(self, text: str) -> list[int]:
+        """Return the ids of a user message and of the beginning of its answer, by the checkpoint's chat template.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template; set prompt_format=plain or bos")
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False, **self.template_options
+        )
+        return ids

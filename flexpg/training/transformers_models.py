@@ -1,0 +1,207 @@
+"""transformers' models in a recipe (see `models.Library`).
+
+Checkpoints are read and written by transformers, adapters by PEFT; sharding and state dicts are PyTorch's (FSDP2).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoTokenizer
+
+from flexpg.analysis.transformers_files import auto_class
+from flexpg.analysis.transformers_shape import shape_of
+from flexpg.integrations.transformers import layers
+from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, unwrap
+from flexpg.integrations.transformers.composite import text_config
+from flexpg.training.causal_lm import with_adapters
+from flexpg.training.checkpoints import differences
+from flexpg.training.distributed import World
+from flexpg.training.models import write_weights
+from flexpg.training.torchtune_models import BROADCAST, GATHER
+
+__all__ = [
+    "check_fits",
+    "has_adapters",
+    "load_weights",
+    "materialize",
+    "prepare",
+    "save_weights",
+    "shape_of",
+    "weights_folder",
+    "without_adapters",
+]
+
+
+def prepare(model: nn.Module) -> None:
+    """Refuse models in which prefixes cannot be shared; PEFT has frozen what adapters leave out.
+
+    Raises:
+        ValueError: If the model has dropout.
+        TypeError: If it is not a transformers model, or prefixes cannot be shared exactly in it.
+    """
+    check_architecture(unwrap(model))
+    check_no_dropout(model, will_train=True)
+
+
+def has_adapters(model: Any) -> bool:
+    """Return whether the model has PEFT adapters."""
+    return unwrap(model) is not model
+
+
+def without_adapters(model: Any) -> AbstractContextManager[None]:
+    """Return a context in which the adapters are disabled."""
+    context: AbstractContextManager[None] = model.disable_adapter() if has_adapters(model) else nullcontext()
+    return context
+
+
+def check_fits(model: nn.Module, max_token: int, max_length: int) -> None:
+    """Check that the model has an embedding for every token and was made for sequences of a length.
+
+    Args:
+        model: A transformers model.
+        max_token: The largest token id.
+        max_length: Tokens of the longest sequence, prompt and completion.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    config: Any = text_config(unwrap(model))
+    if max_token >= config.vocab_size:
+        raise ValueError(f"token ids must be below the model's vocabulary size of {config.vocab_size}, got {max_token}")
+    longest = getattr(config, "max_position_embeddings", None)  # None for recurrent models
+    if longest is not None and max_length > longest:
+        raise ValueError(f"sequences must have at most max_position_embeddings={longest} tokens, got {max_length}")
+
+
+def load_weights(cfg: Any, model: nn.Module) -> tuple[None, dict[str, Tensor]]:
+    """Load the checkpoint of the configured model, with new adapters, which depend on the seed only.
+
+    Args:
+        cfg: The configuration, with `model.path` and `model.lora`.
+        model: From `build_model`.
+
+    Returns:
+        None, and the weights and buffers by name.
+
+    Raises:
+        ValueError: If the checkpoint lacks a weight of the model.
+    """
+    path, dtype = cfg.model.path, next(p.dtype for p in unwrap(model).parameters() if p.is_floating_point())
+    auto = auto_class(AutoConfig.from_pretrained(path))
+    loaded, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise ValueError(f"the checkpoint in {path} does not fit its config: it has no {wrong[0]} ({len(wrong)} such)")
+    if lora := cfg.model.get("lora"):
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            loaded = with_adapters(loaded, lora)
+    weights = dict(loaded.state_dict())
+    needed = {name: value.shape for name, value in model.state_dict().items()}
+    if different := differences({name: value.shape for name, value in weights.items()}, needed):
+        raise ValueError(f"the checkpoint in {path} does not fit `model`: {different[0]}")
+    return None, weights | dict(loaded.named_buffers())
+
+
+def materialize(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    world: World,
+    *,
+    seed: int,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+) -> nn.Module:
+    """Allocate a model of `build_model` and load weights, on one device or sharded over the ranks by FSDP2.
+
+    Args:
+        model: A model on the meta device; changed in place.
+        weights: From `load_weights`; read on rank 0 only.
+        world: The ranks.
+        seed: Not used; `load_weights` created the adapters.
+        compile: Must be False.
+        activation_checkpointing: Recompute each layer in the backward.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If `compile` is set.
+    """
+    if compile:
+        raise ValueError("compile must be false for transformers models")
+    base: Any = unwrap(model)
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    if activation_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if world.size > 1:
+        for layer in layers(model).values():
+            fully_shard(layer)
+        fully_shard(model)
+    model.to_empty(device=world.device)
+    base.tie_weights()  # the parameters of `to_empty` are new ones
+    weights = {name: value.to(dtypes.get(name, value.dtype)) for name, value in weights.items()}
+    own = {name: value for name, value in weights.items() if name in dtypes}
+    if world.size > 1:
+        set_model_state_dict(model, dict(own), options=BROADCAST)
+    else:
+        model.load_state_dict(own)
+    # Tables of RoPE and the like are not in the state dict.
+    tables = world.all_gather([{name: value for name, value in weights.items() if name not in dtypes}])[0]
+    for name, value in tables.items():
+        module, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(module), buffer, value.to(world.device))
+    return model
+
+
+def weights_folder(cfg: Any) -> Path:
+    """Return the folder in which `save_weights` creates epoch_0.
+
+    Raises:
+        ValueError: If a checkpointer is configured, which nothing would use.
+    """
+    if cfg.checkpointer is not None:
+        raise ValueError("checkpointer must not be set for a transformers model; model.path names its checkpoint")
+    return Path(cfg.output_dir)
+
+
+def save_weights(model: nn.Module, cfg: Any, source: None, world: World) -> None:
+    """Save the weights in the checkpoint's own format; all ranks call it.
+
+    `output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with its
+    tokenizer. `output_dir`/adapter/epoch_0 holds adapters for PEFT. Both are written to a temporary folder and renamed
+    over those of an earlier run.
+
+    Args:
+        model: On one device or sharded.
+        cfg: The configuration.
+        source: None.
+        world: The ranks.
+
+    Raises:
+        CheckpointError: If they could not be written, on rank 0; what was there is untouched.
+    """
+    gathered: dict[str, Any] = get_model_state_dict(model, options=GATHER)  # on rank 0
+    if not world.is_first:
+        return
+    trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
+
+    def write(folder: Path) -> None:
+        path = cfg.model.path
+        saved: Any = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=trained)
+        if lora := cfg.model.get("lora"):
+            saved = with_adapters(saved, lora)
+        saved.load_state_dict({name: value.to(trained) for name, value in gathered.items()})
+        if lora:
+            saved.save_pretrained(folder / "adapter" / "epoch_0")
+            saved = saved.merge_and_unload()
+        saved.save_pretrained(folder / "epoch_0")
+        AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
+
+    write_weights(weights_folder(cfg), write)
