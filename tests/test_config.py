@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from checkpoints_hf import PUBLISHED
 from omegaconf import DictConfig, OmegaConf
 from recipe_runs import LORA, TINY, load, make
 from torch import nn
 from torchtune.config._utils import _get_component_from_path
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
-from torchtune.modules.peft import get_adapter_params
 
 from flexpg.training.config import COMPONENTS, SETUP_ERRORS, GRPOConfig, component, load_config
-from flexpg.training.models import build_model
+from flexpg.training.models import build_model, library_of
 from flexpg.training.reward_calls import Group
 from flexpg.training.rewards import build_rewards, score
 from flexpg.training.tasks import Problem
@@ -32,7 +33,14 @@ PARAMETERS = {  # of the published checkpoints, tied embeddings counted once
     "llama3_2_1B": 1_235_814_400,
     "llama3_2_3B": 3_212_749_824,
 }
-GPU_CONFIGS = [f"{size}_{kind}" for size in PARAMETERS for kind in ("full", "lora")]
+OF_TRANSFORMERS = {  # likewise; of Qwen3.5 0.8B with its vision tower, whose size is not published apart
+    "qwen3_0_6B_full": 596_049_920,
+    "qwen3_4B_lora": 4_022_468_096,
+    "qwen3_5_0_8B_full": None,
+    "gemma3_1B_full": 999_885_952,
+    "gpt_oss_20b_lora": 20_914_757_184,
+}
+GPU_CONFIGS = [*(f"{size}_{kind}" for size in PARAMETERS for kind in ("full", "lora")), *OF_TRANSFORMERS]
 every_config = pytest.mark.parametrize("name", PATHS)
 every_gpu_config = pytest.mark.parametrize("name", GPU_CONFIGS)
 
@@ -171,7 +179,7 @@ COMMAND_ERRORS = [
     ("--config list.yaml", "--config must be a YAML mapping"),
     (
         "--config empty.yaml",
-        "missing option checkpointer, ",
+        "missing option metric_logger.log_dir, ",
         " model, ",
         " sampling.max_new_tokens, ",
         " train_problems",
@@ -223,8 +231,15 @@ def header(name: str) -> list[str]:
     return [line[1:].strip() for line in PATHS[name].read_text().split("\n\n")[0].splitlines()]
 
 
-def meta_model(name: str) -> TransformerDecoder:
-    return build_model(resolved(name), torch.bfloat16, torch.float32)
+@cache
+def meta_model(name: str) -> nn.Module:
+    """Build a configuration's model; one of transformers from the config that the published checkpoint has."""
+    cfg = resolved(name)
+    with TemporaryDirectory() as folder:
+        if name in PUBLISHED:
+            PUBLISHED[name].save_pretrained(folder)
+            cfg.model.path = folder
+        return build_model(cfg, torch.bfloat16, torch.float32)
 
 
 def count(parameters: Any) -> int:
@@ -232,7 +247,8 @@ def count(parameters: Any) -> int:
 
 
 def test_there_is_a_config_for_every_model():
-    assert set(PATHS) == {*GPU_CONFIGS, "tiny_cpu", "tiny_lora_cpu", "gsm8k_bytes_cpu"}
+    assert set(PATHS) == {*GPU_CONFIGS, "tiny_cpu", "tiny_lora_cpu", "tiny_transformers_cpu", "gsm8k_bytes_cpu"}
+    assert set(OF_TRANSFORMERS) == set(PUBLISHED)
 
 
 @every_config
@@ -253,6 +269,9 @@ def test_config_sets_no_option_to_its_default(name):
 def test_config_components_exist_and_take_their_arguments(name):
     cfg = resolved(name)
     for option in COMPONENTS:
+        if cfg[option] is None:
+            assert option == "checkpointer" and cfg.model._component_ == "flexpg.training.causal_lm.model"
+            continue
         arguments = {key: value for key, value in cfg[option].items() if key != "_component_"}
         arguments.pop("weight", None)
         signature(_get_component_from_path(cfg[option]._component_)).bind_partial(**arguments)
@@ -271,8 +290,9 @@ def test_config_header_names_the_commands_of_this_file(name):
     if name in GPU_CONFIGS:
         cfg = resolved(name)
         (download,) = [line for line in header(name) if line.startswith("tune download")]
-        assert f"--output-dir {cfg.checkpointer.checkpoint_dir}" in download
-        assert cfg.tokenizer.path.startswith(cfg.checkpointer.checkpoint_dir)
+        folder = cfg.model.path if cfg.checkpointer is None else cfg.checkpointer.checkpoint_dir
+        assert f"--output-dir {folder}" in download
+        assert cfg.tokenizer.path.startswith(folder)
 
 
 @every_gpu_config
@@ -314,19 +334,30 @@ def test_model_on_meta_device_has_the_published_number_of_parameters(size):
     assert {p.dtype for p in lora.parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_transformers_model_on_meta_device_has_the_published_number_of_parameters(name):
+    model, published = meta_model(name), OF_TRANSFORMERS[name]
+    assert all(parameter.is_meta for parameter in model.parameters())
+    base = count(p for path, p in model.named_parameters() if "lora_" not in path)
+    if published is not None:
+        assert base == published
+    dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert dtypes == {True: torch.float32} | ({False: torch.bfloat16} if False in dtypes else {})
+    frozen = {path.split(".")[1] for path, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"model"} if name.endswith("lora") else frozen <= {"visual"}
+
+
 @every_gpu_config
 def test_memory_estimate_is_the_sum_that_the_docs_describe(name):
     cfg, model = resolved(name), meta_model(name)
-    adapters = count(get_adapter_params(model).values())
-    base = count(model.parameters()) - adapters
-    state = 2 * base + 18 * adapters if adapters else 18 * base
-    attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention))
-    cache = 4 * len(model.layers) * attn.num_kv_heads * attn.head_dim * cfg.max_cache_tokens
-    vocabulary, width = model.tok_embeddings.weight.shape
-    inner = model.layers[0].mlp.w1.out_dim if adapters else model.layers[0].mlp.w1.out_features
-    work = cfg.max_tokens * (4 * len(model.layers) * width + 8 * inner + 40 * width) + 12 * 1024 * vocabulary
-    estimate = round((state + max(cache, work)) / 1e9)
+    shape = library_of(model).shape_of(model)
+    trained = count(p for p in model.parameters() if p.requires_grad)
+    state = 2 * (count(model.parameters()) - trained) + 18 * trained
+    cache = 4 * shape.num_attention_layers * shape.num_kv_heads * shape.head_dim * cfg.max_cache_tokens
+    width = shape.embed_dim
+    work = cfg.max_tokens * (4 * shape.num_layers * width + 8 * shape.intermediate_dim + 40 * width)
+    estimate = round((state + max(cache, work + 12 * 1024 * shape.vocab_size)) / 1e9)
     assert f"Estimated memory on one GPU: {estimate} GB (docs/recipes.md)." in header(name)
     (row,) = re.findall(rf"^\| {name} \|.*", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
-    assert f"| {adapters or base:,}" in row and row.endswith(f"| {estimate} GB |")
+    assert f"| {trained:,}" in row and row.endswith(f"| {estimate} GB |")
     assert re.search(r"max_cache_tokens: .* ([\d.]+) GB", PATHS[name].read_text())[1] == f"{cache / 1e9:.1f}"

@@ -36,6 +36,7 @@ class ModelShape:
         is_output_frozen: Whether the output layer is not trained.
         output_adapters: Entries of the output layer's adapters.
         value_dim: Of a value head; 0 if it is D.
+        global_head_dim: D of layers without a window, if it differs from that of layers with one; else 0.
         attention_layers: Layers with attention; None if all have it.
         windowed_layers: Those of them with a sliding window or chunks.
         window: The tokens that a token sees there at most, or those of a chunk.
@@ -64,6 +65,7 @@ class ModelShape:
     is_output_frozen: bool = False
     output_adapters: int = 0
     value_dim: int = 0
+    global_head_dim: int = 0
     attention_layers: int | None = None
     windowed_layers: int = 0
     window: int = 0
@@ -135,15 +137,18 @@ def update_flops(
     if activation_checkpointing:
         per_token += 2 * shape.num_layers * (shape.layer_weights - shape.last_weights)
         recurrent += shape.recurrent_flops
-    pairs = work.num_pairs * (shape.num_attention_layers - shape.windowed_layers)
+    head_dims = shape.head_dim + (shape.value_dim or shape.head_dim)  # of QK^T and PV
+    full_layers = shape.num_attention_layers - shape.windowed_layers
+    per_head = work.num_pairs * full_layers * (2 * shape.global_head_dim or head_dims)
     if shape.windowed_layers:
-        pairs += work.pairs(shape.window, shape.is_chunked) * shape.windowed_layers
-    per_pair = 2 * (shape.head_dim + (shape.value_dim or shape.head_dim)) * shape.num_heads
-    per_pair *= 4 if activation_checkpointing else 3
+        per_head += work.pairs(shape.window, shape.is_chunked) * shape.windowed_layers * head_dims
     output, adapters = shape.embed_dim * shape.vocab_size, shape.output_adapters
     per_logits = 2 * (output + adapters) * (3 + recompute_output) - 2 * output * shape.is_output_frozen
     return Flops(
-        work.num_tokens * per_token, pairs * per_pair, num_loss_tokens * per_logits, work.num_tokens * recurrent
+        linear=work.num_tokens * per_token,
+        attention=2 * per_head * shape.num_heads * (4 if activation_checkpointing else 3),
+        output=num_loss_tokens * per_logits,
+        recurrent=work.num_tokens * recurrent,
     )
 
 

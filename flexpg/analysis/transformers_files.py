@@ -33,10 +33,22 @@ def local_model(path: Path) -> nn.Module:
     """
     if (path / ADAPTER_CONFIG).is_file():
         return _local_adapter(path)
+    return meta_model(local_config(path))
+
+
+def local_config(path: Path) -> PretrainedConfig:
+    """Read a checkpoint's config.
+
+    Args:
+        path: The checkpoint's folder, or its config.json.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():  # transformers would take the path for a name on the hub
         raise FileNotFoundError(f"no file {file}; pass a checkpoint's folder or its config.json")
-    return meta_model(AutoConfig.from_pretrained(str(path), local_files_only=True))
+    return AutoConfig.from_pretrained(str(path), local_files_only=True)
 
 
 def meta_model(config: PretrainedConfig) -> nn.Module:

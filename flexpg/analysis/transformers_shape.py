@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,7 +23,7 @@ from flexpg.analysis.transformers_recurrent import recurrent_work
 from flexpg.analysis.weights import Matrix, keeps_input, layer_matrices, weight_fields
 from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, unwrap
-from flexpg.integrations.transformers.composite import text_config
+from flexpg.integrations.transformers.composite import language_model, text_config
 from flexpg.integrations.transformers.recurrent import is_recurrent, recurrent_modules
 
 
@@ -53,8 +53,6 @@ def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
     if not own_layers:
         raise ValueError(f"{name} must have at least one layer, got num_hidden_layers=0")
     parts = [_parts(layer, getattr(config, "num_experts_per_tok", 0)) for layer in own_layers]
-    if any(part.matrices[-1].path.count(".") < 2 for part in parts):
-        raise TypeError(f"{name} must have its MLP in a module of its own; write its ModelShape by hand")
     with_mlp = [part for part in parts if part.mlp]
     mlp_entries = sum(m.entries for part in with_mlp for m in part.mlp)
     # Three matrices of one size, not two.
@@ -79,15 +77,24 @@ def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
         experts_per_token=max(part.experts for part in parts),
         is_output_frozen=not any(p.requires_grad for path, p in output.items() if "lora_" not in path),
         output_adapters=sum(p.numel() for path, p in output.items() if "lora_" in path),
-        **_attention_fields(config, name, [part.attention for part in parts]),
+        **_attention_fields(config, [part.attention for part in parts]),
         **weight_fields(
             [part.matrices for part in parts],
             embeds_are_trained=embeds.requires_grad,
             is_parallel=len(norms) == 1 and not any(part.recurrent for part in parts),
         ),
     )
+    shape = replace(shape, layer_weights=shape.layer_weights + _entries_outside_layers(base) // len(own_layers))
     modules = [module for part in parts for module in part.recurrent]
     return _with_recurrent_layers(shape, modules, meta_model(base.config).to(base.dtype)) if modules else shape
+
+
+def _entries_outside_layers(model: PreTrainedModel) -> int:
+    """Count the entries of matrices before and after the layers, such as those of the inputs to Gemma 4's layers."""
+    parts = [*layers(model).values(), model.get_output_embeddings()]
+    in_parts = {module for part in parts for module in part.modules()}
+    outside = [module for module in language_model(model).modules() if module not in in_parts]
+    return sum(module.weight.numel() for module in outside if isinstance(module, nn.Linear))
 
 
 @dataclass(frozen=True)
@@ -140,18 +147,14 @@ def _is_attention(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and not is_layer and not is_recurrent(module)
 
 
-def _attention_fields(config: PretrainedConfig, name: str, modules: Sequence[nn.Module | None]) -> dict[str, Any]:
+def _attention_fields(config: PretrainedConfig, modules: Sequence[nn.Module | None]) -> dict[str, Any]:
     """Return the fields of a ModelShape that describe attention.
 
     Args:
         config: Of the language model.
-        name: Of the model, for errors.
         modules: The attention module of each layer.
     """
     attention = [module for module in modules if module is not None]
-    own = {size for module in attention if isinstance(size := getattr(module, "head_dim", None), int)}
-    if len(own) > 1:
-        raise TypeError(f"{name} has heads of {sorted(own)} entries in different layers; write its ModelShape by hand")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "kv_lora_rank", None) is not None:  # latent attention
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -162,6 +165,7 @@ def _attention_fields(config: PretrainedConfig, name: str, modules: Sequence[nn.
     windowed = chunked if chunk else sliding if window else 0
     return {
         "head_dim": head_dim,
+        "global_head_dim": getattr(config, "global_head_dim", None) or 0,
         "value_dim": 0 if (size := getattr(config, "v_head_dim", None) or head_dim) == head_dim else size,
         "attention_layers": None if len(attention) == len(modules) else len(attention),
         "windowed_layers": windowed,

@@ -117,8 +117,8 @@ def _first_inputs(layers: Sequence[Sequence[Matrix]], is_parallel: bool) -> int:
 
 def _without_input_gradient(matrices: Sequence[Matrix], is_parallel: bool) -> int:
     """Count the entries of a first layer's matrices whose input needs no gradient."""
-    blocks = [[m for m in matrices if m.block == block] for block in dict.fromkeys(m.block for m in matrices)]
-    attention, mlp = blocks[0], blocks[-1]
+    attention = [m for m in matrices if m.block == matrices[0].block]
+    mlp = [m for m in matrices if m not in attention] or attention
     attention_in = [m for m in attention if re.search(r"in_proj|[qkv]|c_attn", m.projection.split(".")[-1])]
     mlp_out = [m for m in mlp if m.projection == mlp[-1].projection]
     stages = [  # matrices with the same input

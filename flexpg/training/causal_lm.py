@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +25,18 @@ def model(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the model of a checkpoint, without its weights.
 
     Args:
-        path: The folder of a transformers checkpoint, or its name on the hub. Of one that takes images too, all
-            parameters are loaded; a text batch trains the language model.
+        path: The folder of a transformers checkpoint, as `tune download` writes it. Of a model that takes images too,
+            the language model is trained.
         lora: Options of `peft.LoraConfig`; None to train all parameters.
 
     Raises:
+        FileNotFoundError: If the folder has no config.json.
         ImportError: If PEFT is not installed, with `lora`.
         ValueError: If lora_dropout is not 0.
     """
-    from transformers import AutoConfig
+    from flexpg.analysis.transformers_files import auto_class, local_config
 
-    from flexpg.analysis.transformers_files import auto_class
-
-    config = AutoConfig.from_pretrained(path)
+    config = local_config(Path(path))
     built: nn.Module = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
     return built if lora is None else with_adapters(built, lora)
 
@@ -71,17 +71,20 @@ def tokenizer(
     """Load the tokenizer of a checkpoint.
 
     Args:
-        path: The folder of a transformers checkpoint, or its name on the hub.
-        stop_tokens: Texts of one token that end a completion, such as "<|im_end|>", besides the end-of-sequence tokens of
-            the tokenizer and of the checkpoint's generation config.
+        path: The folder of a transformers checkpoint.
+        stop_tokens: Texts of one token that end a completion, such as "<|im_end|>", besides the end-of-sequence tokens
+            of the tokenizer and of the checkpoint's generation config.
         template_options: Arguments of the chat template, such as {"enable_thinking": False}.
 
     Raises:
+        FileNotFoundError: If the folder does not exist.
         ValueError: If one of `stop_tokens` is not one token.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    own = AutoTokenizer.from_pretrained(path)
+    from flexpg.analysis.transformers_files import local_tokenizer
+
+    own: Any = local_tokenizer(Path(path))
     ids = {own.eos_token_id}
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from flexpg.analysis.transformers_files import auto_class
+from flexpg.analysis.transformers_files import auto_class, local_config
 from flexpg.analysis.transformers_shape import shape_of
 from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, unwrap
-from flexpg.integrations.transformers.composite import text_config
+from flexpg.integrations.transformers.composite import text_config, tower_modules
 from flexpg.training.causal_lm import with_adapters
 from flexpg.training.checkpoints import differences
 from flexpg.training.distributed import World
@@ -40,7 +40,9 @@ __all__ = [
 
 
 def prepare(model: nn.Module) -> None:
-    """Refuse models in which prefixes cannot be shared; PEFT has frozen what adapters leave out.
+    """Freeze towers of images and audio, which text does not reach, and refuse models that cannot share prefixes.
+
+    PEFT has frozen what adapters leave out.
 
     Raises:
         ValueError: If the model has dropout.
@@ -48,6 +50,9 @@ def prepare(model: nn.Module) -> None:
     """
     check_architecture(unwrap(model))
     check_no_dropout(model, will_train=True)
+    for module in tower_modules(unwrap(model)):
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
 
 def has_adapters(model: Any) -> bool:
@@ -94,7 +99,7 @@ def load_weights(cfg: Any, model: nn.Module) -> tuple[None, dict[str, Tensor]]:
         ValueError: If the checkpoint lacks a weight of the model.
     """
     path, dtype = cfg.model.path, next(p.dtype for p in unwrap(model).parameters() if p.is_floating_point())
-    auto = auto_class(AutoConfig.from_pretrained(path))
+    auto = auto_class(local_config(Path(path)))
     loaded, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"the checkpoint in {path} does not fit its config: it has no {wrong[0]} ({len(wrong)} such)")
@@ -194,7 +199,7 @@ def save_weights(model: nn.Module, cfg: Any, source: None, world: World) -> None
 
     def write(folder: Path) -> None:
         path = cfg.model.path
-        saved: Any = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=trained)
+        saved: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=trained)
         if lora := cfg.model.get("lora"):
             saved = with_adapters(saved, lora)
         saved.load_state_dict({name: value.to(trained) for name, value in gathered.items()})

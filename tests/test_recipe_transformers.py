@@ -1,0 +1,178 @@
+"""recipes/grpo.py with models of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from checkpoints_hf import save_tiny
+from processes import run_processes
+from recipe_runs import SMALL, flat, make, train
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexpg.training.causal_lm import tokenizer
+from flexpg.training.config import SETUP_ERRORS
+from flexpg.training.prompts import prompt_tokens
+from flexpg.training.tasks import ByteTokenizer
+
+CONFIG, TINY = "recipes/configs/tiny_transformers_cpu.yaml", "recipes/assets/tiny"
+OPTIONS = (*SMALL, "num_steps=2")
+RANDOM = "rewards.correct._component_=recipe_runs.spread_reward"  # text of a random model earns no other
+LORA = ("model.lora.r=4", "model.lora.lora_alpha=8", "model.lora.target_modules=all-linear")
+SEEN = ("reward", "loss", "grad_norm", "entropy", "completion_tokens", "tokens_encoded", "flop_ratio")
+
+
+def run(output_dir: Path, *options: str, config: str = CONFIG):
+    return train(make(output_dir, *OPTIONS, *options, config=config))
+
+
+def assert_same_history(ours: list[dict], theirs: list[dict], names: tuple[str, ...] = SEEN, rel: float = 1e-5) -> None:
+    for own, other in zip(ours, theirs, strict=True):
+        for name in names:
+            assert own[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
+
+
+def test_run_equals_that_of_torchtunes_model_of_the_same_checkpoint(tmp_path):
+    ours = run(tmp_path / "transformers", "loss.beta=0.1", "minibatches=2")
+    theirs = run(tmp_path / "torchtune", "loss.beta=0.1", "minibatches=2", config="recipes/configs/tiny_cpu.yaml")
+    assert_same_history(ours.history, theirs.history)
+    for recipe in (ours, theirs):
+        recipe.save_checkpoint()
+    saved = [load_file(*(tmp_path / name / "epoch_0").glob("*.safetensors")) for name in ("transformers", "torchtune")]
+    for name, weight in saved[0].items():
+        torch.testing.assert_close(weight, saved[1][name].float(), rtol=0, atol=2e-6)
+    ids = torch.arange(30)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "transformers/epoch_0")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, ours.model.eval()(ids).logits)
+    assert loaded.dtype == torch.float32 and "flexpg" not in (tmp_path / "transformers/epoch_0/config.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "transformers/epoch_0").encode("1+1") == [49, 43, 49]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "gemma3", "lfm2", "nemotron_h"])
+def test_shared_run_equals_the_baseline_run(tmp_path, name):
+    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", RANDOM, "self_check=true")
+    shared, baseline = (run(tmp_path / sharing, *options, f"sharing={sharing}") for sharing in ("true", "false"))
+    names = ("reward", "loss", "grad_norm", "entropy", "completion_tokens")
+    assert_same_history(shared.history, baseline.history, names, rel=2e-4)
+    assert shared.history[-1]["token_ratio"] > 2 > baseline.history[-1]["token_ratio"]
+    assert min(entry["grad_norm"] for entry in shared.history) > 0.01
+    ours, theirs = (flat(recipe.model.parameters()) for recipe in (shared, baseline))
+    start = flat(make(tmp_path / "start", *OPTIONS, options[0], config=CONFIG).model.parameters())
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm() < 0.1 * (ours - start).norm()
+
+
+def test_lora_run_trains_and_saves_adapters_only(tmp_path):
+    recipe = run(tmp_path, *LORA, "loss.beta=0.1", "optimizer.lr=0.01", "num_iterations=2")
+    assert recipe.history[1]["kl"] > 0
+    recipe.save_checkpoint()
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_0")
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        own = recipe.model.eval()(ids).logits
+        torch.testing.assert_close(merged(ids).logits, own, rtol=0, atol=1e-4)
+        assert (own - before).abs().max() > 0.05
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter/epoch_0")
+        torch.testing.assert_close(adapted(ids).logits, own, rtol=0, atol=1e-5)
+        with recipe.library.without_adapters(recipe.model):
+            torch.testing.assert_close(recipe.model(ids).logits, before)
+
+
+def test_resumed_run_takes_the_same_steps(tmp_path):
+    options = (f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", RANDOM, *LORA)
+    whole = run(tmp_path / "whole", *options)
+    first = make(tmp_path / "cut", *OPTIONS, *options, "checkpoint_every_n_steps=1", config=CONFIG)
+    first.is_finished = lambda: first.steps_done == 1
+    first.should_stop = first.is_finished
+    train(first)
+    second = run(tmp_path / "cut", *options, "checkpoint_every_n_steps=1", "resume=true")
+    assert min(entry["grad_norm"] for entry in whole.history) > 0.001
+    assert_same_history(second.history, whole.history, rel=1e-9)
+    assert torch.equal(flat(second.trained), flat(whole.trained))
+
+
+def test_bfloat16_run_keeps_trained_parameters_in_float32(tmp_path):
+    recipe = run(tmp_path, f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", RANDOM, "dtype=bf16", *LORA)
+    assert min(entry["grad_norm"] for entry in recipe.history) > 0.001
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in recipe.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    recipe.save_checkpoint()
+    assert {weight.dtype for weight in load_file(tmp_path / "epoch_0/model.safetensors").values()} == {torch.float32}
+
+
+def train_on_rank(rank: int, output_dir: Path, options: tuple[str, ...]) -> list[dict]:
+    recipe = make(output_dir, *OPTIONS, "prompts_per_step=4", *options, config=CONFIG)
+    recipe.train()
+    recipe.save_checkpoint()
+    recipe.cleanup()
+    return recipe.history
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [(), (*LORA, "loss.beta=0.1", "activation_checkpointing=true")], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss"])
+def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, lora):
+    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", RANDOM, *lora)
+    one, two = (run_processes(size, train_on_rank, tmp_path / str(size), options)[0] for size in (1, 2))
+    assert_same_history(one, two, ("reward", "loss", "grad_norm", "entropy", "completion_tokens"), rel=2e-5)
+    weights = [load_file(tmp_path / size / "epoch_0/model.safetensors") for size in ("1", "2")]
+    before = load_file(tmp_path / "checkpoint/model.safetensors")
+    ours, theirs, start = (flat(own[key].float() for key in sorted(own)) for own in (*weights, before))
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm() < (ours - start).norm()
+
+
+def truncated(tmp_path: Path) -> str:
+    folder = save_tiny("llama", tmp_path / "checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"model.path={folder}"
+
+
+def with_dropout(tmp_path: Path) -> str:
+    folder = save_tiny("llama", tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    return f"model.path={folder}"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (truncated, "does not fit its config: it has no model.layers.1.mlp.up_proj.weight"),
+        (with_dropout, "attention_dropout=0.1, which would differ between the copies of a prefix"),
+        ("compile=true", "compile must be false for transformers models"),
+        ("model.path=nowhere", "tokenizer: no folder nowhere"),
+        ("model.lora.lora_dropout=0.1", r"lora.lora_dropout must be 0, got 0.1"),
+        ("model.lora.rank=4", "unexpected keyword argument 'rank'"),
+        ("checkpointer._component_=torchtune.training.FullModelHFCheckpointer", "checkpointer must not be set"),
+        ("tokenizer.stop_tokens=[ab]", "stop_tokens must be one token each, got 'ab', which is 2"),
+        ("prompt_format=chat", "the tokenizer has no chat template; set prompt_format=plain or bos"),
+        ("sampling.max_new_tokens=4097", "sequences must have at most max_position_embeddings=4096 tokens"),
+    ],
+    ids=["truncated", "dropout", "compile", "path", "lora_dropout", "lora", "checkpointer", "stop", "chat", "length"],
+)
+def test_mistake_is_reported_before_training(tmp_path, option, message):
+    option = option if isinstance(option, str) else option(tmp_path)
+    with pytest.raises(SETUP_ERRORS, match=message):
+        make(tmp_path / "out", *OPTIONS, option, config=CONFIG)
+
+
+def test_tokenizer_encodes_prompts_in_every_format():
+    own = tokenizer(TINY, stop_tokens=["\n"])
+    assert own.stop_tokens == sorted([10, 258])
+    for prompt_format in ("plain", "bos"):
+        assert prompt_tokens(own, "1+1", prompt_format) == prompt_tokens(ByteTokenizer(), "1+1", prompt_format)
+    own.tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}{% if think %}!{% endif %}"
+    )
+    assert own.decode(prompt_tokens(own, "1+1", "chat")) == "<user>1+1<assistant>"
+    own.template_options = {"think": True}
+    assert own.decode(prompt_tokens(own, "1+1", "chat")) == "<user>1+1<assistant>!"
