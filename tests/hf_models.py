@@ -136,6 +136,9 @@ HYBRIDS = {
         num_mem_blocks=1,
     ),
     "mamba2": transformers.Mamba2Config(**SHAPE, num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=16),
+    "minimax": transformers.MiniMaxConfig(
+        **HYBRID_SHAPE, layer_types=["linear_attention", "full_attention"], num_local_experts=4, block_size=16
+    ),
     "lfm2": transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
     "lfm2_moe": transformers.Lfm2MoeConfig(
         **SHAPE, **EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1

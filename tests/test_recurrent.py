@@ -105,7 +105,9 @@ def assert_equal(model: nn.Module, baseline: nn.Module, case: Case, logprobs: fl
 def test_packed_forward_and_gradients_equal_each_sequence_float64(name):
     with float32_is_float64():
         model, baseline = (hf.tiny_model(name, **FLOAT64).double() for _ in range(2))
-        assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
+        # MiniMax's tables of decays are float32 in every model: its blocks of tokens and its steps differ by that.
+        tolerances = (1e-7, 1e-6) if name == "minimax" else (1e-10, 1e-9)
+        assert_equal(flexpg.enable(model), baseline, branches(), *tolerances)
 
 
 def test_text_of_a_composite_model_with_recurrent_layers_equals_each_sequence():
@@ -310,12 +312,9 @@ def test_copied_recurrent_model_uses_its_own_weights():
             ),
             "JambaMambaMixer ignores its recurrent state if it is called with several tokens",
         ),
-        (
-            transformers.MiniMaxConfig(**hf.SHAPE, layer_types=["linear_attention", "full_attention"]),
-            "has linear_attention layers",
-        ),
+        (transformers.RecurrentGemmaConfig(**hf.SHAPE), "has linear_attention layers"),
     ],
-    ids=["mamba", "jamba", "minimax"],
+    ids=["mamba", "jamba", "recurrent_gemma"],
 )
 def test_recurrent_layer_that_cannot_continue_is_refused(config, words, dtype):
     model = hf.model_from_config(config).to(dtype)

@@ -20,7 +20,7 @@ G = 3
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 20], [30], [5, 6, 7]]  # one begins another; one is one token
 STOPPING = SamplingParams(15, stop_tokens=range(0, VOCAB, 9))
 ATTENTION = ["llama", "qwen2", "gemma2", "qwen3_moe", "gpt2", "gpt_oss", "mimo_v2_flash", "llama4"]
-RECURRENT = ["qwen3_5", "kimi_linear", "bamba", "falcon_h1", "mamba2", "lfm2"]
+RECURRENT = ["qwen3_5", "kimi_linear", "bamba", "falcon_h1", "mamba2", "lfm2", "minimax"]
 COMPOSITE = ["gemma4", "qwen2_5_vl"]
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from flexpg.integrations.transformers.recurrent import unused_arguments
+
 LENGTH = 256  # tokens, a multiple of the usual sizes of chunks
 
 
@@ -54,7 +56,9 @@ def recurrent_work(module: nn.Module, width: int) -> RecurrentWork:
     dtype = next(parameter.dtype for parameter in module.parameters() if parameter.dim() == 2)
     hidden = torch.zeros(1, LENGTH, width, device="meta", dtype=dtype, requires_grad=True)
     with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = inspect.unwrap(type(module).forward)(module, hidden)
+        own = inspect.unwrap(type(module).forward)
+        out = own(module, hidden, **unused_arguments(own))
+        out = out[0] if isinstance(out, tuple) else out
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     products, convolutions = _counts(forward)

@@ -1,4 +1,4 @@
-"""Recurrent layers of transformers (GatedDeltaNet, KDA, Mamba2, short convolutions) over a prefix tree.
+"""Recurrent layers of transformers (GatedDeltaNet, KDA, Mamba2, lightning attention, short convolutions) over a tree.
 
 A mask cannot keep the state of a recurrent layer from passing between completions; where the state comes from can. The
 layer's own forward is called per segment of the tree, with a cache that hands over its parent's final state and keeps
@@ -70,6 +70,14 @@ class SegmentStates:
         self.final["recurrent", state_idx] = recurrent_states
         return recurrent_states
 
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """Return the state of MiniMax's lightning attention."""
+        return self.previous.get(("linear", 0))
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """Keep the state of MiniMax's lightning attention."""
+        self.final["linear", 0] = linear_cache
+
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Return whether the segment continues another."""
         return bool(self.previous)
@@ -83,7 +91,16 @@ def is_recurrent(module: nn.Module) -> bool:
     """Return whether a module's forward keeps states in transformers' cache of recurrent layers."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     names = () if code is None else code.co_names
-    return "update_conv_state" in names or "update_recurrent_state" in names
+    return any(name in names for name in ("update_conv_state", "update_recurrent_state", "set_linear_cache"))
+
+
+def unused_arguments(forward: Callable[..., Any]) -> dict[str, None]:
+    """Return what a recurrent module's forward takes besides hidden states and a cache, but does not need.
+
+    These are the position embeddings and the mask of MiniMax's lightning attention.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[2:]
+    return {own.name: None for own in parameters if own.default is own.empty and own.kind == own.POSITIONAL_OR_KEYWORD}
 
 
 def recurrent_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -154,10 +171,14 @@ class SegmentedForward:
         if not isinstance(mask, TreeBlockMask):
             return own(module, *args, **kwargs)
         cache_name = "cache_params" if "cache_params" in signature.parameters else "past_key_values"
+        unused, returns_tuple = unused_arguments(own), False
 
         def call(hidden: Tensor, previous: States | None) -> tuple[Tensor, States]:
+            nonlocal returns_tuple
             states = SegmentStates(previous)
-            out = own(module, hidden, **{cache_name: states})
+            out = own(module, hidden, **unused, **{cache_name: states})
+            if returns_tuple := isinstance(out, tuple):
+                out = out[0]
             if not isinstance(out, Tensor):
                 raise TypeError(
                     f"{type(module).__name__} returns {type(out).__name__}, not a tensor; train this model without "
@@ -170,8 +191,10 @@ class SegmentedForward:
             _check_continues(type(module), call, hidden)
             modules.add(module)
         if isinstance(mask, SampleBlockMask):
-            return _sampled(module, call, hidden, mask)
-        return _segmented(module, call, hidden, mask)
+            out = _sampled(module, call, hidden, mask)
+        else:
+            out = _segmented(module, call, hidden, mask)
+        return (out, None) if returns_tuple else out
 
 
 def _segmented(
