@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-distributed mutations proof examples bench bench-gpu gpu lint clean
+.PHONY: help demo test test-distributed kernels mutations proof examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ test: $(INSTALLED) ## run the test suite and the examples in docstrings
 
 test-distributed: $(INSTALLED) ## run multi-process and fault-injection tests (crashed ranks, full disks)
 	@$(BIN)/pytest -m "distributed and not proof" -n 2 --dist worksteal $(ARGS)
+
+kernels: $(INSTALLED) ## run FlexAttention's GPU kernels in Triton's interpreter, on a CPU, against float64 (some minutes)
+	@$(BIN)/python -m tests.kernels $(ARGS)
 
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
 	@$(BIN)/python -m tests.mutations

@@ -438,6 +438,14 @@ def test_flex_sinks_on_cuda_match_dense_in_output_and_gradients(options, heads, 
     assert largest_difference(values, expected) < 1e-4
 
 
+def test_flex_float32_at_highest_matmul_precision_warns(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    flex.warn_of_float32_precision()
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    with pytest.warns(UserWarning, match=r'spills registers .* call torch.set_float32_matmul_precision\("high"\)'):
+        flex.warn_of_float32_precision()
+
+
 def test_flex_on_cuda_bfloat16_is_within_error_budget(cuda):
     tree = TREES["deep forest"].to(cuda)
     assert_error_budget(random_qkv(tree, dtype=torch.bfloat16, device=cuda), tree, "flex")

@@ -1,14 +1,16 @@
 """FlexAttention over the block mask of a prefix tree, compiled once for all lengths.
 
-If q, k and v were given as [1, H, S / 128, 128, D] and flattened in the compiled function, the compiler could prove
-that the length is divisible by 128 and leave boundary checks out. It is not done: the CPU kernel refuses such a view
-(torch 2.13), and what it would gain on a GPU has not been measured.
+The kernels for a dynamic length check boundaries, for which they lack registers. A packed sequence is a multiple of 128
+tokens, the block size of its mask, which the kernels' own block sizes divide; so the check is left out, by an option
+that torch sets itself for static lengths.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from flexpg.masks import TreeBlockMask
 
 # Layers of a model differ in window, softcap and sinks, its calls in length, dtype and gradients; torch's limit is 8.
 RECOMPILE_LIMIT = 64
+KERNEL_OPTIONS: Any = {"IS_DIVISIBLE": True}  # not one of torch's documented options
 
 
 def packed_flex_attention(
@@ -49,6 +52,8 @@ def packed_flex_attention(
     cap = None if softcap is None else torch.full((), softcap, dtype=torch.float32, device=q.device)
     if torch.compiler.is_compiling():
         return _flex(q, k, v, mask, scale, cap, sinks)
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        warn_of_float32_precision()
     # Only the length is dynamic: the kernels need static heads and head size, and a head count that happens to equal
     # the number of blocks would be unified with it. With dynamic=None torch would compile a second time.
     for x in (q, k, v):
@@ -58,6 +63,16 @@ def packed_flex_attention(
         torch._dynamo.mark_static(sinks, 0)
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         return _compiled()(q, k, v, mask, scale, cap, sinks)
+
+
+def warn_of_float32_precision() -> None:
+    """Warn if float32 products are computed at torch's highest precision, for which the kernels lack registers."""
+    if torch.get_float32_matmul_precision() == "highest":
+        warnings.warn(
+            'FlexAttention in float32 spills registers to memory at the matmul precision "highest"; use bfloat16, or '
+            'call torch.set_float32_matmul_precision("high")',
+            stacklevel=2,
+        )
 
 
 @cache
@@ -70,19 +85,11 @@ def _flex(
     q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, cap: Tensor | None, sinks: Tensor | None
 ) -> Tensor:
     score_mod = None if cap is None else _softcap_mod(cap)
-    is_grouped = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"score_mod": score_mod, "block_mask": mask, "scale": scale}
+    options |= {"enable_gqa": q.shape[1] != k.shape[1], "kernel_options": KERNEL_OPTIONS}
     if sinks is None:
-        return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=is_grouped)
-    out, aux = flex_attention(
-        q,
-        k,
-        v,
-        score_mod=score_mod,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=is_grouped,
-        return_aux=AuxRequest(lse=True),
-    )
+        return flex_attention(q, k, v, **options)
+    out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **options)
     assert aux.lse is not None
     share = torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype))  # [1, Hq, S], of the keys in the softmax
     return (out * share[..., None]).to(q.dtype)
