@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-distributed kernels mutations proof examples bench bench-gpu gpu lint clean
+.PHONY: help demo test test-distributed kernels kernels-build mutations proof examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,10 @@ test-distributed: $(INSTALLED) ## run multi-process and fault-injection tests (c
 
 kernels: $(INSTALLED) ## run FlexAttention's GPU kernels in Triton's interpreter, on a CPU, against float64 (some minutes)
 	@$(BIN)/python -m tests.kernels $(ARGS)
+
+kernels-build: $(INSTALLED) ## build FlexAttention's kernels for GPUs 8.0, 9.0 and 10.0 without one: registers and spills
+	@$(BIN)/python -m benchmarks.registers
+	@$(BIN)/python -m benchmarks.tables
 
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
 	@$(BIN)/python -m tests.mutations

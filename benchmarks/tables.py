@@ -292,6 +292,19 @@ def hybrid(result: Result) -> str:
     return markdown(header, rows)
 
 
+def registers(result: Result) -> str:
+    """Return registers and spilled bytes of FlexAttention's kernels by compute capability."""
+    found = {(own["variant"], own["capability"], own["direction"]): own for own in result["kernels"]}
+    capabilities = list(dict.fromkeys(own["capability"] for own in result["kernels"]))
+    header = ["kernels"]
+    header += [f"{capability}, {direction}" for capability in capabilities for direction in ("forward", "backward")]
+    rows = []
+    for variant in dict.fromkeys(own["variant"] for own in result["kernels"]):
+        kernels = [found[variant, own, direction] for own in capabilities for direction in ("forward", "backward")]
+        rows.append([variant, *(f"{own['registers']}, {own['spilled_bytes']:,}" for own in kernels)])
+    return markdown(header, rows)
+
+
 def trl_update(result: Result) -> str:
     """Return TRL's trainer and flexpg's."""
     rows = []
@@ -370,6 +383,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "scaling.parallel": scaling_parallel,
     "sharing": sharing,
     "hybrid": hybrid,
+    "registers": registers,
     "trl_update": trl_update,
     "paper_figure": paper_figure,
     "conversations.tokens": conversations_tokens,
