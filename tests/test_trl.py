@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import importlib.util
 import os
 import re
 import warnings
@@ -47,6 +46,7 @@ from flexpg.integrations.trl import (
     batches_per_group,
     regroup,
     share_prefixes,
+    versions,
 )
 from flexpg.integrations.trl import forward as trl_forward
 from flexpg.integrations.trl.forward import pack_batch
@@ -335,8 +335,7 @@ def test_share_prefixes_twice_is_refused():
 
 
 def test_refused_model_is_unchanged():
-    kinds = ["linear_attention", "full_attention"]
-    model = AutoModelForCausalLM.from_config(transformers.MiniMaxConfig(**SHAPE, layer_types=kinds))
+    model = AutoModelForCausalLM.from_config(transformers.RecurrentGemmaConfig(**SHAPE))
     add_fused_lm_head(model, outputs=OUTPUTS)
     forward = model.forward
     with refused(TypeError, "has linear_attention layers"):
@@ -370,17 +369,54 @@ def test_replaced_attention_warns_unless_it_is_the_usual_one(name, before, warns
     assert [str(w.message) for w in caught] == ([expected] if warns else [])
 
 
-@pytest.mark.parametrize("other", ["1.15.2", "1.17.0", "1.160.0", "2.16.0", "none"])
-def test_other_version_of_trl_is_refused(other, monkeypatch):
+def installed_version(other: str) -> Callable[[str], str]:
     def version(name: str) -> str:
         if other == "none":
             raise importlib.metadata.PackageNotFoundError(name)
         return other
 
-    monkeypatch.setattr("importlib.metadata.version", version)
-    spec = importlib.util.spec_from_file_location("trl_forward_again", trl_forward.__file__)
-    with refused(ImportError, f"flexpg supports trl 1.16, and {other} is installed: pip install 'flexpg[trl]'"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return version
+
+
+@pytest.mark.parametrize("other", ["1.15.2", "0.29.1", "none"])
+def test_older_version_of_trl_is_refused(other, monkeypatch):
+    monkeypatch.setattr(versions, "version", installed_version(other))
+    with refused(ImportError, f"trl must be 1.16 or newer, got {other}: pip install 'flexpg[trl]'"):
+        versions.check_version()
+
+
+@pytest.mark.parametrize("other", ["1.17.0", "1.160.0", "2.16.0"])
+def test_newer_version_of_trl_warns_if_it_has_not_changed(other, monkeypatch):
+    monkeypatch.setattr(versions, "version", installed_version(other))
+    message = f"flexpg was tested with trl 1.16, and {other} is installed; compare the losses of a few steps"
+    with pytest.warns(UserWarning, match=message):
+        versions.check_version()
+    monkeypatch.setattr(versions, "version", installed_version("1.16.3"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.check_version()
+
+
+@dataclass
+class OtherOutput:
+    log_probs: torch.Tensor
+
+
+def no_chunks(tensor_dict):
+    return [tensor_dict]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "missing"),
+    [
+        ("FusedCausalLMOutput", OtherOutput, "FusedCausalLMOutput.entropy"),
+        ("split_tensor_dict", no_chunks, r"split_tensor_dict\(num_chunks\)"),
+    ],
+)
+def test_changed_private_part_of_trl_is_refused(name, changed, missing, monkeypatch):
+    monkeypatch.setattr(trl.trainer.utils, name, changed)
+    with pytest.raises(ImportError, match=f"has changed where flexpg extends it .*{missing}.*pip install 'trl==1.16"):
+        versions.check_version()
 
 
 # Training.

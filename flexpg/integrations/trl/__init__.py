@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpg.integrations.trl.forward import share_prefixes  # first: it refuses other versions of TRL
+from flexpg.integrations.trl.versions import TESTED as TESTED_TRL  # first: it refuses versions that have changed
 
 # isort: split
 from accelerate.state import AcceleratorState, is_initialized
@@ -25,9 +25,16 @@ from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from flexpg.integrations.transformers.checks import check_no_dropout
+from flexpg.integrations.trl.forward import share_prefixes
 from flexpg.tree import PrefixTree
 
-__all__ = ["SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer", "SharedPrefixRLOOTrainer", "share_prefixes"]
+__all__ = [
+    "TESTED_TRL",
+    "SharedPrefixDPOTrainer",
+    "SharedPrefixGRPOTrainer",
+    "SharedPrefixRLOOTrainer",
+    "share_prefixes",
+]
 
 
 @dataclass

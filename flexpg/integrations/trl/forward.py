@@ -12,7 +12,6 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
 from typing import Any
 
@@ -25,22 +24,10 @@ from flexpg.integrations.transformers.attention import NAME, register, uses_eage
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, set_attention, text_config
 from flexpg.integrations.transformers.recurrent import install, mask_for
+from flexpg.integrations.trl.versions import PER_TOKEN
 from flexpg.prefix_cache import packed_input
 from flexpg.tree import PrefixTree
 
-SUPPORTED = "1.16"  # the version of TRL whose fused output layer this file was written for and tested with
-
-try:
-    installed = version("trl")
-except PackageNotFoundError:
-    installed = "none"
-if not installed.startswith(f"{SUPPORTED}."):
-    raise ImportError(
-        f"flexpg supports trl {SUPPORTED}, and {installed} is installed: pip install 'flexpg[trl]' or "
-        f"'trl=={SUPPORTED}.*'"
-    )
-
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 PASSED_ON = {"use_cache", "output_router_logits", "num_items_in_batch", "return_dict"}
 
 
