@@ -225,14 +225,13 @@ def generate(variant: Variant, generated: list[str]) -> dict[str, str]:
         for dim in (0, 1, 3):
             torch._dynamo.mark_static(x, dim)
     cap = None if variant.softcap is None else torch.full((), variant.softcap)
-    options, flex.KERNEL_OPTIONS = flex.KERNEL_OPTIONS, {} if variant.has_checks else flex.KERNEL_OPTIONS
+    options = {} if variant.has_checks else flex.kernel_options(torch.cuda.get_device_capability())
     torch.set_float32_matmul_precision(variant.precision)
     torch._dynamo.reset()
     generated.clear()
     compiled = torch.compile(flex._flex, dynamic=True, fullgraph=True, backend=compile_on_gpu)
     with contextlib.suppress(GeneratedError):
-        compiled(*inputs, mask, variant.dim**-0.5, cap, None)
-    flex.KERNEL_OPTIONS = options
+        compiled(*inputs, mask, variant.dim**-0.5, cap, None, options)
     found = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str=", "\n".join(generated), re.DOTALL)
     return {name: source for name, source in found if name.startswith("triton_tem")}  # of templates
 

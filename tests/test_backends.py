@@ -415,7 +415,7 @@ def test_flex_sinks_gradients_match_dense(heads, options, monkeypatch):
     *q_k_v, sinks = inputs
     expected = out_and_grads(attention(*q_k_v, block_mask(tree), sinks=sinks, backend="dense", **options), inputs)
     cap = torch.tensor(1.5, dtype=torch.float64) if options else None
-    out = flex._flex(*q_k_v, block_mask(tree, options.get("window")), WIDTH**-0.5, cap, sinks)
+    out = flex._flex(*q_k_v, block_mask(tree, options.get("window")), WIDTH**-0.5, cap, sinks, {})
     assert largest_difference(out_and_grads(out, inputs), expected) < 1e-13
 
 
@@ -436,6 +436,13 @@ def test_flex_sinks_on_cuda_match_dense_in_output_and_gradients(options, heads, 
         for backend in ("dense", "flex")
     )
     assert largest_difference(values, expected) < 1e-4
+
+
+@pytest.mark.parametrize("capability", [(0, 0), (8, 0), (9, 0), (10, 0), (12, 0)])
+def test_flex_kernels_check_boundaries_only_in_the_backward_from_10_0_on(capability):
+    options = flex.kernel_options(capability)
+    assert options.pop("fwd_IS_DIVISIBLE")
+    assert options == ({} if capability >= (10, 0) else {"bwd_IS_DIVISIBLE": True})
 
 
 def test_flex_float32_at_highest_matmul_precision_warns(monkeypatch):

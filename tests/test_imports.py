@@ -37,6 +37,7 @@ FRAMEWORKS = {  # where each may be imported
 IMPORT_FLEXPG = """
 import logging, os, sys, time, warnings
 import numpy, torch
+import torch.nn.attention.flex_attention  # since torch 2.14 it imports SymPy, which adds a warning filter
 before = dict(os.environ), list(warnings.filters), list(logging.root.handlers), torch.random.get_rng_state().tolist()
 start = time.perf_counter()
 import flexpg

@@ -2,7 +2,7 @@
 
 The kernels for a dynamic length check boundaries, for which they lack registers. A packed sequence is a multiple of 128
 tokens, the block size of its mask, which the kernels' own block sizes divide; so the check is left out, by an option
-that torch sets itself for static lengths.
+that torch sets itself for static lengths. Where the kernels then need more registers, it is not (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from flexpg.masks import TreeBlockMask
 
 # Layers of a model differ in window, softcap and sinks, its calls in length, dtype and gradients; torch's limit is 8.
 RECOMPILE_LIMIT = 64
-KERNEL_OPTIONS: Any = {"IS_DIVISIBLE": True}  # not one of torch's documented options
 
 
 def packed_flex_attention(
@@ -50,8 +49,9 @@ def packed_flex_attention(
         torch._dynamo.exc.FailOnRecompileLimitHit: If more than 64 variants were compiled.
     """
     cap = None if softcap is None else torch.full((), softcap, dtype=torch.float32, device=q.device)
+    options = kernel_options(compute_capability(q.device))
     if torch.compiler.is_compiling():
-        return _flex(q, k, v, mask, scale, cap, sinks)
+        return _flex(q, k, v, mask, scale, cap, sinks, options)
     if q.device.type == "cuda" and q.dtype == torch.float32:
         warn_of_float32_precision()
     # Only the length is dynamic: the kernels need static heads and head size, and a head count that happens to equal
@@ -62,7 +62,22 @@ def packed_flex_attention(
     if sinks is not None:
         torch._dynamo.mark_static(sinks, 0)
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(q, k, v, mask, scale, cap, sinks)
+        return _compiled()(q, k, v, mask, scale, cap, sinks, options)
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU, (0, 0) for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def kernel_options(capability: tuple[int, int]) -> dict[str, Any]:
+    """Return options of torch's kernels: lengths are whole blocks, which is not one of the documented options.
+
+    Args:
+        capability: The GPU's compute capability. From 10.0 on, the backward without checks needs more registers.
+    """
+    return {"fwd_IS_DIVISIBLE": True} | ({"bwd_IS_DIVISIBLE": True} if capability < (10, 0) else {})
 
 
 def warn_of_float32_precision() -> None:
@@ -82,11 +97,18 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeBlockMask, scale: float, cap: Tensor | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeBlockMask,
+    scale: float,
+    cap: Tensor | None,
+    sinks: Tensor | None,
+    options_of_kernels: dict[str, Any],
 ) -> Tensor:
     score_mod = None if cap is None else _softcap_mod(cap)
     options: dict[str, Any] = {"score_mod": score_mod, "block_mask": mask, "scale": scale}
-    options |= {"enable_gqa": q.shape[1] != k.shape[1], "kernel_options": KERNEL_OPTIONS}
+    options |= {"enable_gqa": q.shape[1] != k.shape[1], "kernel_options": options_of_kernels}
     if sinks is None:
         return flex_attention(q, k, v, **options)
     out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **options)
