@@ -43,6 +43,7 @@ start = time.perf_counter()
 import flexpg
 seconds = time.perf_counter() - start
 import flexpg.training.rewards, flexpg.training.tasks
+assert "torch._dynamo" not in sys.modules  # it takes longer than all of flexpg
 after = dict(os.environ), list(warnings.filters), list(logging.root.handlers), torch.random.get_rng_state().tolist()
 assert before == after
 optional = {"torchtune", "torchao", "transformers", "trl", "peft", "matplotlib", "rich", "datasets", "omegaconf"}

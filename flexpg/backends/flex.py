@@ -65,10 +65,12 @@ def packed_flex_attention(
         return _compiled()(q, k, v, mask, scale, cap, sinks, options)
 
 
-@torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a GPU, (0, 0) for a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if device.type != "cuda":
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)  # which dynamo knows, other than get_device_capability
+    return properties.major, properties.minor
 
 
 def kernel_options(capability: tuple[int, int]) -> dict[str, Any]:
