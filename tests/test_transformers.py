@@ -410,7 +410,6 @@ ARCHITECTURES = {
     "rwkv": (transformers.RwkvConfig(**HYBRID), f"RwkvForCausalLM has recurrent {STATE}"),
     "alibi": (transformers.BloomConfig(**GPT, n_layer=2, n_head=4), NO_INTERFACE),
     "falcon": (transformers.FalconConfig(**GPT, num_hidden_layers=2, num_attention_heads=4), NO_INTERFACE),
-    "gpt_j": (transformers.GPTJConfig(**hf.GPT2, attn_pdrop=0.0, rotary_dim=4), NO_INTERFACE),
     "gpt_neo": (
         transformers.GPTNeoConfig(**GPT, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
         NO_INTERFACE,

@@ -26,6 +26,8 @@ from flexpg.sample_cache import SampleBlockMask
 
 States = dict[tuple[str, int], Tensor]  # (kind, number of the state) -> [B, ...]
 
+CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # the first since transformers 5.24
+
 # The recurrent modules that the current packed forward has called; None outside of one.
 driven: ContextVar[set[nn.Module] | None] = ContextVar("driven", default=None)
 # The sampler's mask of the current forward; models drop masks of single tokens.
@@ -170,7 +172,7 @@ class SegmentedForward:
         mask = sampled.get() or (mask.mask if isinstance(mask, _Padding) else mask)
         if not isinstance(mask, TreeBlockMask):
             return own(module, *args, **kwargs)
-        cache_name = "cache_params" if "cache_params" in signature.parameters else "past_key_values"
+        cache_name = next(name for name in CACHE_NAMES if name in signature.parameters)
         unused, returns_tuple = unused_arguments(own), False
 
         def call(hidden: Tensor, previous: States | None) -> tuple[Tensor, States]:
