@@ -84,7 +84,7 @@ FULL = PrefixTree.from_lengths([260], [[90, 30]])  # 380 of 384, with full block
 
 CASES = {
     "f32": Case(ONE, F32),
-    "f32 gqa window softcap": Case(GROUPS, F32, heads=(4, 2), window=50, softcap=2.0),
+    "f32 gqa window softcap": Case(ONE, F32, heads=(4, 2), window=50, softcap=2.0),
     "f16": Case(GROUPS, F16),
     "f16 d128 gqa 4:1": Case(ONE, F16, heads=(4, 1), dim=128),
     "f16 sinks": Case(ONE, F16, has_sinks=True),
