@@ -335,7 +335,7 @@ def test_model_on_meta_device_has_the_published_number_of_parameters(size):
 
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
-def test_transformers_model_on_meta_device_has_the_published_number_of_parameters(name):
+def test_transformers_model_has_the_published_number_of_parameters(name):
     model, published = meta_model(name), OF_TRANSFORMERS[name]
     assert all(parameter.is_meta for parameter in model.parameters())
     base = count(p for path, p in model.named_parameters() if "lora_" not in path)

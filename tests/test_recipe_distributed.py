@@ -21,7 +21,7 @@ from torchtune._cli import tune
 import recipes.grpo
 from flexpg.training.checkpoints import checkpoints
 from flexpg.training.config import SETUP_ERRORS
-from flexpg.training.torchtune_models import GATHER
+from flexpg.training.models import GATHER
 
 pytestmark = pytest.mark.distributed
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
@@ -20,6 +21,10 @@ from flexpg.training.checkpoints import CheckpointError
 from flexpg.training.config import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
+
+# State dicts: whole on rank 0, and from there to all ranks.
+GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
 
 
 class Library(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchtune import training
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
@@ -36,7 +36,7 @@ from flexpg.training.checkpoints import differences
 from flexpg.training.config import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
-from flexpg.training.models import write_weights
+from flexpg.training.models import BROADCAST, GATHER, write_weights
 
 __all__ = [
     "check_fits",
@@ -49,9 +49,6 @@ __all__ = [
     "weights_folder",
     "without_adapters",
 ]
-
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
 
 
 def prepare(model: TransformerDecoder) -> None:

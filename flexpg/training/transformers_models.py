@@ -23,8 +23,7 @@ from flexpg.integrations.transformers.composite import text_config, tower_module
 from flexpg.training.causal_lm import with_adapters
 from flexpg.training.checkpoints import differences
 from flexpg.training.distributed import World
-from flexpg.training.models import write_weights
-from flexpg.training.torchtune_models import BROADCAST, GATHER
+from flexpg.training.models import BROADCAST, GATHER, write_weights
 
 __all__ = [
     "check_fits",
