@@ -12,6 +12,13 @@ index of the ancestor there. A block must then meet a further condition:
 
     visible(i, j): a query q of i has first[q] in block j or an earlier one, and hi[j] > q
     full(i, j):    no query of i has its oldest position after the smallest position in block j
+
+With image blocks, whose tokens see one another in both directions, a query q sees keys before block_end[q] > q:
+
+    visible(i, j) = a query of i has block_end > 128 * j   and hi[j] > 128 * i
+    full(i, j)    = all of i have block_end >= 128 * (j + 1) and lo[j] >= 128 * (i + 1)
+
+which are the formulas above where block_end[q] = q + 1.
 """
 
 from __future__ import annotations
@@ -41,20 +48,33 @@ def tree_mask_mod(end: Tensor) -> MaskMod:
     return mask_mod
 
 
-def limited_mask_mod(end: Tensor, position_ids: Tensor, oldest: Tensor) -> MaskMod:
-    """Return a mask_mod in which every token sees itself and its ancestors from a position on.
+def image_mask_mod(end: Tensor, block_end: Tensor) -> MaskMod:
+    """Return a mask_mod in which every token sees its ancestors, itself and, in an image block, the whole block.
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.
+        block_end: [S] int32, one past the last packed index of each token's image block, or of itself.
+    """
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx < block_end[q_idx]) & (q_idx < end[kv_idx])
+
+    return mask_mod
+
+
+def limited_mask_mod(mask_mod: MaskMod, position_ids: Tensor, oldest: Tensor) -> MaskMod:
+    """Return a mask_mod in which every token sees what `mask_mod` shows it from a position on.
+
+    Args:
+        mask_mod: The mask without a limit.
         position_ids: [S] int64, positions; packed indices would be wrong.
         oldest: [S] int64, the smallest position that each token sees.
     """
-    in_tree = tree_mask_mod(end)
 
-    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return in_tree(b, h, q_idx, kv_idx) & (position_ids[kv_idx] >= oldest[q_idx])
+    def limited(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, kv_idx) & (position_ids[kv_idx] >= oldest[q_idx])
 
-    return mask_mod
+    return limited
 
 
 def offset_mask_mod(mask_mod: MaskMod, first_query: Tensor) -> MaskMod:
@@ -66,11 +86,12 @@ def offset_mask_mod(mask_mod: MaskMod, first_query: Tensor) -> MaskMod:
     return offset
 
 
-def dense_mask(end: Tensor) -> Tensor:
+def dense_mask(end: Tensor, block_end: Tensor | None = None) -> Tensor:
     """Materialize the whole mask, for plots and tests.
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.
+        block_end: [S] int32, of image blocks that are bidirectional; None for none.
 
     Returns:
         [S, S] bool, True where the query (row) sees the key (column).
@@ -78,7 +99,7 @@ def dense_mask(end: Tensor) -> Tensor:
     >>> dense_mask(torch.tensor([3, 2, 3])).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
-    mask_mod = tree_mask_mod(end)
+    mask_mod = tree_mask_mod(end) if block_end is None else image_mask_mod(end, block_end)
     index = torch.arange(len(end), device=end.device)
     zero = index.new_zeros(())
     return mask_mod(zero, zero, index[:, None], index[None, :])
@@ -92,12 +113,18 @@ class TreeBlockMask(BlockMask):
         window: The sliding window in positions, or None.
         first_query: The packed index of query 0, a multiple of 128. Keys and values are those of the whole tree.
         chunk: Positions of a chunk, outside of which a query sees nothing, or None.
+        bidirectional: Whether the tokens of an image block see one another in both directions.
     """
 
     ndim = 4  # [1, 1, S, S]; some transformers models check it
 
     def __init__(
-        self, tree: PrefixTree, window: int | None = None, first_query: int = 0, chunk: int | None = None
+        self,
+        tree: PrefixTree,
+        window: int | None = None,
+        first_query: int = 0,
+        chunk: int | None = None,
+        bidirectional: bool = False,
     ) -> None:
         for name, size in (("window", window), ("chunk", chunk)):
             if size is not None and size < 1:
@@ -105,7 +132,9 @@ class TreeBlockMask(BlockMask):
         if first_query % BLOCK or not 0 <= first_query < tree.padded_length:
             raise ValueError(f"first_query must be a multiple of {BLOCK} in the packed sequence, got {first_query}")
         with torch.inference_mode(False):  # inference tensors could not be used in a training forward
-            mask_mod, partial, full = _mask_mod_and_blocks(tree, window, first_query, chunk)
+            mask_mod, partial, full = _mask_mod_and_blocks(
+                tree, tree.block_end if bidirectional else None, window, first_query, chunk
+            )
             super().__init__(
                 (tree.padded_length - first_query, tree.padded_length),
                 *_ordered(partial),
@@ -116,16 +145,19 @@ class TreeBlockMask(BlockMask):
                 mask_mod=mask_mod,
             )
         self.tree, self.window, self.first_query, self.chunk = tree, window, first_query, chunk
-        self._by_window: dict[int | None, TreeBlockMask] = {}
-        self._by_chunk: dict[int | None, TreeBlockMask] = {}
+        self.bidirectional = bidirectional
+        self._by_limits: dict[tuple[int | None, int | None, bool], TreeBlockMask] = {}
         self._by_device: dict[torch.device, TreeBlockMask] = {}
 
     def __repr__(self) -> str:
         chunk = "" if self.chunk is None else f", chunk={self.chunk}"
-        return f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query}{chunk})"
+        images = ", bidirectional=True" if self.bidirectional else ""
+        return (
+            f"{type(self).__name__}({self.tree}, window={self.window}, first_query={self.first_query}{chunk}{images})"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy: a mask_mod is a closure, which cannot be pickled
-        return type(self), (self.tree, self.window, self.first_query, self.chunk)
+        return type(self), (self.tree, self.window, self.first_query, self.chunk, self.bidirectional)
 
     def __getitem__(self, index: Any) -> Any:
         """Return the mask itself for an index that keeps everything, which layers with shared keys use; or a slice."""
@@ -136,19 +168,15 @@ class TreeBlockMask(BlockMask):
 
     def for_window(self, window: int | None) -> TreeBlockMask:
         """Return the same mask with another sliding window; computed once, however many layers ask for it."""
-        if window == self.window:
-            return self
-        if window not in self._by_window:
-            self._by_window[window] = self._replace(self.tree, window, self.chunk)
-        return self._by_window[window]
+        return self._with_limits(window, self.chunk, self.bidirectional)
 
     def for_chunk(self, chunk: int | None) -> TreeBlockMask:
         """Return the same mask with another chunk; computed once, however many layers ask for it."""
-        if chunk == self.chunk:
-            return self
-        if chunk not in self._by_chunk:
-            self._by_chunk[chunk] = self._replace(self.tree, self.window, chunk)
-        return self._by_chunk[chunk]
+        return self._with_limits(self.window, chunk, self.bidirectional)
+
+    def for_images(self, bidirectional: bool) -> TreeBlockMask:
+        """Return the same mask with image blocks that are bidirectional, or not; computed once."""
+        return self._with_limits(self.window, self.chunk, bidirectional)
 
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """Return the same mask on `device`; computed once, however many layers ask for it."""
@@ -156,7 +184,7 @@ class TreeBlockMask(BlockMask):
         if device == self.tree.end.device:
             return self
         if device not in self._by_device:
-            self._by_device[device] = self._replace(self.tree.to(device), self.window, self.chunk)
+            self._by_device[device] = self._replace(self.tree.to(device), self.window, self.chunk, self.bidirectional)
         return self._by_device[device]
 
     def check_lengths(self, q: Tensor, k: Tensor, *, padded: bool) -> None:
@@ -179,12 +207,25 @@ class TreeBlockMask(BlockMask):
                 f"{q.shape[2]} and {k.shape[2]}; the mask was built for another tree"
             )
 
-    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None) -> TreeBlockMask:
-        return TreeBlockMask(tree, window, self.first_query, chunk)
+    def _with_limits(self, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
+        limits = window, chunk, bidirectional
+        if limits == (self.window, self.chunk, self.bidirectional):
+            return self
+        if limits not in self._by_limits:
+            self._by_limits[limits] = self._replace(self.tree, *limits)
+        return self._by_limits[limits]
+
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
+        return TreeBlockMask(tree, window, self.first_query, chunk, bidirectional)
 
 
 def block_mask(
-    tree: PrefixTree, window: int | None = None, *, first_query: int = 0, chunk: int | None = None
+    tree: PrefixTree,
+    window: int | None = None,
+    *,
+    first_query: int = 0,
+    chunk: int | None = None,
+    bidirectional: bool = False,
 ) -> TreeBlockMask:
     """Build the block mask of a prefix tree: tables equal to those of `create_block_mask`, in O(blocks^2) booleans.
 
@@ -197,11 +238,12 @@ def block_mask(
         first_query: The packed index of query 0, a multiple of 128: the tokens before it are keys only.
         chunk: Positions of a chunk (chunked attention, as in Llama 4): a query at position p sees no token before
             `p // chunk * chunk`; None for no chunks.
+        bidirectional: Whether the tokens of an image block see one another in both directions (as in Gemma 3).
 
     Raises:
         ValueError: If `window` or `chunk` is below 1, or `first_query` is not the start of a block.
     """
-    return TreeBlockMask(tree, window, first_query, chunk)
+    return TreeBlockMask(tree, window, first_query, chunk, bidirectional)
 
 
 def group_block_mask(
@@ -227,16 +269,22 @@ def group_block_mask(
 
 
 def _mask_mod_and_blocks(
-    tree: PrefixTree, window: int | None, first_query: int, chunk: int | None
+    tree: PrefixTree, block_end: Tensor | None, window: int | None, first_query: int, chunk: int | None
 ) -> tuple[MaskMod, Tensor, Tensor]:
     """Return the mask_mod and which blocks are partial and full, both [query blocks, key blocks] bool."""
     end = tree.end
     start = torch.arange(0, tree.padded_length, BLOCK, device=end.device)  # [n] first token of each block
     row, column = start[:, None], start[None, :]
     lo, hi = _block_ranges(end)
-    visible = (column <= row) & (hi > row)  # [n, n]
-    full = (column < row) & (lo >= row + BLOCK)
-    mask_mod = tree_mask_mod(end)
+    if block_end is None:
+        mask_mod = tree_mask_mod(end)
+        visible = (column <= row) & (hi > row)  # [n, n]
+        full = (column < row) & (lo >= row + BLOCK)
+    else:
+        mask_mod = image_mask_mod(end, block_end)
+        nearest, farthest = _block_ranges(block_end)
+        visible = (column < farthest[:, None]) & (hi > row)
+        full = (column + BLOCK <= nearest[:, None]) & (lo >= row + BLOCK)
     if window is not None or chunk is not None:
         position_ids = tree.position_ids
         oldest = torch.zeros_like(position_ids) if chunk is None else position_ids // chunk * chunk  # [S]
@@ -244,7 +292,7 @@ def _mask_mod_and_blocks(
             oldest = torch.maximum(oldest, position_ids - window + 1)
         visible &= _blocks_from(tree.ancestors_at(oldest), hi)
         full &= _block_ranges(oldest)[1][:, None] <= _block_ranges(position_ids)[0][None, :]
-        mask_mod = limited_mask_mod(end, position_ids, oldest)
+        mask_mod = limited_mask_mod(mask_mod, position_ids, oldest)
     if first_query:
         mask_mod = offset_mask_mod(mask_mod, torch.full((), first_query, device=end.device))
         visible, full = visible[first_query // BLOCK :], full[first_query // BLOCK :]

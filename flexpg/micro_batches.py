@@ -27,8 +27,7 @@ class MicroBatch:
             same ids, with equally many micro-batches each.
         cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
             0 for a micro-batch that is complete by itself.
-        is_idle: Whether it only keeps a rank in step with the others: two tokens of another rank's rollout, an empty
-            loss mask.
+        is_idle: Whether it only keeps a rank in step with the others: two tokens of text, an empty loss mask.
     """
 
     indices: Tensor
@@ -64,11 +63,12 @@ def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
 
 
 def idle_micro_batch(rollouts: Rollouts, index: int, rank: int, cache_id: int) -> MicroBatch:
-    """Return a micro-batch of the last prompt and the first completion token of a rollout, with an empty loss mask."""
+    """Return a micro-batch of the first completion token of a rollout, twice, with an empty loss mask."""
     whole = rollouts.select([index])
     part = replace(
         whole,
-        prompts=[whole.prompts[0][-1:]],
+        prompts=[whole.completions[0][:1]],  # not of the prompt, which may be an image
+        prompt_inputs=None,
         completions=[whole.completions[0][:1]],
         loss_mask=torch.zeros_like(whole.loss_mask[:, :1]),
         old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[:, :1],

@@ -73,7 +73,10 @@ def pack(
     if rollouts.group_ids.device.type != "cpu":
         sequences = list(torch.cat(sequences).cpu().split(list(map(len, sequences))))  # one transfer
     arrays = [sequence.numpy() for sequence in sequences]
-    items = _items(rollouts, arrays, chosen, max_tokens, sharing)
+    images = rollouts.sequence_inputs
+    # What is compared: token ids, and the identity of images.
+    compared = [a if own is None else own.compared(a) for a, own in zip(arrays, images, strict=True)]
+    items = _items(rollouts, compared, chosen, max_tokens, sharing)
     assigned: list[list[_Item]] = [[] for _ in range(world_size)]
     work = [0.0] * world_size
     for unit, cost in sorted(_work_units(items, max_tokens, world_size), key=lambda unit: -unit[1]):
@@ -206,6 +209,7 @@ def _micro_batches(
     rollouts: Rollouts, arrays: list[np.ndarray], chosen: list[int], plan: list[list[_Item | None]], rank: int
 ) -> list[MicroBatch]:
     batches = []
+    images = rollouts.sequence_inputs
     own = {n for series in plan for item in series if item is not None for n in item.indices}
     of_another_rank = next((n for n in chosen if n not in own), chosen[0])  # scores of it overwrite none of this rank's
     for cache_id, series in enumerate(plan):
@@ -215,7 +219,8 @@ def _micro_batches(
                 batches.append(idle_micro_batch(rollouts, of_another_rank, rank, cache_id))
                 continue
             indices = torch.tensor(sorted(item.indices), device=rollouts.group_ids.device)
-            tree = PrefixTree.from_sequences([torch.from_numpy(arrays[n]) for n in sorted(item.indices)])
+            own_sequences = [torch.from_numpy(arrays[n]) for n in sorted(item.indices)]
+            tree = PrefixTree.from_sequences(own_sequences, [images[n] for n in sorted(item.indices)])
             cached_tokens = item.prompt_tokens if groups.count(item.group) > 1 else 0
             batches.append(
                 MicroBatch(indices, rollouts.select(indices), tree.to(indices.device), rank, cache_id, cached_tokens)

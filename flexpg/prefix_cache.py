@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexpg.masks import TreeBlockMask
+from flexpg.prompt_inputs import PromptInputs
 from flexpg.tree import PrefixTree, Tokens, padded_length
 
 
@@ -39,6 +40,7 @@ class PrefixCache:
 
     Args:
         tokens: [P] int64, the prompt.
+        inputs: The prompt's images, or None.
         forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and this
             cache, in which the layers store their keys and values.
 
@@ -46,8 +48,13 @@ class PrefixCache:
         tree: The prompt as a packed sequence.
     """
 
-    def __init__(self, tokens: Tokens, forward: Callable[[PrefixTree, PrefixCache], Tensor]) -> None:
-        self.tree = PrefixTree.from_sequences([tokens])
+    def __init__(
+        self,
+        tokens: Tokens,
+        forward: Callable[[PrefixTree, PrefixCache], Tensor],
+        inputs: PromptInputs | None = None,
+    ) -> None:
+        self.tree = PrefixTree.from_sequences([tokens], [inputs])
         self._with_grad = torch.is_grad_enabled()
         self._is_closed = False
         self._layers: dict[Hashable, tuple[Tensor, ...]] = {}  # keys and values, or recurrent states
@@ -116,6 +123,8 @@ class PrefixCache:
             return PrefixBlockMask(self, tree)
         length = self.tree.num_tokens
         begins = torch.equal(tree.input_ids[0, :length], self.tree.input_ids[0, :length])
+        inputs = [None] * len(tree.lengths) if tree.inputs is None else tree.inputs
+        begins &= all(own is (None if self.tree.inputs is None else self.tree.inputs[0]) for own in inputs)
         if not begins or int(tree.lengths.min()) <= length or bool((tree.end[:length] != tree.num_tokens).any()):
             raise ValueError(f"every sequence must continue the prompt of {length} tokens, got {tree}")
         size = self.tree.padded_length
@@ -206,8 +215,9 @@ class PrefixBlockMask(TreeBlockMask):
         window: int | None = None,
         first_query: int = 0,
         chunk: int | None = None,
+        bidirectional: bool = False,
     ) -> None:
-        super().__init__(tree, window, first_query, chunk)
+        super().__init__(tree, window, first_query, chunk, bidirectional)
         self.cache = cache
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,8 +225,8 @@ class PrefixBlockMask(TreeBlockMask):
             "PrefixBlockMask cannot be pickled or copied: its cache collects gradients of the prompt; pickle mask.tree"
         )
 
-    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None) -> TreeBlockMask:
-        return PrefixBlockMask(self.cache, tree, window, self.first_query, chunk)
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
+        return PrefixBlockMask(self.cache, tree, window, self.first_query, chunk, bidirectional)
 
 
 @dataclass(frozen=True)
@@ -288,4 +298,5 @@ def _with_padded_prefix(tree: PrefixTree, length: int, size: int) -> PrefixTree:
     tokens = torch.zeros(len(end), dtype=torch.int64, device=end.device)
     tokens[:length], tokens[size : size + rest] = packed[:length], packed[length : tree.num_tokens]
     node = torch.where(tree.node < length, tree.node, tree.node + shift)
-    return replace(tree, tokens=tokens, end=end, node=node, num_tokens=size + rest)
+    # Images are in the prompt, whose tokens are keys only.
+    return replace(tree, tokens=tokens, end=end, node=node, num_tokens=size + rest, block_end=None)

@@ -9,7 +9,7 @@ equal give advantages of exactly 0, where TRL's mean leaves a rounding error tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs
 from flexpg.tree import PrefixTree, Tokens, token_ids
 
 ScaleRewards = Literal["group", "batch", "none"]
+GivenInputs = (
+    Mapping[str, Any] | PromptInputs | None
+)  # of a prompt: what a processor returned, or what was read from it
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,6 +44,9 @@ class Rollouts:
             Tokens that a tool wrote are False: they remain context.
         old_logprobs: [N, C] float, log-probabilities under the policy at the start of the update.
         ref_logprobs: [N, C] float, log-probabilities under the reference policy.
+        prompt_inputs: Per prompt what a processor returned beside the token ids, for this prompt alone: `pixel_values`,
+            `image_grid_thw`, `image_sizes`, `pixel_values_videos` and so on, with `mm_token_type_ids` or
+            `token_type_ids`; None for a text prompt. None if all are text.
 
     Raises:
         ValueError: If shapes, group ids or masks are inconsistent, or a reward or log-probability is not finite.
@@ -58,11 +65,13 @@ class Rollouts:
     loss_mask: Tensor = None  # type: ignore[assignment]  # a tensor after __post_init__
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    prompt_inputs: tuple[PromptInputs | None, ...] | None = None  # Sequence[GivenInputs] | None before __post_init__
 
     def __post_init__(self) -> None:
-        """Validate the fields and fill the loss mask in."""
+        """Validate the fields, fill the loss mask in and read the prompts' inputs."""
         _check_tokens("prompts", self.prompts)
         _check_tokens("completions", self.completions)
+        object.__setattr__(self, "prompt_inputs", _read_inputs(self.prompts, self.prompt_inputs))
         if self.loss_mask is None:
             object.__setattr__(self, "loss_mask", self.completion_mask.clone())
         _check_shapes(self)
@@ -91,6 +100,7 @@ class Rollouts:
         rewards: Sequence[Sequence[float]] | Tensor,
         *,
         loss_mask: Sequence[Sequence[Sequence[bool]]] | None = None,
+        prompt_inputs: Sequence[GivenInputs] | None = None,
     ) -> Rollouts:
         """Build rollouts from nested lists, one entry per prompt.
 
@@ -99,6 +109,7 @@ class Rollouts:
             completions: For each prompt, the token ids of its completions.
             rewards: For each prompt, the rewards of its completions; or a tensor [prompts, G].
             loss_mask: For each prompt and completion, True for tokens that count in the loss; None for all of them.
+            prompt_inputs: For each prompt what a processor returned beside the token ids; None for text.
 
         Returns:
             Rollouts on the device of the prompts, prompt by prompt.
@@ -132,6 +143,7 @@ class Rollouts:
             completions=completion_ids,
             group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
             rewards=torch.as_tensor(list(chain(*rewards)), dtype=torch.float32).to(device),
+            prompt_inputs=prompt_inputs,  # type: ignore[arg-type]
             **({} if masks is None else {"loss_mask": pad_sequence(masks, batch_first=True).to(device)}),
         )
 
@@ -144,6 +156,7 @@ class Rollouts:
         *,
         eos_token_id: int | Sequence[int] | Tensor | None,
         completion_lens: Tensor | None = None,
+        prompt_inputs: Sequence[GivenInputs] | None = None,
     ) -> Rollouts:
         """Build rollouts from the padded output of transformers' `model.generate`.
 
@@ -158,6 +171,8 @@ class Rollouts:
             rewards: [B * G] float.
             eos_token_id: Ids that end a completion: `model.generation_config.eos_token_id`; None if none does.
             completion_lens: [B * G] int64, the length of each completion without padding; `eos_token_id` is ignored.
+            prompt_inputs: For each row of `attention_mask` what a processor returned for this prompt alone, token types
+                without padding; None for text.
 
         Raises:
             ValueError: If there are not G sequences and rewards per prompt.
@@ -182,13 +197,20 @@ class Rollouts:
         lengths = completion_lens.tolist()
         group_size = len(sequences) // batch
         prompts = [sequences[b * group_size, :prompt_len][attention_mask[b].bool()] for b in range(batch)]
-        is_new = [b == 0 or group_size > 1 or not torch.equal(prompts[b], prompts[b - 1]) for b in range(batch)]
+        inputs = _read_inputs(prompts, prompt_inputs) or (None,) * batch
+
+        def compared(b: int) -> np.ndarray:
+            own, tokens = inputs[b], prompts[b].cpu().numpy()
+            return tokens if own is None else own.compared(tokens)
+
+        is_new = [b == 0 or group_size > 1 or not np.array_equal(compared(b), compared(b - 1)) for b in range(batch)]
         group_ids = (torch.tensor(is_new, device=sequences.device).cumsum(0) - 1).repeat_interleave(group_size)
         return cls(
             prompts=[prompt for prompt, own in zip(prompts, is_new, strict=True) if own],
             completions=[row[:length] for row, length in zip(generated, lengths, strict=True)],
             group_ids=group_ids,
             rewards=torch.as_tensor(rewards, dtype=torch.float32).to(sequences.device),
+            prompt_inputs=tuple(own for own, is_first in zip(inputs, is_new, strict=True) if is_first),
         )
 
     def __len__(self) -> int:
@@ -236,9 +258,15 @@ class Rollouts:
         return [torch.cat([self.prompts[g], own]) for g, own in zip(groups, self.completions, strict=True)]
 
     @cached_property
+    def sequence_inputs(self) -> list[PromptInputs | None]:
+        """For each of N rollouts the images of its prompt; None for a text prompt."""
+        inputs = self.prompt_inputs or (None,) * self.num_groups
+        return [inputs[g] for g in self.group_ids.tolist()]
+
+    @cached_property
     def tree(self) -> PrefixTree:
         """The prefix tree of all sequences; sequence n is rollout n."""
-        return PrefixTree.from_sequences(self.sequences)
+        return PrefixTree.from_sequences(self.sequences, self.sequence_inputs)
 
     def select(self, indices: Sequence[int] | Tensor) -> Rollouts:
         """Return the rollouts at `indices`, in that order; groups are renumbered and unused prompts dropped.
@@ -270,6 +298,7 @@ class Rollouts:
             loss_mask=cut(self.loss_mask),
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),
+            prompt_inputs=None if self.prompt_inputs is None else tuple(self.prompt_inputs[g] for g in new_group),
         )
 
 
@@ -321,6 +350,23 @@ def _centered_and_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     centered = above - mean[group]
     variance = zeros.index_add(0, group, centered.square()) / (size - 1).clamp(min=1)
     return centered, variance.sqrt()[group]
+
+
+def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> tuple[PromptInputs | None, ...] | None:
+    """Return the prompts' inputs, read if they are not yet; None if all prompts are text."""
+    if given is None or all(own is None for own in given):
+        return None
+    inputs = tuple(own for own in given if own is None or isinstance(own, PromptInputs))
+    if not any(isinstance(own, PromptInputs) for own in given):
+        inputs = read_prompt_inputs(prompts, given)  # type: ignore[arg-type]
+    elif len(inputs) < len(given):
+        raise ValueError("prompt_inputs must all be what a processor returned, or all have been read by Rollouts")
+    if len(inputs) != len(prompts):
+        raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(inputs)} for {len(prompts)} prompts")
+    for g, (prompt, own) in enumerate(zip(prompts, inputs, strict=True)):
+        if own is not None and len(own) != len(prompt):
+            raise ValueError(f"prompt_inputs[{g}] must be of its prompt of {len(prompt)} tokens, got {len(own)} tokens")
+    return None if all(own is None for own in inputs) else inputs
 
 
 def _check_tokens(name: str, sequences: list[Tensor]) -> None:

@@ -8,6 +8,9 @@ describes the whole tree:
 
 A padding token is a root of its own (`end[i] = i + 1`): it sees itself and no other token sees it, so no query is
 fully masked.
+
+Prompts may have images. Their tokens are compared by what they show, and the tokens of one image block, which stand
+next to one another in every sequence that has it, are never torn apart by a branch.
 """
 
 from __future__ import annotations
@@ -16,10 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from flexpg.prompt_inputs import PromptInputs
 
 BLOCK = 128  # tokens per block of FlexAttention
 MIN_BLOCKS = 2  # torch.compile specializes on a dimension of size 1 and would recompile for it
@@ -39,6 +46,9 @@ class PrefixTree:
         num_tokens: packed tokens without padding.
         max_length: T, tokens of the longest sequence.
         max_token: the largest token id; -1 for a tree without tokens.
+        block_end: [S] int32, one past the last packed index of each token's image block, or of itself; None without
+            images.
+        inputs: for each sequence the images of its prompt, or None; None without images.
     """
 
     tokens: Tensor | None
@@ -48,15 +58,21 @@ class PrefixTree:
     num_tokens: int
     max_length: int
     max_token: int
+    block_end: Tensor | None = None
+    inputs: tuple[PromptInputs | None, ...] | None = None
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Tokens]) -> PrefixTree:
-        """Build the tree of any sequences; shared prefixes are found by comparing token ids.
+    def from_sequences(
+        cls, sequences: Sequence[Tokens], inputs: Sequence[PromptInputs | None] | None = None
+    ) -> PrefixTree:
+        """Build the tree of any sequences; shared prefixes are found by comparing token ids, and the pixels of images.
 
         Sequences may be equal, or prefixes of one another.
 
         Args:
             sequences: N token sequences, each a 1-D integer tensor, array or list with at least one token.
+            inputs: For each sequence the images of its prompt, None for a text prompt, all from one call of
+                `flexpg.prompt_inputs.read_prompt_inputs`; None if there are only text prompts.
 
         Raises:
             ValueError: If there is no sequence, or one is empty, not 1-D or has a negative token id.
@@ -68,14 +84,18 @@ class PrefixTree:
         arrays = [token_ids(f"sequences[{n}]", tokens).cpu().numpy() for n, tokens in enumerate(sequences)]
         if not arrays:
             raise ValueError("sequences must not be empty")
+        compared = arrays
+        if inputs is not None:
+            compared = [a if own is None else own.compared(a) for a, own in zip(arrays, inputs, strict=True)]
+            inputs = None if all(own is None for own in inputs) else inputs
         lengths = np.array([len(a) for a in arrays])
         node = np.full((len(arrays), lengths.max()), -1)
         end = np.empty(lengths.sum(), dtype=np.int32)
         path: list[tuple[int, int, int]] = []  # runs from the root to the latest token: (depth, packed start, stop)
         parts, packed, previous = [], 0, None
-        for n in lexicographic_order(arrays):
+        for n in lexicographic_order(compared):
             tokens = arrays[n]
-            shared = 0 if previous is None else common_prefix_length(arrays[previous], tokens)
+            shared = 0 if previous is None else common_prefix_length(compared[previous], compared[n])
             _close_subtrees(path, shared, packed, end)
             if previous is not None:
                 node[n, :shared] = node[previous, :shared]
@@ -87,7 +107,7 @@ class PrefixTree:
                 packed += added
             previous = n
         _close_subtrees(path, 0, packed, end)
-        return cls._padded(np.concatenate(parts), end[:packed], node, lengths, _device(sequences[0]))
+        return cls._padded(np.concatenate(parts), end[:packed], node, lengths, _device(sequences[0]), inputs)
 
     @classmethod
     def from_groups(cls, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]]) -> PrefixTree:
@@ -138,12 +158,24 @@ class PrefixTree:
     @classmethod
     @torch.inference_mode(False)  # inference tensors could not be used in a training forward
     def _padded(
-        cls, tokens: np.ndarray | None, end: np.ndarray, node: np.ndarray, lengths: np.ndarray, device: torch.device
+        cls,
+        tokens: np.ndarray | None,
+        end: np.ndarray,
+        node: np.ndarray,
+        lengths: np.ndarray,
+        device: torch.device,
+        inputs: Sequence[PromptInputs | None] | None = None,
     ) -> PrefixTree:
         num_tokens = len(end)
         size = padded_length(num_tokens)
         padded_end = np.arange(1, size + 1, dtype=np.int32)
         padded_end[:num_tokens] = end
+        block_end = None
+        if inputs is not None:
+            block_end = np.arange(1, size + 1, dtype=np.int32)
+            for row, own in zip(node, inputs, strict=True):
+                for start, stop in [] if own is None else own.blocks:
+                    block_end[row[start:stop]] = row[stop - 1] + 1
         tree = cls(
             tokens=None if tokens is None else torch.from_numpy(np.pad(tokens, (0, size - num_tokens))),
             end=torch.from_numpy(padded_end),
@@ -152,6 +184,8 @@ class PrefixTree:
             num_tokens=num_tokens,
             max_length=int(lengths.max()),
             max_token=-1 if tokens is None else int(tokens.max()),
+            block_end=None if block_end is None else torch.from_numpy(block_end),
+            inputs=None if inputs is None else tuple(inputs),
         )
         return tree.to(device)
 
@@ -164,6 +198,7 @@ class PrefixTree:
             end=self.end.to(device),
             node=self.node.to(device),
             lengths=self.lengths.to(device),
+            block_end=None if self.block_end is None else self.block_end.to(device),
         )
 
     def __repr__(self) -> str:
@@ -225,6 +260,18 @@ class PrefixTree:
         starts = torch.cat([end.new_zeros(1), (end[1:] != end[:-1]).nonzero().flatten() + 1])
         stops = torch.cat([starts[1:], end.new_full((1,), self.num_tokens)])
         return torch.stack([starts, stops, end[starts]], dim=1)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def blocks(self) -> Tensor:
+        """[K, 2] int64, (start, stop) of each image block of at least two tokens in packed order."""
+        if self.block_end is None:
+            return torch.empty(0, 2, dtype=torch.int64, device=self.end.device)
+        stop = self.block_end.long()
+        index = torch.arange(len(stop), device=stop.device)
+        previous = torch.cat([stop.new_zeros(1), stop[:-1]])
+        starts = ((stop > index + 1) & (stop != previous)).nonzero().flatten()
+        return torch.stack([starts, stop[starts]], 1)
 
     @cached_property
     def num_pairs(self) -> int:

@@ -3,6 +3,7 @@
 tokens(length, seed)                           random token ids
 Case.from_groups(prompts, completions)         sequences, prompt lengths and their tree, groups not merged
 Case.from_sequences(sequences, prompt_lens)    the same with every shared prefix merged
+image_tree((text, image, text, ...), ...)      the tree of prompts with images of these lengths
 three_levels()                                 a case with a system prompt, questions and completions that start alike
 TREES, rollouts_of(tree, seed)                 for the matrix: one kind of tree each, as Rollouts with a token budget
 """
@@ -18,6 +19,7 @@ import torch
 from baseline import relative_error
 from torch import Tensor, nn
 
+from flexpg.prompt_inputs import read_prompt_inputs
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
@@ -47,6 +49,25 @@ class Case:
 
 def tokens(length: int, seed: int) -> list[int]:
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def image_tree(*prompts: tuple[int, ...], completions: tuple[int, ...] = (40, 9)) -> PrefixTree:
+    """Build the tree of prompts that alternate text and images of these lengths; the text is the same in all."""
+    sequences, given = [], []
+    for g, lengths in enumerate(prompts):
+        types = torch.cat([torch.full((length,), n % 2) for n, length in enumerate(lengths)])
+        sequences.append(torch.where(types == 1, VOCAB, torch.tensor(tokens(len(types), 1))))
+        pixels = torch.full((len(lengths) // 2, 3, 2, 2), float(g))
+        given.append({"mm_token_type_ids": types} | ({"pixel_values": pixels} if len(pixels) else {}))
+    inputs = read_prompt_inputs(sequences, given)
+    return PrefixTree.from_sequences(
+        [
+            torch.cat([prompt, torch.tensor(tokens(length, 10 * g + length))])
+            for g, prompt in enumerate(sequences)
+            for length in completions
+        ],
+        [own for own in inputs for _ in completions],
+    )
 
 
 def three_levels() -> Case:

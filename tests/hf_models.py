@@ -1,6 +1,6 @@
 """Tiny transformers models, and the baseline of their log-probabilities.
 
-tiny_model(name, **changes)    a model of CONFIGS or COMPOSITES in training mode, as transformers builds it
+tiny_model(name, **changes)    a model of the tables below in training mode, as transformers builds it
 model_from_config(config)      the same for any config
 model_pair(name, **changes)    (enabled for flexpg, as transformers builds it), with equal weights
 in_float64(model)              the model in float64, norms included
@@ -207,6 +207,60 @@ COMPOSITES: dict[str, transformers.PretrainedConfig] = {
         vision_config={"model_type": "siglip_vision_model", **TOWER},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+    ),
+}
+# More models with images, each with another layout of pixels, features or positions.
+VISION = {
+    "qwen3_5_vl": transformers.Qwen3_5Config(
+        text_config=TEXT
+        | DELTA
+        | HALF
+        | {"rope_parameters": {**MROPE["rope_parameters"], "mrope_interleaved": True, "partial_rotary_factor": 1.0}},
+        vision_config={**QWEN_TOWER, "hidden_size": 16, "out_hidden_size": 32},
+        **QWEN_IDS,
+    ),
+    "gemma4_vl": transformers.Gemma4Config(
+        text_config=TEXT
+        | ONE_OF_EACH
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB + 8,
+            "use_bidirectional_attention": "vision",
+        },
+        vision_config={**TOWER, "patch_size": 7, "pooling_kernel_size": 2, "head_dim": 8, "num_key_value_heads": 2},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=VOCAB + 5,
+        boi_token_id=IMAGE_START,
+        eoi_token_id=IMAGE_END,
+    ),
+    "internvl": transformers.InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config={**TOWER, "image_size": [28, 28], "patch_size": [7, 7]},
+        image_token_id=IMAGE,
+        image_seq_length=4,
+    ),
+    "smolvlm": transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={**TOWER, "patch_size": 7},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    ),
+    "idefics3": transformers.Idefics3Config(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={**TOWER, "patch_size": 7},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    ),
+    "llava_next": transformers.LlavaNextConfig(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={"model_type": "clip_vision_model", **TOWER, "num_hidden_layers": 2, "projection_dim": 16},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
     ),
 }
 EXPERT_MODELS = ["mixtral", "qwen3_moe"]
@@ -215,8 +269,8 @@ FLOAT64_EXPERTS = {"_experts_implementation": "eager"}  # torch's grouped produc
 
 
 def tiny_model(name: str, **changes: Any) -> transformers.PreTrainedModel:
-    """Build a model of CONFIGS, COMPOSITES or HYBRIDS in training mode; `changes` replace values of its config."""
-    config = copy.deepcopy((CONFIGS | COMPOSITES | HYBRIDS)[name])
+    """Build a model of one of the tables above in training mode; `changes` replace values of its config."""
+    config = copy.deepcopy((CONFIGS | COMPOSITES | HYBRIDS | VISION)[name])
     for key, value in changes.items():
         setattr(config, key, value)
     return model_from_config(config)

@@ -2,7 +2,7 @@
 
 assert_is_trie(tree, sequences)            a trie of nested dicts
 reachable(tree), windowed(tree, window),   the mask, along parents
-chunked(tree, chunk)
+chunked(tree, chunk), with_blocks(tree)
 listed(mask, ...), assert_tables(mask)     block tables, those of create_block_mask
 truncate(...), sample_one_by_one(...)      top-k and top-p, and one whole forward per sampled token
 """
@@ -91,6 +91,15 @@ def chunked(tree: PrefixTree, chunk: int) -> Tensor:
     """Return [S, S] bool: the tokens on the path to the root whose positions are in the same chunk."""
     chunks = torch.tensor([position // chunk for position in tree.position_ids.tolist()])
     return reachable(tree) & (chunks[:, None] == chunks[None, :])
+
+
+def with_blocks(tree: PrefixTree) -> Tensor:
+    """Return [S, S] bool: the path to the root, the token itself, and all of its own image block."""
+    visible = reachable(tree)
+    for nodes, inputs in zip(tree.node, tree.inputs, strict=True):
+        for start, stop in inputs.blocks if inputs is not None else []:
+            visible[nodes[start:stop, None], nodes[start:stop]] = True
+    return visible
 
 
 def listed(mask: BlockMask, num_blocks: str, indices: str) -> Tensor:

@@ -16,7 +16,16 @@ import flexpg
 
 PACKAGE = Path(flexpg.__file__).parent
 ORDER = [  # a module imports only from those before it; a package that is listed as a whole also from itself
-    *("tree", "masks", "backends.dense", "backends.flex", "backends.split", "backends.dispatch", "backends"),
+    *(
+        "prompt_inputs",
+        "tree",
+        "masks",
+        "backends.dense",
+        "backends.flex",
+        "backends.split",
+        "backends.dispatch",
+        "backends",
+    ),
     *("prefix_cache", "rollouts"),
     *("conversations.messages", "conversations.turn_texts", "conversations.chat_template", "conversations.rollouts"),
     *("conversations.transcripts", "conversations", "micro_batches", "packing"),

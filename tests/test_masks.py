@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from baseline import Operators, random_sequences
-from oracles import KV_TABLES, TABLES, assert_tables, chunked, listed, reachable, windowed
+from cases import image_tree
+from oracles import KV_TABLES, TABLES, assert_tables, chunked, listed, reachable, windowed, with_blocks
 from torch import Tensor
 
 from flexpg.backends.dispatch import attention
@@ -126,6 +127,60 @@ def test_block_tables_smaller_window_lists_fewer_blocks():
     tree = PrefixTree.from_lengths([1280], [[256, 256]])
     blocks = [sum(listed(block_mask(tree, window), *names).sum() for names in KV_TABLES) for window in (None, 400, 100)]
     assert blocks[0] > blocks[1] > blocks[2]
+
+
+# Image blocks
+
+IMAGES = {
+    "one short image": [(9, 20, 30)],
+    "a whole block": [(128, 128, 30)],
+    "from one block into the next": [(100, 60, 9)],
+    "three blocks": [(50, 400, 20)],
+    "a token less than a block": [(128, 127, 200)],
+    "two images": [(100, 200, 60, 150, 7)],
+    "two prompts and text": [(100, 200, 60), (100, 300, 60), (40,)],
+    "an image of one token": [(100, 1, 60)],
+}
+
+
+@pytest.mark.parametrize("limits", [{}, {"window": 1}, {"window": 100}, {"window": 128}, {"chunk": 100}], ids=str)
+@pytest.mark.parametrize("name", IMAGES)
+def test_block_tables_with_bidirectional_images_equal_create_block_mask(name, limits, device):
+    tree = image_tree(*IMAGES[name]).to(device)
+    mask = block_mask(tree, **limits, bidirectional=True)
+    index = torch.arange(tree.padded_length, device=device)
+    positions = tree.position_ids.cpu()
+    expected = with_blocks(tree.to("cpu"))
+    if "window" in limits:
+        expected &= positions[:, None] - positions < limits["window"]
+    if "chunk" in limits:
+        expected &= positions[:, None] // limits["chunk"] * limits["chunk"] <= positions
+    assert torch.equal(mask.mask_mod(None, None, index[:, None], index).cpu(), expected)
+    assert_tables(mask)
+
+
+def test_block_tables_of_an_image_after_a_first_query_equal_create_block_mask():
+    mask = block_mask(image_tree((300, 200, 60)), first_query=256, bidirectional=True)
+    assert_tables(mask)
+
+
+def test_images_are_causal_unless_asked_for():
+    tree = image_tree(*IMAGES["two prompts and text"])
+    index = torch.arange(tree.padded_length)
+    mask = block_mask(tree)
+    assert torch.equal(mask.mask_mod(None, None, index[:, None], index), reachable(tree))
+    assert mask.for_images(True) is mask.for_images(True) and mask.for_images(True).for_images(False).window is None
+    assert torch.equal(dense_mask(tree.end, tree.block_end), with_blocks(tree))
+    for name in (name for pair in TABLES for name in pair):
+        twin = pickled(mask.for_images(True))
+        assert torch.equal(getattr(twin, name), getattr(mask.for_images(True), name)), name
+    assert "bidirectional=True" in repr(mask.for_images(True))
+
+
+def test_tree_without_images_is_the_same_with_bidirectional_images():
+    mask = block_mask(forest(3), bidirectional=True)
+    for name in (name for pair in TABLES for name in pair):
+        assert torch.equal(getattr(mask, name), getattr(block_mask(forest(3)), name)), name
 
 
 def test_chunk_is_counted_in_positions():

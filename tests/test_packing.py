@@ -116,6 +116,19 @@ def test_pack_indices_packs_a_part_as_if_it_were_all():
         pack(rollouts, 60, indices=[0, 1, 0])
 
 
+def test_pack_counts_images_of_equal_prompts_each():
+    def picture(value: float) -> dict:
+        return {"pixel_values": torch.full((1, 3, 2, 2), value), "mm_token_type_ids": [0, *[1] * 20]}
+
+    for second, expected in ((1.0, [[0, 1, 2, 3]]), (2.0, [[0, 1], [2, 3]])):
+        rollouts = Rollouts.from_groups(
+            [[3, *[50] * 20]] * 2, [[[4], [5]]] * 2, [[0.0, 1.0]] * 2, prompt_inputs=[picture(1.0), picture(second)]
+        )
+        batches = pack(rollouts, max_tokens=30)
+        assert [batch.indices.tolist() for batch in batches] == expected
+        assert all(batch.tree.num_tokens <= 30 for batch in batches)
+
+
 def test_pack_rollout_over_the_budget_raises():
     rollouts = Rollouts.from_groups([range(5), range(3)], [[[1]], [[1, 2], [1, 2, 3]]], [[1.0], [1.0, 1.0]])
     with pytest.raises(ValueError, match=r"max_tokens must hold every rollout, got 5 for rollout 0 of 5 \+ 1 tokens"):

@@ -38,7 +38,8 @@ def dense_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     length = k.shape[2]
-    visible = dense_mask(mask.tree.end[:length])[mask.first_query :]
+    block_end = mask.tree.block_end if mask.bidirectional else None
+    visible = dense_mask(mask.tree.end[:length], None if block_end is None else block_end[:length])[mask.first_query :]
     position_ids = mask.tree.position_ids[:length]
     if mask.window is not None:
         visible &= position_ids[mask.first_query :, None] - position_ids[None, :] < mask.window

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from flexpg.masks import TreeBlockMask
 
-Part = tuple[slice, slice, bool]  # queries, keys, and whether the keys are the queries' own (causal)
+Part = tuple[slice, slice, bool, bool]  # queries, keys, whether it is causal, whether the keys are the queries' own
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -61,11 +61,11 @@ class _SplitAttention(torch.autograd.Function):
         out = q.new_empty(size, heads, group, width, dtype=merged).permute(1, 2, 0, 3)
         lse = q.new_empty(heads, group, size, dtype=merged)
         parts = _parts(mask)
-        for rows, columns, is_causal in parts:
+        for rows, columns, is_causal, is_own in parts:
             part, part_lse = _flash(
                 queries[:, :, rows], keys[:, :, columns], values[:, :, columns], 0.0, is_causal, scale=scale
             )
-            if is_causal:  # the first part of its queries
+            if is_own:  # the first part of its queries
                 out[:, :, rows], lse[:, :, rows] = part, part_lse
                 continue
             weight = torch.sigmoid(part_lse - lse[:, :, rows])  # this part's share of the merged softmax
@@ -91,7 +91,7 @@ class _SplitAttention(torch.autograd.Function):
         total = lse.dtype
         grad_q = torch.zeros_like(queries, dtype=total)
         grad_k, grad_v = torch.zeros_like(k[0], dtype=total), torch.zeros_like(v[0], dtype=total)
-        for rows, columns, is_causal in ctx.parts:
+        for rows, columns, is_causal, _ in ctx.parts:
             part_q, part_k, part_v = _flash_backward(
                 grad_out[:, :, rows],
                 queries[:, :, rows],
@@ -138,14 +138,34 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _parts(mask: TreeBlockMask) -> list[Part]:
-    """Return each segment with itself, then each with the queries below it; tokens before first_query are keys only."""
+    """Return each segment with itself, then each with the queries below it; tokens before first_query are keys only.
+
+    A bidirectional image block is a segment of its own, in which every token attends to every other.
+    """
     first = mask.first_query
-    own, below = [], []
-    for start, stop, subtree_end in mask.tree.segments.tolist():
+    own: list[Part] = []
+    below: list[Part] = []
+    for start, stop, subtree_end, is_causal in _segments(mask):
         cut = min(max(start, first), stop)  # the first query may be inside a segment
         if cut < stop:
-            own.append((slice(cut - first, stop - first), slice(cut, stop), True))
-        for since, until in ((start, cut), (cut, stop)):
+            own.append((slice(cut - first, stop - first), slice(cut if is_causal else start, stop), is_causal, True))
+        for since, until in ((start, cut), (cut, stop)) if is_causal else ((start, stop),):
             if since < until and subtree_end > (query := max(until, first)):
-                below.append((slice(query - first, subtree_end - first), slice(since, until), False))
+                below.append((slice(query - first, subtree_end - first), slice(since, until), False, False))
     return [*own, *below]
+
+
+def _segments(mask: TreeBlockMask) -> list[tuple[int, int, int, bool]]:
+    """Return (start, stop, end of the subtree, whether it is causal) of segments, cut at bidirectional image blocks."""
+    blocks = mask.tree.blocks.tolist() if mask.bidirectional else []
+    cut = []
+    for start, stop, subtree_end in mask.tree.segments.tolist():
+        while blocks and blocks[0][0] < stop:  # a block is inside of one segment
+            since, until = blocks.pop(0)
+            if start < since:
+                cut.append((start, since, subtree_end, True))
+            cut.append((since, until, subtree_end, False))
+            start = until
+        if start < stop:
+            cut.append((start, stop, subtree_end, True))
+    return cut

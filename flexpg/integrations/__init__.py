@@ -20,6 +20,7 @@ from flexpg.logprobs import OutputLayer, token_logprobs
 from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.packing import pack
 from flexpg.prefix_cache import PrefixCache
+from flexpg.prompt_inputs import PromptInputs
 from flexpg.rollouts import Rollouts
 from flexpg.sampling import Decoder, Samples, SamplingParams, sample_completions
 from flexpg.tree import PrefixTree, Tokens
@@ -42,8 +43,16 @@ class Integration(Protocol):
     def output(self, model: Any) -> OutputLayer:
         """Return the model's output layer: [M, E] -> logits [M, V]."""
 
-    def baseline_forward(self, model: Any, input_ids: Tensor) -> Tensor:
-        """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by the model's own attention."""
+    def check_rollouts(self, model: Any, tree: PrefixTree) -> None:
+        """Raise if the images of a packed sequence do not fit its tokens or the model."""
+
+    def baseline_forward(
+        self, model: Any, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None
+    ) -> Tensor:
+        """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by the model's own attention.
+
+        `inputs` are the images of each sequence's prompt.
+        """
 
     def layers(self, model: Any) -> dict[str, nn.Module]:
         """Return the decoder layers by name, in order."""
@@ -87,15 +96,16 @@ def enable(model: M) -> M:
     return model
 
 
-def encode_prefix(model: nn.Module, tokens: Tokens) -> PrefixCache:
+def encode_prefix(model: nn.Module, tokens: Tokens, inputs: PromptInputs | None = None) -> PrefixCache:
     """Encode a prompt once for several micro-batches; see `PrefixCache`.
 
     Args:
         model: An enabled model; activation checkpointing must not be reentrant.
         tokens: [P] int64, the prompt, on the model's device.
+        inputs: The prompt's images, an entry of `Rollouts.prompt_inputs`; None for text.
     """
     integration = integration_for(model)
-    return PrefixCache(tokens, lambda tree, prefix: integration.forward(model, tree, prefix=prefix))
+    return PrefixCache(tokens, lambda tree, prefix: integration.forward(model, tree, prefix=prefix), inputs)
 
 
 @overload
@@ -231,6 +241,8 @@ def _packed_logprobs(
             return token_logprobs(hidden, layer, batch.tree, **options, return_entropy=True)
         return (token_logprobs(hidden, layer, batch.tree, **options),)
 
+    for batch in batches:
+        integration.check_rollouts(model, batch.tree)
     for series in by_cache(batches):
         with context():
             cache = _cached_prompt(model, series)
@@ -302,7 +314,9 @@ def _cached_prompt(model: nn.Module, series: Sequence[MicroBatch]) -> AbstractCo
     if len(series) == 1:
         return nullcontext()
     batch = max(series, key=lambda batch: batch.cached_tokens)
-    return encode_prefix(model, batch.rollouts.prompts[0][: max(batch.cached_tokens, 1)])
+    if not batch.cached_tokens:
+        return encode_prefix(model, batch.rollouts.completions[0][:1])
+    return encode_prefix(model, batch.rollouts.prompts[0], batch.rollouts.sequence_inputs[0])
 
 
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[None]:

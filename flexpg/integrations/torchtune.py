@@ -8,6 +8,7 @@ activation checkpointing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
@@ -22,6 +23,7 @@ from flexpg.integrations.fsdp import run_as_forward
 from flexpg.logprobs import OutputLayer
 from flexpg.masks import TreeBlockMask
 from flexpg.prefix_cache import PrefixBlockMask, PrefixCache, packed_input, whole_sequence
+from flexpg.prompt_inputs import PromptInputs
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
@@ -74,6 +76,7 @@ def forward(model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache 
         TypeError: If prefixes cannot be shared in the model.
     """
     enable(model)
+    check_rollouts(model, tree)
     check_fits(model, tree.max_token, tree.max_length)
     packed = packed_input(model, tree, prefix)
 
@@ -92,7 +95,19 @@ def output(model: TransformerDecoder) -> OutputLayer:
     return model.output
 
 
-def baseline_forward(model: TransformerDecoder, input_ids: Tensor) -> Tensor:
+def check_rollouts(model: TransformerDecoder, tree: PrefixTree) -> None:
+    """Refuse images.
+
+    Raises:
+        TypeError: If a prompt has images.
+    """
+    if tree.inputs is not None:
+        raise TypeError("torchtune decoders take text only; use a transformers model for prompts with images")
+
+
+def baseline_forward(
+    model: TransformerDecoder, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None
+) -> Tensor:
     """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by torchtune's own attention."""
     return run_as_forward(model, lambda: _hidden_states(model, input_ids, None, None))
 

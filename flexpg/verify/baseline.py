@@ -38,7 +38,7 @@ def baseline_logprobs(
 
     def score() -> tuple[Tensor, ...]:
         input_ids = pad_sequence(rollouts.sequences, batch_first=True)  # [n, T]
-        hidden = integration.baseline_forward(model, input_ids)  # [n, T, E]
+        hidden = integration.baseline_forward(model, input_ids, rollouts.sequence_inputs)  # [n, T, E]
         row, step = rollouts.loss_mask.nonzero(as_tuple=True)  # [M] each
         parents = row * input_ids.shape[1] + rollouts.prompt_lens[row] + step - 1  # [M], in the flattened batch
         flat = chunked_logprobs(

@@ -68,5 +68,5 @@ def _perturbed_trees(batch: MicroBatch) -> Iterator[tuple[PrefixTree, slice, str
         own = tree.node[n][is_own[n]]
         start, stop = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
         changed = tokens.clone()
-        changed[start:stop] = (changed[start:stop] + 1) % (tree.max_token + 1)
+        changed[start:stop] = (changed[start:stop] == 0).long()  # 1 for 0, and 0 for others: no token of an image
         yield replace(tree, tokens=changed), slice(start, stop), f"the completion of rollout {int(batch.indices[n])}"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flexpg.backends.flex import packed_flex_attention
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask
+from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -49,6 +50,7 @@ class Case:
         has_sinks: Whether there are attention sinks.
         first: The first query, after a cached prompt.
         in_inference_mode: Whether the mask is built in inference mode.
+        has_images: Whether image blocks are bidirectional.
     """
 
     tree: PrefixTree
@@ -61,10 +63,13 @@ class Case:
     has_sinks: bool = False
     first: int = 0
     in_inference_mode: bool = False
+    has_images: bool = False
 
     def mask(self) -> TreeBlockMask:
         with torch.inference_mode(self.in_inference_mode):
-            return block_mask(self.tree, self.window, first_query=self.first, chunk=self.chunk)
+            return block_mask(
+                self.tree, self.window, first_query=self.first, chunk=self.chunk, bidirectional=self.has_images
+            )
 
 
 def branching(count: int = 10, seed: int = 1) -> PrefixTree:
@@ -75,6 +80,16 @@ def branching(count: int = 10, seed: int = 1) -> PrefixTree:
         start = torch.randint(0, 2, (60,), generator=draw).cumsum(0) // 9
         sequences.append(torch.cat([start, torch.full((int(torch.randint(1, 60, (1,), generator=draw)),), 100 + n)]))
     return PrefixTree.from_sequences(sequences)
+
+
+def image_tree(lengths: tuple[int, int, int]) -> PrefixTree:
+    """Return the tree of a prompt of text, an image and text, with two completions."""
+    types = torch.repeat_interleave(torch.tensor([0, 1, 0]), torch.tensor(lengths))
+    pixels = {"pixel_values": torch.ones(1, 3, 2, 2), "mm_token_type_ids": types}
+    rollouts = Rollouts.from_groups(
+        [torch.ones_like(types)], [[[2] * 30, [3] * 20]], [[0.0, 1.0]], prompt_inputs=[pixels]
+    )
+    return rollouts.tree
 
 
 GROUPS = PrefixTree.from_lengths([100, 40], [[30, 20, 50], [10, 40]])  # 290 tokens in three blocks
@@ -103,6 +118,8 @@ CASES = {
     "bf16 borders 128": Case(BORDERS[0]),
     "bf16 borders 127": Case(BORDERS[1]),
     "bf16 inference_mode": Case(ONE, in_inference_mode=True),
+    "bf16 images": Case(image_tree((60, 150, 20)), has_images=True),
+    "bf16 images window": Case(image_tree((60, 150, 20)), window=90, has_images=True),
 }
 
 
@@ -133,7 +150,7 @@ def exact(case: Case, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
     position = case.tree.position_ids
-    visible = dense_mask(case.tree.end)
+    visible = dense_mask(case.tree.end, case.tree.block_end if case.has_images else None)
     if case.window is not None:
         visible = visible & (position[:, None] - position[None, :] < case.window)
     if case.chunk is not None:

@@ -5,6 +5,7 @@ A model that accepts the mask need not obey it: checks.py refuses what would not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,22 +16,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from flexpg.integrations.fsdp import run_as_forward
 from flexpg.integrations.transformers.attention import register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
-from flexpg.integrations.transformers.composite import (
-    backbone,
-    check_is_text,
-    language_model,
-    path_of,
-    set_attention,
-    text_config,
-)
+from flexpg.integrations.transformers.composite import backbone, language_model, path_of, set_attention, text_config
+from flexpg.integrations.transformers.images import baseline_arguments, check_inputs, with_images
 from flexpg.integrations.transformers.recurrent import install, mask_for, sampled
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
+from flexpg.prompt_inputs import PromptInputs
 from flexpg.sample_cache import SampleBlockMask, SampleCache
 from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
 
-__all__ = ["baseline_forward", "decoder", "enable", "forward", "layers", "output", "register"]
+__all__ = ["baseline_forward", "check_rollouts", "decoder", "enable", "forward", "layers", "output", "register"]
 
 
 def enable(model: nn.Module) -> None:
@@ -77,17 +73,25 @@ def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = 
 
     def hidden_states() -> Tensor:
         base = unwrap(model)
-        check_is_text(base, packed.mask.tree)
-        with exact_forward(model, packed.mask.tree, None if prefix is None else prefix.tree):
-            hidden = backbone(base)(
-                input_ids=packed.input_ids,
-                position_ids=packed.position_ids,
-                attention_mask=mask_for(backbone(language_model(base)), packed.mask),
-                use_cache=False,
-            ).last_hidden_state
+        check_inputs(base, packed.mask.tree)
+        with (
+            exact_forward(model, packed.mask.tree, None if prefix is None else prefix.tree),
+            with_images(base, packed) as arguments,
+        ):
+            hidden = backbone(base)(**arguments, use_cache=False).last_hidden_state
         return whole_sequence(hidden, tree, prefix)
 
     return run_as_forward(model, hidden_states)
+
+
+def check_rollouts(model: nn.Module, tree: PrefixTree) -> None:
+    """Check that the images of a packed sequence fit its placeholder tokens and the model.
+
+    Raises:
+        ValueError: If they do not fit, with the sequence.
+        TypeError: If flexpg does not support images in this model.
+    """
+    check_inputs(unwrap(model), tree)
 
 
 def output(model: nn.Module) -> OutputLayer:
@@ -133,10 +137,20 @@ def output(model: nn.Module) -> OutputLayer:
     return logits
 
 
-def baseline_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by transformers' own attention."""
-    base_model = backbone(unwrap(model))
-    return run_as_forward(model, lambda: base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+def baseline_forward(
+    model: nn.Module, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None
+) -> Tensor:
+    """Compute the hidden states [n, T, E] of right-padded sequences [n, T], by transformers' own attention.
+
+    Args:
+        model: A transformers model.
+        input_ids: [n, T] int64.
+        inputs: For each sequence the images of its prompt; None for text.
+    """
+    base = unwrap(model)
+    images = {} if inputs is None else baseline_arguments(base, input_ids, inputs)
+    base_model = backbone(base)
+    return run_as_forward(model, lambda: base_model(input_ids=input_ids, use_cache=False, **images).last_hidden_state)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -187,7 +201,7 @@ def decoder(model: nn.Module) -> Decoder:
             return run_as_forward(model, lambda: hidden_states(tokens, position_ids))
 
         def prefill() -> Tensor:
-            check_is_text(base, cache.tree)
+            check_inputs(base, cache.tree)
             with exact_forward(model, cache.tree, longest=cache.tree.max_length + cache.max_new_tokens):
                 return hidden_states(tokens, position_ids)
 

@@ -1,4 +1,4 @@
-"""Models that take more than text: a text batch uses their language model, and images go to a tower of their own.
+"""Models that take more than text: a language model, and towers for images and other inputs.
 
 The tower keeps its attention implementation: only the language model's is set to "flexpg".
 """
@@ -7,15 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flexpg.integrations.transformers.attention import NAME
-from flexpg.tree import PrefixTree
-
-# Names of the token ids of images, videos and audio in a config; their features replace embeddings.
-PLACEHOLDERS = [f"{kind}_token_{end}" for end in ("index", "id") for kind in ("image", "video", "audio")]
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -58,28 +53,6 @@ def set_attention(model: PreTrainedModel) -> None:
     """Switch the language model of a transformers model to the attention implementation "flexpg"."""
     if text_config(model)._attn_implementation != NAME:
         language_model(model).set_attn_implementation(NAME)
-
-
-def check_is_text(model: PreTrainedModel, tree: PrefixTree) -> None:
-    """Refuse the placeholder tokens of images, videos and audio, whose features a packed sequence does not have.
-
-    Raises:
-        ValueError: If the tree has such a token.
-    """
-    if text_config(model) is model.config:
-        return
-    config: Any = model.config
-    names = {value: name for name in PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
-    if not names or tree.max_token < min(names):
-        return
-    packed = tree.input_ids[0, : tree.num_tokens]
-    found = packed[torch.isin(packed, torch.tensor([*names], device=packed.device))]
-    if len(found):
-        token = int(found[0])
-        raise ValueError(
-            f"rollouts must be text, got token id {token}, which is the {names[token]} of {type(model).__name__}; "
-            "flexpg does not support images yet, so train on such rollouts without flexpg"
-        )
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:

@@ -1,0 +1,354 @@
+"""Images and videos in the prompts of a packed sequence, in unmodified vision-language models.
+
+The model's own forward is called with the pixels of each different image once. The output of its vision encoder is put
+into packed order on its way to the language model, and its rows are counted: as many as there are placeholder tokens
+for each image. Positions (M-RoPE) are the model's own for each prompt, and completions continue from them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from flexpg.integrations.fsdp import sharded_modules
+from flexpg.integrations.transformers.composite import backbone, language_model, text_config, tower_modules
+from flexpg.integrations.transformers.recurrent import mask_for
+from flexpg.masks import TreeBlockMask
+from flexpg.prefix_cache import PackedInput
+from flexpg.prompt_inputs import KINDS, TOKEN_TYPES, Item, PromptInputs, concatenated
+from flexpg.tree import PrefixTree
+
+# Layers in which the tokens of an image see one another in both directions.
+BIDIRECTIONAL = {"gemma3": ("full_attention", "sliding_attention"), "gemma4": ("sliding_attention",)}
+# Names of the token ids of images, videos and audio in a config; their features replace embeddings.
+PLACEHOLDERS = {kind: (f"{kind}_token_index", f"{kind}_token_id") for kind in ("image", "video", "audio")}
+FEATURES = {"image": "get_image_features", "video": "get_video_features"}
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """The images, or the videos, that one forward encodes.
+
+    Attributes:
+        kind: "image" or "video".
+        items: Each different one, once.
+        index: [M] int64, the row among the features of all items for each placeholder, in packed order.
+        owners: For each item a sequence of the tree that has it.
+    """
+
+    kind: str
+    items: tuple[Item, ...]
+    index: np.ndarray
+    owners: tuple[int, ...]
+
+
+def placeholder_ids(model: PreTrainedModel) -> dict[int, str]:
+    """Return the token ids of images, videos and audio in a model's config, each with the kind that it stands for."""
+    if text_config(model) is model.config:
+        return {}
+    values = {kind: [getattr(model.config, name, None) for name in names] for kind, names in PLACEHOLDERS.items()}
+    return {own: kind for kind, ids in values.items() for own in ids if isinstance(own, int)}
+
+
+def check_inputs(model: PreTrainedModel, tree: PrefixTree) -> None:
+    """Check that placeholder tokens and images belong together, before anything is computed.
+
+    Raises:
+        ValueError: If a placeholder has no image, or an image another number of placeholders than the model needs.
+        TypeError: If flexpg does not support images in this model.
+    """
+    ids = placeholder_ids(model)
+    inputs = tree.inputs or (None,) * len(tree.lengths)
+    if tree.inputs is None and (not ids or tree.max_token < min(ids)):
+        return
+    name = type(model).__name__
+    if tree.inputs is not None:
+        check_supports_images(model)
+    packed = tree.input_ids[0].cpu().numpy()
+    covered = np.zeros(len(packed), dtype=bool)
+    node = tree.node.cpu().numpy()
+    for n, own in _first_of_each(inputs):
+        for i, item in enumerate(own.items):
+            places = node[n, np.flatnonzero(own.item == i)]
+            found = {ids.get(token) for token in packed[places].tolist()}
+            if found != {item.kind}:
+                raise ValueError(
+                    f"the prompt of sequence {n} must have {item.kind} tokens where its token types say so, got token "
+                    f"ids {sorted(set(packed[places].tolist()))}; those of {name} are {_shown(ids)}"
+                )
+            expected = tokens_of(model, item)
+            if expected is not None and expected != item.num_tokens:
+                raise ValueError(
+                    f"the prompt of sequence {n} must have {expected} tokens for {item.kind} {i}, of sizes "
+                    f"{_sizes(item)}, got {item.num_tokens}; do not shorten prompts that have images"
+                )
+            covered[places] = True
+    for token, kind in ids.items():
+        alone = np.flatnonzero((packed[: tree.num_tokens] == token) & ~covered[: tree.num_tokens])
+        if len(alone):
+            n, t = (int(i) for i in np.argwhere(node == alone[0])[0])
+            raise ValueError(
+                f"sequence {n} has an {kind} token ({token} of {name}) at position {t} without an {kind}; pass images "
+                "as Rollouts.from_groups(..., prompt_inputs=...), and none in completions"
+            )
+
+
+def check_supports_images(model: PreTrainedModel) -> None:
+    """Refuse models in which images of packed sequences would not be exact.
+
+    Raises:
+        TypeError: With the reason.
+    """
+    name, base_model = type(model).__name__, backbone(model)
+    parameters = inspect.signature(type(base_model).forward).parameters
+    if not hasattr(base_model, FEATURES["image"]) or "pixel_values" not in parameters:
+        raise TypeError(f"{name} takes no images, or not by `get_image_features`; train it on text or without flexpg")
+    has_blocks = "token_type_ids" in parameters or hasattr(inspect.getmodule(type(base_model)), _VISION_MASKS)
+    if has_blocks and model.config.model_type not in BIDIRECTIONAL:
+        raise TypeError(
+            f"{name} changes its mask where there are images, in a way that flexpg does not know; train it on text or "
+            "without flexpg"
+        )
+    if tower_modules(model).intersection(sharded_modules(model)):
+        raise TypeError(
+            f"the vision encoder of {name} is sharded on its own, so that ranks with text only would not take part in "
+            "its collectives; shard its layers with the whole model"
+        )
+
+
+_VISION_MASKS = "create_masks_for_vision_model"  # of transformers' models with bidirectional image blocks
+
+
+def tokens_of(model: PreTrainedModel, item: Item) -> int | None:
+    """Return how many placeholders an item needs; None if that is known only after the vision encoder."""
+    config: Any = model.config
+    grid = item.tensors.get("image_grid_thw", item.tensors.get("video_grid_thw"))
+    if grid is not None:
+        merged = getattr(config.vision_config, "spatial_merge_size", None)
+        return None if merged is None else int((grid.prod(-1) // merged**2).sum())
+    rows = item.tensors["pixel_values"].shape[item.dim] if item.kind == "image" else 0
+    per_row = {"gemma3": "mm_tokens_per_image", "internvl": "image_seq_length"}.get(config.model_type)
+    return None if per_row is None or not rows else rows * int(getattr(config, per_row))
+
+
+def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
+    """Return what a forward from `first_query` on encodes, each different image once."""
+    if tree.inputs is None:
+        return []
+    node = tree.node.cpu().numpy()
+    found = []
+    for kind in FEATURES:
+        feature = np.full((tree.padded_length, 2), -1)  # of each packed token: identity of the item, and its row
+        items: dict[int, tuple[Item, int]] = {}
+        for n, own in _first_of_each(tree.inputs):
+            for i, item in enumerate(own.items):
+                mine = np.flatnonzero(own.item == i)
+                packed = node[n, mine]
+                if item.kind == kind and packed[0] >= first_query:
+                    items.setdefault(item.identity, (item, n))
+                    feature[packed] = np.stack([np.full(len(mine), item.identity), own.row[mine]], 1)
+        if items:
+            starts = accumulate((item.num_tokens for item, _ in items.values()), initial=0)
+            offset = dict(zip(items, starts, strict=False))
+            identities, rows = feature[feature[:, 0] >= 0].T
+            index = np.array([offset[own] for own in identities.tolist()]) + rows
+            unique, owners = zip(*items.values(), strict=True)
+            found.append(EncodedItems(kind, unique, index, owners))
+    return found
+
+
+@contextmanager
+def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of the model below the output layer for a packed sequence, and put features into its order.
+
+    Args:
+        model: The transformers model.
+        packed: What goes through it.
+    """
+    mask = packed.mask
+    encoded_now = slice(mask.first_query, mask.first_query + packed.input_ids.shape[1])
+    arguments: dict[str, Any] = {
+        "input_ids": packed.input_ids,
+        "position_ids": position_ids(model, mask.tree)[..., encoded_now],
+        "attention_mask": mask_by_kind(model, mask),
+    }
+    encoded = encoded_items(mask.tree, mask.first_query)
+    for own in encoded:
+        arguments |= _on_device(model, concatenated(own.items))
+    _check_arguments(model, arguments)
+    with _in_packed_order(backbone(model), encoded):
+        yield arguments
+
+
+def mask_by_kind(model: PreTrainedModel, mask: TreeBlockMask) -> Any:
+    """Return what a model takes as `attention_mask`, with bidirectional image blocks in those layers that have them."""
+    config = text_config(model)
+    kinds = BIDIRECTIONAL.get(model.config.model_type, ())
+    if model.config.model_type == "gemma4" and config.use_bidirectional_attention != "vision":
+        kinds = ()
+    if mask.tree.inputs is None or not kinds:
+        return mask_for(backbone(language_model(model)), mask)
+    return {kind: mask.for_images(kind in kinds) for kind in config.layer_types}
+
+
+def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
+    """Return positions [1, S], or [4, 1, S] for M-RoPE: in the tree, then in time, height and width.
+
+    Raises:
+        TypeError: If the model computes positions of another form.
+    """
+    depth = tree.position_ids
+    rope_index = getattr(backbone(model), "get_rope_index", None)
+    if tree.inputs is None or rope_index is None:
+        return depth[None]
+    positions = depth.expand(3, -1).clone()
+    taken = inspect.signature(rope_index).parameters
+    node, lengths = tree.node, tree.lengths.tolist()
+    starts: dict[int, Tensor] = {}  # of completions, by the prompt's inputs
+    for n, own in _first_of_each(tree.inputs):
+        prompt = node[n, : len(own)]
+        arguments = _all_inputs(own) | {"mm_token_type_ids": torch.from_numpy(own.token_types)[None]}
+        arguments = {key: x.to(depth.device) for key, x in arguments.items() if key in taken}
+        index, _ = rope_index(input_ids=tree.input_ids[:, prompt], **arguments)
+        if index.shape != (3, 1, len(own)):
+            raise TypeError(
+                f"{type(model).__name__} computes positions of shape {list(index.shape)}, not [3, 1, {len(own)}]; "
+                "train it on text or without flexpg"
+            )
+        positions[:, prompt] = index[:, 0]
+        starts[id(own)] = index.max() + 1
+    for n, prompt_inputs in enumerate(tree.inputs):
+        if prompt_inputs is not None:
+            completion = node[n, len(prompt_inputs) : lengths[n]]
+            positions[:, completion] = starts[id(prompt_inputs)] + torch.arange(len(completion), device=depth.device)
+    return torch.cat([depth[None], positions])[:, None]
+
+
+def baseline_arguments(
+    model: PreTrainedModel, input_ids: Tensor, inputs: Sequence[PromptInputs | None]
+) -> dict[str, Any]:
+    """Return the arguments for right-padded sequences [n, T] with the images of their prompts, each for its own row."""
+    if all(own is None for own in inputs):
+        return {}
+    check_supports_images(model)
+    items = [item for own in inputs if own is not None for item in own.items]
+    by_kind = {kind: [item for item in items if item.kind == kind] for kind in FEATURES}
+    arguments = {
+        key: value for own in by_kind.values() if own for key, value in _on_device(model, concatenated(own)).items()
+    }
+    types = [torch.zeros(0, dtype=torch.int64) if own is None else torch.from_numpy(own.token_types) for own in inputs]
+    padded = pad_sequence(types, batch_first=True)
+    padded = nn.functional.pad(padded, (0, input_ids.shape[1] - padded.shape[1])).to(input_ids.device)
+    taken = inspect.signature(type(backbone(model)).forward).parameters
+    return arguments | {name: padded for name in TOKEN_TYPES if name in taken}
+
+
+def _all_inputs(inputs: PromptInputs) -> dict[str, Tensor]:
+    """Return the tensors of all items of a prompt, as its processor returned them."""
+    by_kind = [[item for item in inputs.items if item.kind == kind] for kind in KINDS.values()]
+    return {key: value for items in by_kind if items for key, value in concatenated(items).items()}
+
+
+def _on_device(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(model.device) for name, x in tensors.items()}
+
+
+def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    taken = inspect.signature(type(backbone(model)).forward).parameters
+    if unknown := sorted(set(arguments) - set(taken)):
+        raise ValueError(f"{type(model).__name__} takes no {', '.join(unknown)}; leave them out of prompt_inputs")
+
+
+@contextmanager
+def _in_packed_order(base_model: nn.Module, encoded: Sequence[EncodedItems]) -> Iterator[None]:
+    """Make `get_image_features` and `get_video_features` return features in the order of the packed placeholders."""
+    running = False
+
+    def call(own: Callable[..., Any], items: EncodedItems, *args: Any, **kwargs: Any) -> Any:
+        nonlocal running
+        if running:  # some models' get_video_features calls get_image_features
+            return own(*args, **kwargs)
+        running = True
+        try:
+            out = own(*args, **kwargs)
+        finally:
+            running = False
+        return _reordered_output(out, items)
+
+    for items in encoded:
+        name = FEATURES[items.kind]
+        setattr(base_model, name, partial(call, getattr(base_model, name), items))
+    try:
+        yield
+    finally:
+        for items in encoded:
+            delattr(base_model, FEATURES[items.kind])
+
+
+def _reordered_output(out: Any, encoded: EncodedItems) -> Any:
+    """Return a vision encoder's output with features in packed order, if each item has as many as placeholders."""
+    lengths = _lengths(out.pooler_output)
+    wanted = [item.num_tokens for item in encoded.items]
+    bounds, ends = set(accumulate(lengths)), list(accumulate(wanted))
+    for owner, (since, until) in zip(encoded.owners, pairwise([0, *ends]), strict=True):
+        if until not in bounds and len(lengths) >= len(wanted):  # Idefics3 returns the features of all tiles as one
+            n = sum(end <= since for end in accumulate(lengths))
+            got = lengths[n] if n < len(lengths) else 0
+            raise ValueError(
+                f"the prompt of sequence {owner} has {until - since} {encoded.kind} tokens for an {encoded.kind} that "
+                f"the vision encoder makes {got} features of; do not shorten prompts that have images"
+            )
+    if sum(lengths) != sum(wanted):
+        raise ValueError(f"the vision encoder makes {sum(lengths)} features of {sum(wanted)} {encoded.kind} tokens")
+    index = torch.from_numpy(encoded.index)
+    out.pooler_output = _reordered(out.pooler_output, index)
+    if getattr(out, "deepstack_features", None) is not None:
+        out.deepstack_features = [_reordered(layer, index) for layer in out.deepstack_features]
+    return out
+
+
+def _lengths(features: Any) -> list[int]:
+    """Return the number of features of each image, which come as a list or as one tensor."""
+    if isinstance(features, Tensor):
+        return [features.shape[-2]] * (features.shape[:-2].numel()) if features.dim() > 2 else [1] * len(features)
+    return [own.shape[:-1].numel() for own in features]
+
+
+def _reordered(features: Any, index: Tensor) -> Any:
+    """Return features in another order, in the form in which they came: one tensor, or a list of those per image."""
+    is_tensor = isinstance(features, Tensor)
+    rows = features.flatten(0, -2) if is_tensor else torch.cat([own.flatten(0, -2) for own in features])
+    rows = rows.index_select(0, index.to(rows.device))
+    return rows.view(-1, *features.shape[1:]) if is_tensor else [rows]
+
+
+def _first_of_each(inputs: Sequence[PromptInputs | None]) -> Iterator[tuple[int, PromptInputs]]:
+    """Yield each prompt's inputs once, with the first sequence that has them."""
+    seen = set()
+    for n, own in enumerate(inputs):
+        if own is not None and id(own) not in seen:
+            seen.add(id(own))
+            yield n, own
+
+
+def _sizes(item: Item) -> dict[str, Any]:
+    return {
+        name: x.tolist() if x.numel() < 10 else list(x.shape)
+        for name, x in item.tensors.items()
+        if not name.endswith("mask")
+    }
+
+
+def _shown(ids: dict[int, str]) -> str:
+    return ", ".join(f"{token} ({kind})" for token, kind in ids.items()) or "unknown"

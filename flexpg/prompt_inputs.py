@@ -1,0 +1,291 @@
+"""Images and videos of prompts, as a transformers processor returned them beside the token ids.
+
+A prompt has placeholder tokens where the language model reads what the vision encoder made of an image. Prompts with
+the same token ids and other pixels are other prompts, so placeholders are compared by what they stand for: which items
+(images or videos, with equal pixels and equal sizes) and which of their rows.
+
+How many placeholders belong to each item is a model's matter. It follows from the sizes that processors return, or
+from the text between the images; where neither tells, the images of a prompt are one item, which is shared as a whole.
+The integration compares the numbers with what the vision encoder returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 0 for text, 1 and 2 as in KINDS
+KINDS = {1: "image", 2: "video"}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+INPUTS = {
+    "image": {
+        "pixel_values",
+        "image_grid_thw",
+        "image_sizes",
+        "image_position_ids",
+        "pixel_attention_mask",
+        "spatial_shapes",
+    },
+    "video": {"pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_position_ids"},
+}
+OF_TEXT = {"input_ids", "attention_mask"}  # which a processor returns too
+FIRST_IDENTITY = 2**32  # above all token ids
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image or video, a tile of an image, or all images of a prompt.
+
+    Attributes:
+        kind: "image" or "video".
+        identity: Equal for items of equal tensors.
+        tensors: What the vision encoder reads, by the name of the model's argument.
+        dim: The dimension in which the tensors of several items are concatenated.
+        num_tokens: Placeholder tokens that stand for it.
+    """
+
+    kind: str
+    identity: int
+    tensors: dict[str, Tensor]
+    dim: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class PromptInputs:
+    """The images and videos of one prompt.
+
+    Attributes:
+        items: In the order of their placeholders, images before videos.
+        identities: [P] int64, what is compared in place of token ids: at placeholders a number for what they show.
+        item: [P] int64, the index in `items` of what each placeholder stands for; -1 at text.
+        row: [P] int64, which of the item's features each placeholder stands for; -1 at text.
+        token_types: [P] int64, 0 at text, 1 at images, 2 at videos.
+        blocks: (start, stop) of each run of placeholders.
+    """
+
+    items: tuple[Item, ...]
+    identities: np.ndarray
+    item: np.ndarray
+    row: np.ndarray
+    token_types: np.ndarray
+    blocks: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        """P, tokens of the prompt."""
+        return len(self.identities)
+
+    def compared(self, tokens: np.ndarray) -> np.ndarray:
+        """Return what is compared of a sequence [T] that begins with the prompt."""
+        return np.concatenate([self.identities, tokens[len(self) :]])
+
+
+class _Identities:
+    """Numbers for what placeholders show, equal for equal items and rows."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[tuple[dict[str, Tensor], int]]] = {}
+        self._count = 0
+        self._first: dict[Any, int] = {}
+        self._next = FIRST_IDENTITY
+
+    def of_item(self, tensors: dict[str, Tensor]) -> int:
+        """Return the number of the first item with equal tensors."""
+        shapes = tuple((name, x.dtype, tuple(x.shape)) for name, x in sorted(tensors.items()))
+        sums = tuple(float(x.sum(dtype=torch.float64)) for x in tensors.values())  # of which few items have equal ones
+        candidates = self._known.setdefault((shapes, sums), [])
+        for known, number in candidates:
+            if all(torch.equal(known[name], x) for name, x in tensors.items()):
+                return number
+        candidates.append((tensors, self._count))
+        self._count += 1
+        return self._count - 1
+
+    def of_block(self, content: tuple[tuple[int, int], ...]) -> int:
+        """Return the first of consecutive numbers for a block of placeholders, each (identity of the item, row)."""
+        if content not in self._first:
+            self._first[content] = self._next
+            self._next += len(content)
+        return self._first[content]
+
+
+def read_prompt_inputs(
+    prompts: Sequence[Tensor], given: Sequence[Mapping[str, Any] | None]
+) -> tuple[PromptInputs | None, ...]:
+    """Read what a processor returned for each of several prompts, which are compared with one another.
+
+    Args:
+        prompts: [P] int64 each.
+        given: For each prompt the processor's tensors for this prompt alone; None, or only token types, for text.
+
+    Returns:
+        One entry per prompt, None for text prompts.
+
+    Raises:
+        ValueError: If tensors are missing, unknown, or do not fit the prompt, which the error names.
+    """
+    if len(given) != len(prompts):
+        raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(given)} for {len(prompts)} prompts")
+    identities = _Identities()
+    return tuple(
+        None if inputs is None else _read(f"prompt_inputs[{g}]", prompt, dict(inputs), identities)
+        for g, (prompt, inputs) in enumerate(zip(prompts, given, strict=True))
+    )
+
+
+def concatenated(items: Iterable[Item]) -> dict[str, Tensor]:
+    """Concatenate the tensors of items of one kind, as the processor would have returned them for one prompt.
+
+    Raises:
+        ValueError: If their sizes differ and no tensor says how much of each is padding.
+    """
+    items = list(items)
+    joined = {}
+    for name in items[0].tensors:
+        parts = [item.tensors[name] for item in items]
+        dim = items[0].dim if parts[0].dim() > items[0].dim else 0
+        shapes = [[size for d, size in enumerate(part.shape) if d != dim] for part in parts]
+        if any(shape != shapes[0] for shape in shapes):
+            has_sizes = {"image_sizes", "image_position_ids", "pixel_attention_mask"} & set(items[0].tensors)
+            if not has_sizes or len({len(shape) for shape in shapes}) > 1:
+                raise ValueError(
+                    f"{name} of the images in a micro-batch must have one size, got {shapes[0]} and "
+                    f"{next(shape for shape in shapes if shape != shapes[0])}; resize them alike"
+                )
+            largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            largest.insert(dim, 0)
+            parts = [_padded(part, largest, dim, -1 if name.endswith("position_ids") else 0) for part in parts]
+        joined[name] = torch.cat(parts, dim)
+    return joined
+
+
+def _padded(x: Tensor, sizes: list[int], dim: int, value: int) -> Tensor:
+    """Return `x` with its sizes in other dimensions than `dim` made up by `value`."""
+    padding = []
+    for d in reversed(range(x.dim())):
+        padding += [0, 0 if d == dim else sizes[d] - x.shape[d]]
+    return torch.nn.functional.pad(x, padding, value=value)
+
+
+def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: _Identities) -> PromptInputs | None:
+    types = _token_types(name, len(prompt), given)
+    known = {*OF_TEXT, *TOKEN_TYPES, *INPUTS["image"], *INPUTS["video"]}
+    if unknown := sorted(key for key, value in given.items() if value is not None and key not in known):
+        raise ValueError(
+            f"{name} has {', '.join(unknown)}; flexpg knows images ({', '.join(sorted(INPUTS['image']))}) "
+            f"and videos ({', '.join(sorted(INPUTS['video']))})"
+        )
+    items: list[Item] = []
+    item, row = (np.full(len(prompt), -1) for _ in range(2))
+    for number, kind in KINDS.items():
+        tensors = {key: torch.as_tensor(given[key]) for key in sorted(INPUTS[kind]) if given.get(key) is not None}
+        has_pixels = PIXELS[kind] in tensors and tensors[PIXELS[kind]].numel() > 0
+        if types is None and has_pixels:
+            raise ValueError(
+                f"{name} has {PIXELS[kind]} but neither {' nor '.join(TOKEN_TYPES)}, by which placeholder tokens are "
+                "found; call the processor with return_mm_token_type_ids=True"
+            )
+        places = np.array([], dtype=np.int64) if types is None else np.flatnonzero(types == number)
+        if has_pixels != bool(len(places)):
+            raise ValueError(
+                f"{name} must have {PIXELS[kind]} if and only if its prompt has {kind} tokens, got {len(places)} "
+                f"{kind} tokens and {'pixels' if has_pixels else 'no pixels'}"
+            )
+        if not has_pixels:
+            continue
+        for own in _items(name, kind, tensors, places, identities):
+            mine, places = places[: own.num_tokens], places[own.num_tokens :]
+            item[mine], row[mine] = len(items), np.arange(len(mine))
+            items.append(own)
+    if not items:
+        return None
+    assert types is not None
+    blocks = tuple(_runs(np.flatnonzero(types)))
+    compared = prompt.cpu().numpy().copy()
+    for start, stop in blocks:
+        content = tuple((items[i].identity, int(r)) for i, r in zip(item[start:stop], row[start:stop], strict=True))
+        compared[start:stop] = identities.of_block(content) + np.arange(stop - start)
+    return PromptInputs(tuple(items), compared, item, row, types, blocks)
+
+
+def _token_types(name: str, length: int, given: dict[str, Any]) -> np.ndarray | None:
+    """Return [P] int64, the kind of each token; None if the processor returned none."""
+    found = next((given[key] for key in TOKEN_TYPES if given.get(key) is not None), None)
+    if found is None:
+        return None
+    types = torch.as_tensor(found).cpu().numpy().astype(np.int64)
+    if types.ndim == 2 and len(types) == 1:
+        types = types[0]
+    if types.shape != (length,):
+        raise ValueError(f"{name} must have token types for the {length} tokens of its prompt, got {list(types.shape)}")
+    if other := set(types.tolist()) - {0, *KINDS}:
+        raise ValueError(f"{name} must have token types 0 (text), 1 (image) and 2 (video), got {sorted(other)}")
+    return types
+
+
+def _items(name: str, kind: str, tensors: dict[str, Tensor], places: np.ndarray, identities: _Identities) -> list[Item]:
+    """Return the images or videos of a prompt whose placeholders are at `places`."""
+    parts, sizes, dim = _split(name, kind, tensors)
+    total, runs = sum(sizes), _runs(places)
+    if len(parts) == 1:
+        counts = [len(places)]
+    elif total and all(len(places) * size % total == 0 for size in sizes):
+        counts = [len(places) * size // total for size in sizes]
+    elif len(parts) == len(runs):
+        counts = [stop - start for start, stop in runs]
+    else:
+        parts, counts = [tensors], [len(places)]
+    return [Item(kind, identities.of_item(part), part, dim, count) for part, count in zip(parts, counts, strict=True)]
+
+
+def _split(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], list[int], int]:
+    """Return the tensors of each item, numbers to which their tokens are proportional (or zeros), and the dimension.
+
+    The layouts are those of transformers' processors: patches of all images one after another, with their grids
+    (Qwen); a row per image or tile (Gemma, LLaVA, InternVL, Mistral); or a row per prompt, of tiles (Idefics3).
+    """
+    pixels = tensors[PIXELS[kind]]
+    grid = tensors.get("image_grid_thw" if kind == "image" else "video_grid_thw")
+    if grid is not None:
+        sizes = [int(size) for size in grid.prod(-1)]
+        if sum(sizes) != len(pixels):
+            raise ValueError(
+                f"{name} must have one row of {PIXELS[kind]} per patch of its grids, got {len(pixels)} rows for grids "
+                f"of {sizes} patches"
+            )
+        bounds = list(pairwise(accumulate(sizes, initial=0)))
+        parts = [
+            {key: x[start:stop] if key == PIXELS[kind] else x[i : i + 1] for key, x in tensors.items()}
+            for i, (start, stop) in enumerate(bounds)
+        ]
+        return parts, sizes, 0
+    dim = 1 if pixels.dim() == 5 and len(pixels) == 1 and "image_sizes" not in tensors and kind == "image" else 0
+    lengths = {key: x.shape[dim] for key, x in tensors.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{name} must have tensors of equally many {kind}s, got {lengths}")
+    parts = [{key: x.narrow(dim, i, 1) for key, x in tensors.items()} for i in range(pixels.shape[dim])]
+    if dim == 1:  # tiles of zeros are padding, which the model drops
+        parts = [part for part in parts if bool(part[PIXELS[kind]].any())]
+    if "image_position_ids" in tensors:
+        return parts, [int((part["image_position_ids"] != -1).all(-1).sum()) for part in parts], dim
+    if "image_sizes" in tensors and kind == "image":
+        by_area = [int(part["image_sizes"].prod()) for part in parts]
+        return parts, by_area if pixels.dim() == 4 else [0] * len(parts), dim  # else with a separator in each row
+    if "spatial_shapes" in tensors:
+        return parts, [0] * len(parts), dim
+    return parts, [1] * len(parts), dim
+
+
+def _runs(places: np.ndarray) -> list[tuple[int, int]]:
+    """Return (start, stop) of each run of consecutive numbers."""
+    runs = []
+    for _, own in groupby(enumerate(places.tolist()), key=lambda pair: pair[1] - pair[0]):
+        numbers = [place for _, place in own]
+        runs.append((numbers[0], numbers[-1] + 1))
+    return runs

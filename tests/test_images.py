@@ -1,0 +1,386 @@
+"""Prompts with images and videos: shared once, and equal to every sequence with its images on its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import hf_models as hf
+import pytest
+import torch
+from cases import tokens
+from hf_models import IMAGE, in_float64, with_lora
+from pictures import Picture, with_images
+from torch import Tensor, nn
+
+import flexpg
+from flexpg import Rollouts, packed_logprobs, self_check
+from flexpg.integrations.transformers.composite import tower_modules
+from flexpg.verify import baseline_logprobs
+
+ONE_IMAGE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_vl", "gemma3_vl", "gemma4_vl", "mistral3", "internvl"]
+MODELS = [*ONE_IMAGE, "smolvlm", "idefics3", "llava_next", "llava_onevision"]
+SYSTEM = tokens(5, 1)
+SQUARE, OTHER, WIDE, FILM = Picture(1), Picture(2), Picture(3, (1, 2)), Picture(7, frames=2)
+
+
+def rollouts_of(*prompts: tuple[list[int], dict | None], group_size: int = 3) -> Rollouts:
+    """Build groups of random completions."""
+    completions = [[tokens(4 + i, 10 * g + i) for i in range(group_size)] for g in range(len(prompts))]
+    return Rollouts.from_groups(
+        [ids for ids, _ in prompts],
+        completions,
+        [[float(i) for i in range(group_size)]] * len(prompts),
+        prompt_inputs=[given for _, given in prompts],
+    )
+
+
+def mixed_rollouts(name: str) -> Rollouts:
+    """Build groups with equal and different images, questions and system prompts, several images, a video, and text."""
+    prompts = [
+        with_images(name, SYSTEM, SQUARE, tokens(6, 2)),
+        with_images(name, SYSTEM, OTHER, tokens(6, 2)),
+        with_images(name, SYSTEM, SQUARE, tokens(7, 3)),
+        with_images(name, tokens(9, 4)),
+        with_images(name, SYSTEM, SQUARE, tokens(2, 5), WIDE, tokens(4, 6)),
+        with_images(name, tokens(3, 7), SQUARE, tokens(2, 8)),
+    ]
+    if name.startswith("qwen"):
+        prompts.append(with_images(name, SYSTEM, FILM, tokens(3, 9), SQUARE, tokens(3, 9)))
+    return rollouts_of(*prompts)
+
+
+def weights_of(rollouts: Rollouts) -> Tensor:
+    return torch.randn(rollouts.loss_mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
+
+
+def shared(model: nn.Module, rollouts: Rollouts, max_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return log-probabilities and gradients of packed sequences."""
+    model.zero_grad()
+    weights = weights_of(rollouts)
+    found = torch.zeros_like(weights)
+    for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=max_tokens):
+        (weights[batch.indices, : logprobs.shape[1]] * logprobs).sum().backward()
+        found[batch.indices, : logprobs.shape[1]] = logprobs.detach()
+    return found, gradients_of(model)
+
+
+def baseline(model: nn.Module, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the same of every sequence with its images on its own, by transformers' attention."""
+    model.zero_grad()
+    weights = weights_of(rollouts)
+    found = torch.zeros_like(weights)
+    for n in range(len(rollouts)):
+        (logprobs,) = baseline_logprobs(model, rollouts.select([n]))
+        (weights[n, : logprobs.shape[1]] * logprobs).sum().backward()
+        found[n, : logprobs.shape[1]] = logprobs.detach()
+    return found, gradients_of(model)
+
+
+def assert_equal(
+    name: str, values: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
+) -> None:
+    """Compare log-probabilities and gradients.
+
+    GatedDeltaNet computes in float32. The vision towers of Qwen and Gemma 4 rotate queries and keys in float32, so that
+    gradients round to it; those of the copies of a prompt, which are added up in the baseline, round one by one.
+    """
+    rounds = name == "qwen3_5_vl"
+    assert (values[0] - expected[0]).abs().max() < (1e-6 if rounds else 1e-12)
+    assert list(values[1]) == list(expected[1])
+    largest = max(own.norm() for own in expected[1].values())
+    for path, truth in expected[1].items():
+        bound = 2e-4 if rounds else 1e-6 if "visual" in path or name == "gemma4_vl" else 1e-11
+        scale = truth.norm() if truth.norm() > 1e-8 * largest else largest  # a key's bias, which a softmax ignores
+        assert (values[1][path] - truth).norm() <= bound * scale, path
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """Build two equal models in float64, the first enabled."""
+    return flexpg.enable(in_float64(hf.tiny_model(name))), in_float64(hf.tiny_model(name))
+
+
+def tower_of(model: nn.Module) -> nn.Module:
+    parts = ("visual", "vision_tower", "vision_model")
+    return next(getattr(model.model, part) for part in parts if hasattr(model.model, part))
+
+
+@contextmanager
+def encoded_rows(model: nn.Module) -> Iterator[list[int]]:
+    """Count the rows of pixels that the vision tower reads in each call."""
+    rows: list[int] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        rows.append(len((*args, *kwargs.values())[0]))
+
+    handle = tower_of(model).register_forward_pre_hook(record, with_kwargs=True)
+    yield rows
+    handle.remove()
+
+
+# Equality.
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_images_equal_the_baseline_and_are_encoded_once(name):
+    model, alone = pair(name)
+    rollouts = mixed_rollouts(name)
+    expected = baseline(alone, rollouts)
+    assert any(path.startswith("model.vi") for path in expected[1])
+    assert_equal(name, shared(model, rollouts, max_tokens=500), expected)
+    assert_equal(name, shared(model, rollouts, max_tokens=62), expected)  # several micro-batches
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5_vl", "gemma3_vl", "smolvlm"])
+def test_oversized_group_with_images_equals_baseline_and_encodes_them_once(name):
+    model, alone = pair(name)
+    rollouts = rollouts_of(with_images(name, SYSTEM, SQUARE, tokens(2, 5), WIDE, tokens(9, 6)), group_size=7)
+    expected = baseline(alone, rollouts)
+    with encoded_rows(model) as rows:
+        found = shared(model, rollouts, max_tokens=50)
+    assert_equal(name, found, expected)
+    assert len(rows) == 1
+
+
+def test_same_image_is_encoded_once_per_micro_batch():
+    name = "gemma3_vl"
+    model = flexpg.enable(hf.tiny_model(name).double())
+    with encoded_rows(model) as rows:
+        shared(model, mixed_rollouts(name), max_tokens=500)
+    assert rows == [3]  # SQUARE at three places of the tree, OTHER and WIDE
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3_vl"])
+def test_lora_with_frozen_tower_equals_baseline_and_trains_nothing_else(name):
+    targets = r".*language_model.*\.(q_proj|v_proj|gate_proj)"
+    model, alone = (with_lora(in_float64(hf.tiny_model(name)), target_modules=targets).double() for _ in range(2))
+    flexpg.enable(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    rollouts = mixed_rollouts(name)
+    expected = baseline(alone, rollouts)
+    assert expected[1] and all("lora" in path for path in expected[1])
+    assert_equal(name, shared(model, rollouts, max_tokens=500), expected)
+
+
+def test_frozen_tower_gets_no_gradient_and_the_rest_equals_baseline():
+    name = "qwen2_5_vl"
+    model, alone = pair(name)
+    for each in (model, alone):
+        tower_of(each).requires_grad_(False)
+    expected = baseline(alone, mixed_rollouts(name))
+    assert not any("visual" in path for path in expected[1])
+    assert_equal(name, shared(model, mixed_rollouts(name), max_tokens=500), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3_vl"])
+def test_self_check_with_images_passes(name):
+    model = flexpg.enable(hf.tiny_model(name))
+    rollouts = rollouts_of(with_images(name, SYSTEM, Picture(1), tokens(6, 2)), with_images(name, tokens(8, 3)))
+    inputs = [None if own is None else in_float32(own) for own in rollouts.prompt_inputs]
+    assert self_check(model, replace(rollouts, prompt_inputs=inputs), max_tokens=400).rollouts == 3
+
+
+def in_float32(inputs: flexpg.prompt_inputs.PromptInputs) -> flexpg.prompt_inputs.PromptInputs:
+    items = [
+        replace(own, tensors={key: x.float() if x.is_floating_point() else x for key, x in own.tensors.items()})
+        for own in inputs.items
+    ]
+    return replace(inputs, items=tuple(items))
+
+
+# Identity.
+
+
+def test_prompts_with_equal_tokens_and_other_pixels_are_other_prompts():
+    prompts = [with_images("gemma3_vl", SYSTEM, picture, tokens(6, 2)) for picture in (SQUARE, OTHER, SQUARE)]
+    assert prompts[0][0] == prompts[1][0]
+    tree = rollouts_of(*prompts).tree
+    length = len(prompts[0][0])
+    first, other, equal = (tree.node[n, :length] for n in (0, 3, 6))
+    assert torch.equal(first, equal)
+    assert torch.equal(first == other, torch.arange(length) < len(SYSTEM) + 1)  # up to the first token of the image
+
+
+def test_image_that_two_questions_share_is_one_node():
+    prompts = [with_images("qwen2_5_vl", SYSTEM, SQUARE, question) for question in (tokens(6, 2), tokens(7, 3))]
+    tree = rollouts_of(*prompts).tree
+    until = len(SYSTEM) + 6
+    assert torch.equal(tree.node[0, :until], tree.node[3, :until])
+    assert not torch.equal(tree.node[0, : until + 1], tree.node[3, : until + 1])
+
+
+def test_second_of_two_images_is_compared_on_its_own():
+    name = "qwen2_5_vl"
+    prompts = [with_images(name, SYSTEM, SQUARE, tokens(2, 5), second, tokens(2, 6)) for second in (SQUARE, OTHER)]
+    assert len(rollouts_of(*prompts).prompt_inputs[0].items) == 2
+    tree = rollouts_of(*prompts).tree
+    until = len(SYSTEM) + 6 + 2 + 1
+    assert torch.equal(tree.node[0, :until], tree.node[3, :until])
+    assert not (tree.node[0, until : until + 4] == tree.node[3, until : until + 4]).any()
+
+
+def test_mirrored_image_is_another_image():
+    ids, given = with_images("gemma3_vl", SYSTEM, SQUARE, tokens(6, 2))
+    pixels = given["pixel_values"].round(decimals=3)  # so that both sums are the same
+    mirrored = given | {"pixel_values": pixels.flip(-1)}
+    first, second = rollouts_of((ids, given | {"pixel_values": pixels}), (ids, mirrored)).prompt_inputs
+    assert pixels.sum() == mirrored["pixel_values"].sum()
+    assert first.items[0].identity != second.items[0].identity
+
+
+def test_adjacent_images_are_compared_as_one_block():
+    """In Gemma they see each other; so a prompt whose second image differs shares neither."""
+    pixels = torch.randn(3, 3, 2, 2)
+    ids, types = [3, *[IMAGE] * 8, 4], [0, *[1] * 8, 0]
+    prompts = [(ids, {"pixel_values": pixels[[0, second]], "mm_token_type_ids": types}) for second in (1, 2)]
+    tree = rollouts_of(*prompts).tree
+    assert (tree.node[0, :10] == tree.node[3, :10]).tolist() == [True, *[False] * 9]
+
+
+def test_tiles_of_zeros_are_padding():
+    ids, given = with_images("smolvlm", SYSTEM, SQUARE, tokens(6, 2))
+    padded = {key: torch.cat([x, torch.zeros_like(x)], 1) for key, x in given.items() if key.startswith("pixel")}
+    first, second = rollouts_of((ids, given), (ids, given | padded)).prompt_inputs
+    assert [own.identity for own in first.items] == [own.identity for own in second.items]
+
+
+def test_changed_pixel_changes_its_own_prompt_only():
+    name = "qwen3_vl"
+    model = flexpg.enable(hf.tiny_model(name).double())
+    prompts = [with_images(name, SYSTEM, picture, tokens(6, 2)) for picture in (SQUARE, OTHER)]
+    before, _ = shared(model, rollouts_of(*prompts), max_tokens=500)
+    prompts[1][1]["pixel_values"][0, 0] += 1
+    after, _ = shared(model, rollouts_of(*prompts), max_tokens=500)
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.isclose(before[3:], after[3:]).all()
+
+
+def test_from_generate_does_not_merge_prompts_with_other_images():
+    name = "gemma3_vl"
+    prompts = [with_images(name, SYSTEM, picture, tokens(2, 2)) for picture in (SQUARE, SQUARE, OTHER)]
+    sequences = torch.tensor([ids + tokens(3, n) for n, (ids, _) in enumerate(prompts)])
+    rollouts = Rollouts.from_generate(
+        sequences,
+        torch.ones(3, len(prompts[0][0]), dtype=torch.int64),
+        [0.0, 1.0, 2.0],
+        eos_token_id=None,
+        prompt_inputs=[given for _, given in prompts],
+    )
+    assert rollouts.group_ids.tolist() == [0, 0, 1]
+    assert len(rollouts.prompt_inputs) == 2
+
+
+# Mistakes.
+
+
+def refused(words: str, model_name: str, *prompts: tuple[list[int], dict | None], **changes: object) -> None:
+    model = flexpg.enable(hf.tiny_model(model_name).double())
+    forwards: list[int] = []
+    model.model.register_forward_hook(lambda *args: forwards.append(1))
+    with pytest.raises(ValueError, match=words):
+        shared(model, replace(rollouts_of(*prompts), **changes), max_tokens=60)
+    assert not forwards
+
+
+TEXT_ONLY = with_images("qwen2_5_vl", tokens(9, 4))
+
+
+def test_pixels_that_are_missing_are_refused_with_the_prompt():
+    ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
+    refused(
+        r"sequence 3 has an image token \(50 of .*\) at position 6 without an image",
+        "qwen2_5_vl",
+        TEXT_ONLY,
+        (ids, None),
+    )
+    given = {key: value for key, value in given.items() if key == "mm_token_type_ids"}
+    refused(
+        r"prompt_inputs\[1\] must have pixel_values if and only if .* 4 image tokens and no pixels",
+        "qwen2_5_vl",
+        TEXT_ONLY,
+        (ids, given),
+    )
+
+
+def test_number_of_image_tokens_that_does_not_match_is_refused_with_the_prompt():
+    for name in ("qwen2_5_vl", "gemma3_vl"):
+        ids, given = with_images(name, SYSTEM, SQUARE, tokens(3, 2))
+        shortened = ids[:7] + ids[8:], given | {"mm_token_type_ids": given["mm_token_type_ids"][:, 1:]}
+        shortened[1]["mm_token_type_ids"] = torch.tensor([[int(token == IMAGE) for token in shortened[0]]])
+        refused(r"the prompt of sequence 3 must have 4 tokens for image 0, .* got 3", name, TEXT_ONLY, shortened)
+
+
+def test_number_that_only_the_vision_encoder_knows_is_refused_too():
+    ids, given = with_images("llava_next", SYSTEM, SQUARE, tokens(3, 2))
+    model = flexpg.enable(hf.tiny_model("llava_next").double())
+    shortened = ids[:7] + ids[8:]
+    given["mm_token_type_ids"] = torch.tensor([[int(token == IMAGE) for token in shortened]])
+    with pytest.raises(ValueError, match=r"the prompt of sequence 0 has 13 image tokens for an image .* makes 14 feat"):
+        shared(model, rollouts_of((shortened, given)), max_tokens=200)
+
+
+def test_grid_that_does_not_fit_the_pixels_is_refused_with_the_prompt():
+    ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
+    given["image_grid_thw"] = torch.tensor([[1, 4, 6]])
+    with pytest.raises(ValueError, match=r"prompt_inputs\[1\] must have one row of pixel_values .* 16 rows .* \[24\]"):
+        rollouts_of(TEXT_ONLY, (ids, given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mm_token_type_ids": None}, r"prompt_inputs\[0\] has pixel_values but neither mm_token_type_ids nor"),
+        ({"mm_token_type_ids": torch.zeros(1, 3)}, r"must have token types for the 14 tokens .* got \[3\]"),
+        ({"mm_token_type_ids": torch.full((1, 14), 3)}, r"must have token types 0 .* got \[3\]"),
+        ({"input_features": torch.zeros(1, 3)}, r"prompt_inputs\[0\] has input_features; flexpg knows images"),
+    ],
+)
+def test_mistake_in_prompt_inputs_is_refused(changes, words):
+    ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
+    with pytest.raises(ValueError, match=words):
+        rollouts_of((ids, given | changes))
+
+
+def test_number_of_prompt_inputs_must_be_that_of_prompts():
+    with pytest.raises(ValueError, match="prompt_inputs must have one entry per prompt, got 2 for 1 prompts"):
+        Rollouts.from_groups([[1, 2]], [[[3]]], [[0.0]], prompt_inputs=[{"mm_token_type_ids": [0, 0]}, None])
+
+
+def test_image_token_in_a_completion_is_refused():
+    rollouts = rollouts_of(with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2)))
+    completions = [torch.tensor([4, IMAGE]), *rollouts.completions[1:]]
+    model = flexpg.enable(hf.tiny_model("qwen2_5_vl").double())
+    changed = replace(rollouts, completions=completions, loss_mask=None)
+    with pytest.raises(
+        ValueError, match=r"sequence 0 has an image token .* at position 15 without an image; .*none in"
+    ):
+        shared(model, changed, max_tokens=200)
+
+
+def test_model_without_images_refuses_them():
+    rollouts = rollouts_of(with_images("gemma3_vl", SYSTEM, SQUARE, tokens(3, 2)))
+    with pytest.raises(TypeError, match="Qwen2ForCausalLM takes no images"):
+        shared(flexpg.enable(hf.tiny_model("qwen2")), rollouts, max_tokens=200)
+
+
+def test_images_of_other_sizes_in_one_tensor_are_refused():
+    small = {"pixel_values": torch.zeros(1, 3, 28, 28), "mm_token_type_ids": [0, 1, 1, 1, 1, 0]}
+    large = small | {"pixel_values": torch.ones(1, 3, 56, 56)}
+    ids = [3, *[IMAGE] * 4, 4]
+    with pytest.raises(ValueError, match=re.escape("must have one size, got [3, 28, 28] and [3, 56, 56]")):
+        shared(flexpg.enable(hf.tiny_model("gemma3_vl")), rollouts_of((ids, small), (ids, large)), max_tokens=200)
+
+
+def test_random_numbers_of_the_vision_tower_are_refused():
+    model = flexpg.enable(hf.tiny_model("qwen2_5_vl").double())
+    tower_of(model).merger.add_module("noise", nn.Dropout(0.3))
+    tower_of(model).merger.register_forward_hook(lambda module, args, out: module.noise(out))
+    with pytest.raises(ValueError, match="consumed random numbers"):
+        shared(model, rollouts_of(with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))), max_tokens=200)
+    assert tower_modules(model)
