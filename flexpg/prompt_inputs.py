@@ -86,7 +86,7 @@ class PromptInputs:
         return np.concatenate([self.identities, tokens[len(self) :]])
 
 
-class _Identities:
+class Identities:
     """Numbers for what placeholders show, equal for equal items and rows."""
 
     def __init__(self) -> None:
@@ -132,11 +132,55 @@ def read_prompt_inputs(
     """
     if len(given) != len(prompts):
         raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(given)} for {len(prompts)} prompts")
-    identities = _Identities()
+    identities = Identities()
     return tuple(
         None if inputs is None else _read(f"prompt_inputs[{g}]", prompt, dict(inputs), identities)
         for g, (prompt, inputs) in enumerate(zip(prompts, given, strict=True))
     )
+
+
+def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[dict[str, Any] | None]:
+    """Return for each row of a batch what a processor would have returned for it alone.
+
+    Args:
+        types: For each row its token types [T], without padding.
+        given: What the processor returned for the batch: the images of all rows one after another, or a row each.
+
+    Returns:
+        One entry per row, None for rows of text.
+
+    Raises:
+        ValueError: If it cannot be told which images belong to which row.
+    """
+    rows: list[dict[str, Any]] = [{} for _ in types]
+    for number, kind in KINDS.items():
+        tensors = {key: given[key] for key in sorted(INPUTS[kind]) if given.get(key) is not None}
+        if PIXELS[kind] not in tensors or not tensors[PIXELS[kind]].numel():
+            continue
+        places = [np.flatnonzero(own == number) for own in types]
+        if _has_row_per_prompt(kind, tensors):
+            for n, row in enumerate(rows):
+                row.update({key: x[n : n + 1] for key, x in tensors.items()} if len(places[n]) else {})
+            continue
+        parts, sizes, _ = _split("the batch", kind, tensors)
+        runs = [stop - start for own in places for start, stop in _runs(own)]
+        total, found = sum(sizes), sum(map(len, places))
+        if total and all(found * size % total == 0 for size in sizes):
+            counts = [found * size // total for size in sizes]
+        else:
+            counts = runs if len(runs) == len(parts) else []
+        bounds, ends = list(accumulate(counts)), list(accumulate(map(len, places)))
+        if not set(ends) <= {0, *bounds} or not counts:
+            raise ValueError(
+                f"the rows must have {kind} tokens for {len(parts)} {kind}s, got {list(map(len, places))}, which does "
+                "not tell which of them belong to which row"
+            )
+        first = 0
+        for row, end in zip(rows, ends, strict=True):
+            own = [part for part, bound in zip(parts, bounds, strict=True) if first < bound <= end]
+            row.update({key: torch.cat([part[key] for part in own]) for key in tensors} if own else {})
+            first = end
+    return [row | {TOKEN_TYPES[0]: own} if row else None for row, own in zip(rows, types, strict=True)]
 
 
 def concatenated(items: Iterable[Item]) -> dict[str, Tensor]:
@@ -173,7 +217,7 @@ def _padded(x: Tensor, sizes: list[int], dim: int, value: int) -> Tensor:
     return torch.nn.functional.pad(x, padding, value=value)
 
 
-def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: _Identities) -> PromptInputs | None:
+def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identities) -> PromptInputs | None:
     types = _token_types(name, len(prompt), given)
     known = {*OF_TEXT, *TOKEN_TYPES, *INPUTS["image"], *INPUTS["video"]}
     if unknown := sorted(key for key, value in given.items() if value is not None and key not in known):
@@ -229,7 +273,7 @@ def _token_types(name: str, length: int, given: dict[str, Any]) -> np.ndarray | 
     return types
 
 
-def _items(name: str, kind: str, tensors: dict[str, Tensor], places: np.ndarray, identities: _Identities) -> list[Item]:
+def _items(name: str, kind: str, tensors: dict[str, Tensor], places: np.ndarray, identities: Identities) -> list[Item]:
     """Return the images or videos of a prompt whose placeholders are at `places`."""
     parts, sizes, dim = _split(name, kind, tensors)
     total, runs = sum(sizes), _runs(places)
@@ -265,7 +309,7 @@ def _split(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[dict[
             for i, (start, stop) in enumerate(bounds)
         ]
         return parts, sizes, 0
-    dim = 1 if pixels.dim() == 5 and len(pixels) == 1 and "image_sizes" not in tensors and kind == "image" else 0
+    dim = 1 if _has_row_per_prompt(kind, tensors) and len(pixels) == 1 else 0
     lengths = {key: x.shape[dim] for key, x in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{name} must have tensors of equally many {kind}s, got {lengths}")
@@ -280,6 +324,11 @@ def _split(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[dict[
     if "spatial_shapes" in tensors:
         return parts, [0] * len(parts), dim
     return parts, [1] * len(parts), dim
+
+
+def _has_row_per_prompt(kind: str, tensors: dict[str, Tensor]) -> bool:
+    """Return whether the first dimension counts prompts, with tiles in the second (Idefics3, SmolVLM)."""
+    return kind == "image" and tensors[PIXELS[kind]].dim() == 5 and "image_sizes" not in tensors
 
 
 def _runs(places: np.ndarray) -> list[tuple[int, int]]:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
+from trl_runs import GROUP_OPTIONS, QUIET, Float64Head, Run, assert_trained_alike
 
 from flexpg.integrations.trl import (
     SharedPrefixDPOTrainer,
@@ -58,24 +59,6 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 MOE = {"router_aux_loss_coef": 0.1, "norm_topk_prob": True, **hf.FLOAT64_EXPERTS}
 # The experts' auxiliary loss, Cohere's RoPE and Gemma2's softmax compute in float32 in a float64 model too.
 TOLERANCE = {"qwen3_moe": float32_floor(), "cohere": float32_floor(), "gemma2": float32_floor()}
-
-
-class Float64Head:
-    """TRL's fused output layer in the dtype of the hidden states; TRL's own computes in float32 inside."""
-
-    @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
-        logits = nn.functional.linear(hidden, weight, bias) * scale
-        logits = (logits if softcap is None else softcap * (logits / softcap).tanh()) / temperature
-        scores = logits.log_softmax(-1)
-        found = {
-            "entropy": -(scores.exp() * scores).sum(-1),
-            "log_sum_sq_probs": (2 * scores.detach()).logsumexp(-1),
-            "mean_logits": logits.detach().mean(-1),
-            "is_top1": logits.argmax(-1) == targets,
-        }
-        log_probs = scores.gather(-1, targets[:, None])[:, 0]
-        return log_probs, *(values if name in outputs else None for name, values in found.items())
 
 
 TRLS_HEAD = trl.trainer.utils._ChunkedLogProbFunction
@@ -285,7 +268,7 @@ def refused(error: type[Exception], words: str):
 @pytest.mark.parametrize("name", ["pixel_values", "token_type_ids", "position_ids", "shift_labels", "labels"])
 def test_inputs_other_than_padded_text_are_refused(name):
     got = "input_ids, attention_mask or labels missing" if name == "labels" else name
-    with refused(ValueError, f"inputs must be padded text, got {got}; use TRL's own trainer"):
+    with refused(ValueError, f"inputs must be padded text with or without images, got {got}; use TRL's own trainer"):
         shared_model("llama")(**{**GROUP, name: None if name == "labels" else GROUP["labels"]}, fused_lm_head=True)
 
 
@@ -421,7 +404,6 @@ def test_changed_private_part_of_trl_is_refused(name, changed, missing, monkeypa
 
 # Training.
 
-STEPS = 10
 CHARACTERS = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz +?"]
 WORDS = [
     "count the letters",
@@ -477,30 +459,6 @@ def saved(tmp_path_factory) -> Callable[[str], str]:
         return folders[name]
 
     return folder
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trainer, and the token ids of (prompt, completion) in each batch that it has sampled."""
-
-    trainer: Any
-    batches: list[list[tuple[tuple[int, ...], tuple[int, ...]]]]
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self.trainer.state.log_history
-
-    @property
-    def parameters(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.trainer.model.parameters() if p.requires_grad])
-
-    def logged(self, name: str) -> list[float]:
-        return [line[name] for line in self.history if name in line]
-
-
-GROUP_OPTIONS = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
-QUIET = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "report_to": []}
-QUIET |= {"save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, "max_steps": STEPS, "seed": 7}
 
 
 def make_run(
@@ -566,26 +524,6 @@ class RegroupedGRPOTrainer(GRPOTrainer):
             return inputs
         self._buffered_inputs = regroup(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-
-def assert_trained_alike(ours: Run, expected: Run, names: set[str] | None = None, tolerance: float = 1e-12) -> None:
-    """Compare samples, every line of the log without times (or only `names`), and parameters."""
-    assert ours.batches == expected.batches
-    lines, expected_lines = (
-        [
-            {
-                name: value
-                for name, value in line.items()
-                if (name in names if names else not re.search("runtime|per_second|step_time|^flexpg/", name))
-            }
-            for line in run.history
-        ]
-        for run in (ours, expected)
-    )
-    assert len(lines) == len(expected_lines) >= STEPS
-    for line, expected_line in zip(lines, expected_lines, strict=True):
-        assert line == pytest.approx(expected_line, rel=tolerance, abs=tolerance)
-    assert (ours.parameters - expected.parameters).norm() < tolerance * expected.parameters.norm()
 
 
 # Each case with the metrics that show that what it is there for has happened: in some line of the log they are above 0

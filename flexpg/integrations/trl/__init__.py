@@ -22,10 +22,11 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from flexpg.integrations.transformers.checks import check_no_dropout
 from flexpg.integrations.trl.forward import share_prefixes
+from flexpg.prompt_inputs import Identities
 from flexpg.tree import PrefixTree
 
 __all__ = [
@@ -163,7 +164,8 @@ class _GroupTrainer(_SharedPrefixTrainer):
         inputs = super()._prepare_inputs(batch)
         if self._buffered_inputs is before:
             return inputs
-        self._buffered_inputs = regroup(self._buffered_inputs)
+        by_row = [split_pixel_values_by_grid(own) for own in self._buffered_inputs]  # lists of each row's images
+        self._buffered_inputs = [unsplit_pixel_values_by_grid(own) for own in regroup(by_row)]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
 
@@ -189,7 +191,8 @@ def regroup(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     random number beyond TRL's own.
 
     Args:
-        batches: TRL's micro-batches: tensors [B, ...] and lists of B; 0-d tensors and None are common to all.
+        batches: TRL's micro-batches: tensors [B, ...] and lists of B; 0-d tensors and None are common to all. Prompts
+            with equal tokens and other images are other groups.
     """
     first = batches[0]
 
@@ -201,9 +204,11 @@ def regroup(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     rows = {name: concatenated(name) for name in first}
     prompts = zip(rows["prompt_ids"].cpu().numpy(), rows["prompt_mask"].bool().cpu().numpy(), strict=True)
-    groups: dict[bytes, list[int]] = {}
+    images, identities = rows.get("pixel_values"), Identities()
+    groups: dict[tuple[bytes, int], list[int]] = {}
     for row, (ids, present) in enumerate(prompts):
-        groups.setdefault(ids[present].tobytes(), []).append(row)
+        image = -1 if images is None else identities.of_item({"pixel_values": images[row]})
+        groups.setdefault((ids[present].tobytes(), image), []).append(row)
     order = [row for group in groups.values() for row in group]
 
     def ordered(value: Any) -> Any:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,11 +24,14 @@ from transformers.utils import ModelOutput
 from flexpg.integrations.transformers.attention import NAME, register, uses_eager
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, set_attention, text_config
-from flexpg.integrations.transformers.recurrent import install, mask_for
+from flexpg.integrations.transformers.images import check_inputs, placeholder_ids, with_images
+from flexpg.integrations.transformers.recurrent import install
 from flexpg.integrations.trl.versions import PER_TOKEN
 from flexpg.prefix_cache import packed_input
+from flexpg.prompt_inputs import INPUTS, KINDS, PIXELS, TOKEN_TYPES, PromptInputs, read_prompt_inputs, split_batch
 from flexpg.tree import PrefixTree
 
+OF_IMAGES = {*INPUTS["image"], *INPUTS["video"], *TOKEN_TYPES}
 PASSED_ON = {"use_cache", "output_router_logits", "num_items_in_batch", "return_dict"}
 
 
@@ -52,16 +56,25 @@ class PackedBatch:
     labels: Tensor
 
 
-def pack_batch(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PackedBatch:
+def pack_batch(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    images: Mapping[str, Tensor] | None = None,
+    placeholders: Mapping[int, str] | None = None,
+) -> PackedBatch:
     """Pack a padded batch, and find where each of its labels is predicted.
 
     Args:
         input_ids: [B, T] int64.
         attention_mask: [B, T], 1 for tokens; contiguous in each row, padded on the left, the right, or both.
         labels: [B, T] int64, -100 where nothing is scored.
+        images: What a processor returned for all rows beside the token ids.
+        placeholders: Token ids of images and videos, each with the kind that it stands for.
 
     Raises:
-        ValueError: If a row has no token or padding between tokens, or a label has no token before it.
+        ValueError: If a row has no token or padding between tokens, a label has no token before it, or images do not
+            fit the rows.
     """
     present = attention_mask.bool()
     ones = present.int()
@@ -75,9 +88,26 @@ def pack_batch(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Pac
         n = int(row[unpredicted[0]])
         raise ValueError(f"labels must be -100 at padding and at the first token, got a label there in row {n}")
     sequences = [ids[here] for ids, here in zip(input_ids.cpu(), present.cpu(), strict=True)]
-    tree = PrefixTree.from_sequences(sequences).to(input_ids.device)
+    tree = PrefixTree.from_sequences(sequences, _inputs(sequences, images or {}, placeholders or {}))
+    tree = tree.to(input_ids.device)
     copies = torch.bincount(tree.node[tree.node >= 0], minlength=tree.padded_length)
     return PackedBatch(tree, copies, row, column, tree.node[row, column - start[row]], labels[:, 1:][row, column])
+
+
+def _inputs(
+    sequences: Sequence[Tensor], images: Mapping[str, Tensor], placeholders: Mapping[int, str]
+) -> Sequence[PromptInputs | None] | None:
+    """Return the images of each sequence; None if all are text."""
+    if not any(images[name].numel() for name in PIXELS.values() if name in images):
+        return None
+    types = []
+    for sequence in sequences:
+        tokens = sequence.numpy()
+        own = np.zeros(len(tokens), dtype=np.int64)
+        for number, kind in KINDS.items():
+            own[np.isin(tokens, [token for token, other in placeholders.items() if other == kind])] = number
+        types.append(own)
+    return read_prompt_inputs(sequences, split_batch(types, images))
 
 
 def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambda tree: None) -> None:
@@ -90,7 +120,7 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
         count: Called with each tree before its forward.
 
     Raises:
-        ValueError: If the model shares already; in its forward, for images and other inputs.
+        ValueError: If the model shares already; in its forward, for inputs other than text and images.
         TypeError: If prefixes cannot be shared exactly in the model.
     """
     base = unwrap(model)
@@ -129,17 +159,20 @@ def _shared_forward(
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> ModelOutput:
+    placeholders = placeholder_ids(model)
+    images = {}
+    if placeholders:  # token types follow from the placeholders
+        images = {name: kwargs.pop(name) for name in [*kwargs] if name in OF_IMAGES}
+        images = {name: value for name, value in images.items() if value is not None and name not in TOKEN_TYPES}
     other = sorted(name for name, value in kwargs.items() if value is not None and name not in PASSED_ON)
     if other or input_ids is None or attention_mask is None or labels is None:
         got = ", ".join(other) or "input_ids, attention_mask or labels missing"
-        raise ValueError(f"inputs must be padded text, got {got}; use TRL's own trainer for other inputs")
-    batch = pack_batch(input_ids, attention_mask, labels)
+        raise ValueError(f"inputs must be padded text with or without images, got {got}; use TRL's own trainer")
+    batch = pack_batch(input_ids, attention_mask, labels, images, placeholders)
+    check_inputs(model, batch.tree)
     count(batch.tree)
     packed = packed_input(model, batch.tree)
     num_encoded = packed.input_ids.shape[1]
-
-    def give_mask(module: nn.Module, args: Any, kwargs: dict) -> tuple[Any, dict]:
-        return args, kwargs | {"attention_mask": mask_for(backbone(language_model(model)), packed.mask)}
 
     def keep_parents(module: nn.Module, args: Any, out: Any) -> Any:
         hidden = out.last_hidden_state
@@ -147,19 +180,18 @@ def _shared_forward(
         return out
 
     decoder = backbone(model)
-    with (
-        exact_forward(model, batch.tree),
-        decoder.register_forward_pre_hook(give_mask, with_kwargs=True),
-        decoder.register_forward_hook(keep_parents),
-    ):
-        out = baseline(
-            input_ids=packed.input_ids,
-            attention_mask=batch.copies[None, :num_encoded],  # weights of the experts' auxiliary loss, per token
-            position_ids=packed.position_ids,
-            shift_labels=batch.labels[None],
-            fused_lm_head=True,
-            **kwargs,
-        )
+    with exact_forward(model, batch.tree), with_images(model, packed) as arguments:
+
+        def give_mask(module: nn.Module, args: Any, kwargs: dict) -> tuple[Any, dict]:
+            return args, kwargs | {"attention_mask": arguments["attention_mask"]}
+
+        with (
+            decoder.register_forward_pre_hook(give_mask, with_kwargs=True),
+            decoder.register_forward_hook(keep_parents),
+        ):
+            # The mask here is the weights of the experts' auxiliary loss, per token.
+            weights = {"attention_mask": batch.copies[None, :num_encoded]}
+            out = baseline(**arguments | weights, shift_labels=batch.labels[None], fused_lm_head=True, **kwargs)
     shape, device = labels[:, 1:].shape, out.log_probs.device
     at = (batch.row.to(device), batch.column.to(device))
     per_token = {name: x for name in PER_TOKEN if (x := getattr(out, name)) is not None}

@@ -60,7 +60,9 @@ def missing_parts(trl: ModuleType, utils: ModuleType) -> list[str]:
     missing += [f"FusedCausalLMOutput.{name}" for name in PER_TOKEN if name not in names]
     if "shift_labels" not in inspect.getsource(utils):
         missing.append("shift_labels")
-    for name, parameters in (("add_fused_lm_head", "model"), ("split_tensor_dict", "num_chunks")):
+    functions = {"add_fused_lm_head": "model", "split_tensor_dict": "num_chunks"}
+    functions |= dict.fromkeys(("split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"), "batch")
+    for name, parameters in functions.items():
         if parameters not in inspect.signature(getattr(utils, name, lambda: None)).parameters:
             missing.append(f"{name}({parameters})")
     for trainer in ("GRPOTrainer", "RLOOTrainer"):
