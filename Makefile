@@ -49,6 +49,7 @@ examples: $(INSTALLED) ## run the examples and the minimal recipe
 	@$(BIN)/python examples/transformers_update.py
 	@$(BIN)/python examples/agent_conversations.py
 	@$(BIN)/python examples/trl_grpo.py
+	@$(BIN)/python examples/vision_grpo.py
 	@$(BIN)/python recipes/grpo_minimal.py
 
 bench: $(INSTALLED) ## run the CPU benchmarks and write their tables; ARGS="update mask" for some of them

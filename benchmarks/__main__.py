@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of ru
     "scaling": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "sharing": {"cpu": [], "cuda": ["device=cuda", "dtype=bf16"]},
     "hybrid": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "vision": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "trl_update": {"cpu": [], "cuda": CUDA},
     "paper_figure": {"cpu": []},
 }

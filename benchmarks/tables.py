@@ -292,6 +292,18 @@ def hybrid(result: Result) -> str:
     return markdown(header, rows)
 
 
+def vision(result: Result) -> str:
+    """Return the updates of a model that takes images."""
+    header = ["image tokens", "completions", "images encoded, TRL / flexpg", "vision encoder's share of TRL's FLOPs"]
+    header += ["seconds, TRL", "seconds, flexpg", "speed-up", "bound", "difference of gradients"]
+    rows = []
+    for case in result["cases"]:
+        row = [case["image"], f"{case['group']} of {case['completion']}", " / ".join(map(str, case["images"]))]
+        row += [f"{case['vision_share']:.0%}", *(f"{own['median'] / 1e3:.2f}" for own in case["times_ms"].values())]
+        rows.append([*row, spread(case["speedup"]), f"{case['bound']:.2f}", f"{case['gradient_difference']:.0e}"])
+    return markdown(header, rows)
+
+
 def registers(result: Result) -> str:
     """Return registers and spilled bytes of FlexAttention's kernels by compute capability."""
     found = {(own["variant"], own["capability"], own["direction"]): own for own in result["kernels"]}
@@ -383,6 +395,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "scaling.parallel": scaling_parallel,
     "sharing": sharing,
     "hybrid": hybrid,
+    "vision": vision,
     "registers": registers,
     "trl_update": trl_update,
     "paper_figure": paper_figure,

@@ -91,7 +91,7 @@ def dense_mask(end: Tensor, block_end: Tensor | None = None) -> Tensor:
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.
-        block_end: [S] int32, of image blocks that are bidirectional; None for none.
+        block_end: [S] int32, of bidirectional image blocks; None if images are causal.
 
     Returns:
         [S, S] bool, True where the query (row) sees the key (column).

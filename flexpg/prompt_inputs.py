@@ -1,7 +1,7 @@
 """Images and videos of prompts, as a transformers processor returned them beside the token ids.
 
 A prompt has placeholder tokens where the language model reads what the vision encoder made of an image. Prompts with
-the same token ids and other pixels are other prompts, so placeholders are compared by what they stand for: which items
+the same token ids and other pixels are other prompts, so placeholders are compared by what they represent: which items
 (images or videos, with equal pixels and equal sizes) and which of their rows.
 
 How many placeholders belong to each item is a model's matter. It follows from the sizes that processors return, or
@@ -47,7 +47,7 @@ class Item:
         identity: Equal for items of equal tensors.
         tensors: What the vision encoder reads, by the name of the model's argument.
         dim: The dimension in which the tensors of several items are concatenated.
-        num_tokens: Placeholder tokens that stand for it.
+        num_tokens: Placeholder tokens that represent it.
     """
 
     kind: str
@@ -64,8 +64,8 @@ class PromptInputs:
     Attributes:
         items: In the order of their placeholders, images before videos.
         identities: [P] int64, what is compared in place of token ids: at placeholders a number for what they show.
-        item: [P] int64, the index in `items` of what each placeholder stands for; -1 at text.
-        row: [P] int64, which of the item's features each placeholder stands for; -1 at text.
+        item: [P] int64, the index in `items` of what each placeholder represents; -1 at text.
+        row: [P] int64, which of the item's features each placeholder represents; -1 at text.
         token_types: [P] int64, 0 at text, 1 at images, 2 at videos.
         blocks: (start, stop) of each run of placeholders.
     """

@@ -5,7 +5,8 @@
 
 A type's config is made small without knowledge of the type: widths, heads, layers, vocabulary and experts get small
 values, and of the layers one of each kind is kept. Log-probabilities and all gradients of a packed tree, and of its
-groups with a cached prompt, are compared with each sequence alone. Each type has a process of its own and a time limit.
+groups with a cached prompt, are compared with each sequence alone. Types that take images are compared with random
+images too, in the first layout of pixels that the model accepts. Each type has a process of its own and a time limit.
 The command fails if a type is neither exact nor refused with a sentence of flexpg.
 """
 
@@ -40,6 +41,9 @@ from transformers.models.auto.modeling_auto import (
 
 import flexpg
 from flexpg import Rollouts, SamplingParams, packed_logprobs
+from flexpg.integrations.transformers.composite import backbone
+from flexpg.integrations.transformers.images import placeholder_ids
+from flexpg.verify import baseline_logprobs
 from tests.float64 import float32_is_float64
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -104,6 +108,7 @@ class Row:
         errors: The largest errors of log-probabilities and gradients, relative.
         dtype: What they were computed in.
         sampled: The largest error of the log-probabilities of sampled tokens, or None if sampling was refused.
+        images: The largest errors with images, relative; or why there are none.
     """
 
     name: str
@@ -113,6 +118,7 @@ class Row:
     errors: tuple[float, float] | None = None
     dtype: str = ""
     sampled: float | None = None
+    images: tuple[float, float] | str = ""
 
     @property
     def error_texts(self) -> str:
@@ -120,6 +126,11 @@ class Row:
         if self.errors is None:
             return " |  | "
         return " | ".join("-" if error is None else f"{error:.0e}" if error else "0" for error in self._all_errors)
+
+    @property
+    def image_text(self) -> str:
+        """What was found with images, as a cell of a table."""
+        return self.images if isinstance(self.images, str) else " and ".join(f"{error:.0e}" for error in self.images)
 
     @property
     def _all_errors(self) -> tuple[float | None, ...]:
@@ -156,6 +167,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}, "moe_intermediate_size": [16, 16]},
     "granite4_vision": {"deepstack_layer_map": [], "spatial_vision_layer": -1},
+    "internvl": {"image_seq_length": 1},
+    "llava_next": {"image_grid_pinpoints": [[28, 56]]},
+    "llava_onevision": {"image_grid_pinpoints": [[28, 56]]},
+    "qwen2_5_vl_vision": {"window_size": 56, "fullatt_block_indexes": [1]},
     "hunyuan_vl_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}, "head_dim": 8},
     "molmo2_adapter": {"vision_feature_layer": [-1]},
     "nemotron_h": {"n_groups": 2},
@@ -224,8 +239,15 @@ def _kept_layers(defaults: dict[str, Any]) -> dict[str, Any]:
     return sizes | {name: [values[layer] for layer in kept] for name, values in lists.items()}
 
 
-def small_model(name: str, variant: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """Build a tiny model of a type in which every parameter matters: no norm weight is 1 and no bias is 0."""
+def small_model(name: str, variant: dict[str, Any], dtype: torch.dtype, takes_images: bool = False) -> PreTrainedModel:
+    """Build a tiny model of a type in which every parameter matters: no norm weight is 1 and no bias is 0.
+
+    Args:
+        name: The model type.
+        variant: Values of the config, one of VARIANTS.
+        dtype: Of the parameters.
+        takes_images: Build the class that takes images, of a type that has one for text too.
+    """
     config = small_config(CONFIG_MAPPING[name], variant)
     text = config.get_text_config(decoder=True)
     if "mrope_section" in variant:
@@ -233,7 +255,8 @@ def small_model(name: str, variant: dict[str, Any], dtype: torch.dtype) -> PreTr
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # torch's grouped product has no float64
     eager = getattr(text, "attn_logit_softcapping", None) is not None  # which sdpa would ignore
-    auto: Any = AutoModelForCausalLM if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    is_text = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not takes_images
+    auto: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > 130e6:
@@ -304,6 +327,98 @@ def sampling_error(model: nn.Module) -> float:
         scores = logits.double().log_softmax(-1).gather(-1, own[:, None])[:, 0]
         worst = max([worst, *(scores - logprobs[:drawn]).abs().tolist()])
     return worst
+
+
+# Images
+
+
+def image_layouts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Yield what processors return for one small image, in the layouts that models have."""
+    config = model.config
+    vision = getattr(config, "vision_config", config)
+    size, patch = getattr(vision, "image_size", 28), getattr(vision, "patch_size", 14)
+    size, patch = (value if isinstance(value, int) else value[0] for value in (size, patch))
+    channels = getattr(vision, "in_channels", getattr(vision, "in_chans", getattr(vision, "num_channels", 3)))
+    frames = getattr(vision, "temporal_patch_size", 1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    yield {
+        "pixel_values": random(16, channels * frames * patch**2),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    yield {"pixel_values": random(1, channels, size, size)}
+    yield {"pixel_values": random(1, channels, 4 * patch, 4 * patch), "image_sizes": torch.tensor([[4 * patch] * 2])}
+    yield {"pixel_values": random(1, 1, channels, size, size)}
+    yield {"pixel_values": random(1, 3, channels, size, size), "image_sizes": torch.tensor([[size, 2 * size]])}
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]
+    yield {"pixel_values": random(1, 36, channels * patch**2), "image_position_ids": places}
+
+
+def image_rollouts(model: PreTrainedModel, image: dict[str, Tensor]) -> Rollouts:
+    """Return groups whose prompts have an image, another one at equal tokens, the first and a longer text, or none."""
+    token = {kind: own for own, kind in placeholder_ids(model).items()}["image"]
+    with torch.no_grad():
+        features = backbone(model).get_image_features(**image, return_dict=True).pooler_output
+    count = sum(own.shape[:-1].numel() for own in ([features] if isinstance(features, Tensor) else features))
+    rng = random.Random(0)
+    start, question, longer = draw(5, rng), draw(4, rng), draw(7, rng)
+    other = image | {"pixel_values": image["pixel_values"].flip(-1)}
+    prompts, inputs = [draw(9, rng)], [None]
+    for own, text in ((image, question), (other, question), (image, longer)):
+        prompts.append([*start, *[token] * count, *text])
+        inputs.append(own | {"mm_token_type_ids": [0] * len(start) + [1] * count + [0] * len(text)})
+    groups = [[draw(n, rng) for n in (6, 3)] for _ in prompts]
+    return Rollouts.from_groups(prompts, groups, [[0.0, 1.0]] * len(prompts), prompt_inputs=inputs)
+
+
+def image_errors(name: str, model: PreTrainedModel, dtype: torch.dtype) -> tuple[float, float] | str:
+    """Return the relative errors of log-probabilities and gradients with images, or the reason why there are none.
+
+    Args:
+        name: The model type.
+        model: A model that is enabled, and computes ordinary batches as before.
+        dtype: Of its parameters.
+    """
+    if name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return ""
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # which text was compared with
+        models = (small_model(name, variant, dtype, takes_images=True) for variant in VARIANTS)
+        try:
+            model = flexpg.enable(next(models))
+        except Exception as error:
+            return one_line(error) if is_own(error) else f"not run: {one_line(error)}"
+    reason: BaseException | None = None
+    for layout in image_layouts(model):
+        torch.manual_seed(1)
+        image = {name: x.to(dtype) if x.is_floating_point() else x for name, x in layout.items()}
+        try:
+            rollouts = image_rollouts(model, image)
+            expected = image_results(model, rollouts, packs=False)
+        except Exception as error:
+            reason = error if reason is None or is_own(error) else reason
+            continue
+        try:
+            return errors(image_results(model, rollouts, packs=True), expected)
+        except Exception as error:
+            return one_line(error) if is_own(error) else f"WRONG: {one_line(error)}"
+    return one_line(reason) if reason is not None and is_own(reason) else f"not run: {one_line(reason or KeyError())}"
+
+
+def image_results(model: PreTrainedModel, rollouts: Rollouts, packs: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return log-probabilities and gradients, packed or of each sequence alone."""
+    weights = torch.randn(rollouts.loss_mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = torch.zeros_like(weights)
+    model.zero_grad()
+    if packs:
+        scored = ((batch.indices, own) for batch, own in packed_logprobs(model, rollouts, max_tokens=10_000))
+    else:
+        scored = ((torch.tensor([n]), baseline_logprobs(model, rollouts.select([n]))[0]) for n in range(len(rollouts)))
+    for rows, logprobs in scored:
+        (weights[rows, : logprobs.shape[1]] * logprobs.double()).sum().backward()
+        found[rows, : logprobs.shape[1]] = logprobs.detach().double()
+    return found, {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def relative_error(value: Tensor, expected: Tensor, scale: float = 0.0) -> float:
@@ -383,7 +498,12 @@ def _check(name: str, throughout: bool = False) -> Row:
         outcome = outcome if is_own(error) else "WRONG"
         detail = detail or f"without sampling: {one_line(error)}"
     precision = "float64 throughout" if throughout else str(dtype).removeprefix("torch.")
-    return Row(name, architecture, outcome, detail, worst, precision, sampled)
+    images = image_errors(name, model, dtype)
+    if isinstance(images, tuple) and not max(images) < tolerance:
+        outcome, detail = "WRONG", f"with images: {images[0]:.0e} {images[1]:.0e}"
+    elif isinstance(images, str) and images.startswith("WRONG"):
+        outcome, detail = "WRONG", f"with images: {images}"
+    return Row(name, architecture, outcome, detail, worst, precision, sampled, images)
 
 
 def _refused_or_not_built(name: str, reason: str) -> Row:
@@ -478,6 +598,21 @@ def table(found: Sequence[Row]) -> str:
                 for row in by_outcome["exact"]
             ),
             "",
+            "## Images",
+            "",
+            IMAGES.format(count=sum(isinstance(row.images, tuple) for row in by_outcome["exact"])),
+            "| type | log-probabilities | gradients |",
+            "| --- | --- | --- |",
+            *(
+                f"| {row.name} | {row.images[0]:.0e} | {row.images[1]:.0e} |"
+                for row in by_outcome["exact"]
+                if isinstance(row.images, tuple)
+            ),
+            "",
+            "| types with text only | the reason |",
+            "| --- | --- |",
+            *(f"| {', '.join(own)} | {_cell(reason)} |" for reason, own in _without_images(by_outcome["exact"])),
+            "",
             "## Refused",
             "",
             "| types | the error |",
@@ -511,6 +646,22 @@ checkpoint with other options (a window, sinks) may be refused where the type is
 """
 
 
+IMAGES = """With images in prompts (`Rollouts.from_groups(..., prompt_inputs=...)`), **{count}** types are exact:
+prompts with the same tokens and other images, one image under two questions, and text, in one packed sequence; every
+image goes through the vision encoder once. Qwen's videos, several images per prompt and cached prompts are tested for
+some types in tests/test_images.py. "not run": the model accepted random images in none of the layouts that the test
+knows.
+"""
+
+
+def _without_images(found: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    by_reason: dict[str, list[str]] = {}
+    for row in found:
+        if isinstance(row.images, str) and row.images:
+            by_reason.setdefault(row.images.replace(row.architecture, "it"), []).append(row.name)
+    return sorted(by_reason.items())
+
+
 def _name(row: Row) -> str:
     return row.name
 
@@ -531,7 +682,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = []
     for row in rows(options.types or all_types(), options.num_processes):
         found.append(row)
-        print(f"{row.outcome:9} | {row.name} | {row.architecture} | {row.error_texts} | {row.detail}", flush=True)
+        cells = row.outcome, row.name, row.architecture, row.error_texts, row.image_text, row.detail
+        print(" | ".join(cells), flush=True)
     print(dict(Counter(row.outcome for row in found)))
     if not options.types:
         TABLE.write_text(table(found))

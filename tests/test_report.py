@@ -137,7 +137,7 @@ def printed(found):
 
 
 def test_report_tables_of_large_numbers_fit_100_columns():
-    large = dict.fromkeys(("tokens", "pairs", "flops"), 10**16) | {"activation_bytes": 2**54}
+    large = dict.fromkeys(("tokens", "images", "pairs", "flops"), 10**16) | {"activation_bytes": 2**54}
     large |= {f"{name}_ratio": 123.4 for name in [*large]}
     total = {"rollouts": 1_234_567, "baseline": large, "prompts_once": large, "shared": large}
     packed = {"max_tokens": 1_048_576, "flops_ratio": 123.4, "activation_bytes": 2**40 - 1}

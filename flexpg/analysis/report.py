@@ -6,7 +6,7 @@ on how efficient its kernels are at either size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from html import escape
@@ -15,9 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexpg.analysis.flops import ModelShape, activation_bytes, update_flops
-from flexpg.analysis.work import Work, baseline_work, encoded_work, packed_work, prompts_once_work
+from flexpg.analysis.work import (
+    Work,
+    baseline_images,
+    baseline_work,
+    encoded_images,
+    encoded_work,
+    packed_images,
+    packed_work,
+    prompts_once_images,
+    prompts_once_work,
+)
 from flexpg.micro_batches import MicroBatch
 from flexpg.packing import pack
+from flexpg.prompt_inputs import Item
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
@@ -36,8 +47,9 @@ class Report:
 
     A comparison is a dict with "rollouts" and three dicts: "baseline" (every sequence is encoded on its own),
     "prompts_once" (every prompt is encoded once, every completion in full) and "shared" (every shared prefix is encoded
-    once, which is what flexpg does). Each has "tokens", "pairs", "flops" and "activation_bytes" (of all rollouts in one
-    packed sequence); the latter two also have the ratio of the baseline to each of them, such as "flops_ratio".
+    once, which is what flexpg does). Each has "tokens", "images" (that are encoded), "pairs", "flops" and
+    "activation_bytes" (of all rollouts in one packed sequence, without the vision encoder's); the latter two also have
+    the ratio of the baseline to each of them, such as "flops_ratio".
 
     Attributes:
         prompts: Number of prompts.
@@ -124,6 +136,7 @@ class Report:
 
     def _tables(self) -> list[Table]:
         counts = {"tokens": "tokens", "pairs": "visible pairs", "flops": "FLOPs", "activation_bytes": "activations *"}
+        counts |= {"images": "images encoded"} if self.total["baseline"]["images"] else {}
         total = [
             [label, *(_cell(self.total[name], count) for name in ("baseline", "prompts_once", "shared"))]
             for count, label in counts.items()
@@ -166,6 +179,7 @@ def report(
     itemsize: int = 2,
     activation_checkpointing: bool = False,
     names: Sequence[str] | None = None,
+    image_flops: Mapping[int, int] | None = None,
 ) -> Report:
     """Count the work of one update over all rollouts: by the baseline, with every prompt once, and shared.
 
@@ -178,13 +192,26 @@ def report(
         itemsize: Bytes per activation; 2 for bfloat16.
         activation_checkpointing: Layers are recomputed in the backward.
         names: What to call each rollout; None for its number.
+        image_flops: FLOPs of the vision encoder by `Item.identity`, from
+            `flexpg.analysis.transformers_images.image_flops`; None for text.
+
+    Raises:
+        ValueError: If prompts have images and `image_flops` is None.
 
     >>> rollouts = rollouts_from_lengths([9], [[1, 1]])
     >>> found = report(rollouts, ModelShape(2, 8, 2, 1, 4, 16, 50, 576), max_tokens=[16])
     >>> found.total["baseline"]["tokens"], found.total["shared"]["tokens"], found.by_max_tokens[0]["micro_batches"]
     (20, 11, 1)
     """
-    count = partial(_count, shape=shape, itemsize=itemsize, activation_checkpointing=activation_checkpointing)
+    if image_flops is None and prompts_once_images(rollouts):
+        raise ValueError("prompts have images, so pass image_flops=image_flops(model, rollouts) of the vision encoder")
+    count = partial(
+        _count,
+        shape=shape,
+        itemsize=itemsize,
+        activation_checkpointing=activation_checkpointing,
+        image_flops=image_flops or {},
+    )
     lengths = rollouts.prompt_lens + rollouts.completion_lens  # [N]
     longest = int(lengths.argmax())
     total = _comparison(rollouts, count)
@@ -260,35 +287,44 @@ def _scaled(count: int, base: int, units: Sequence[str]) -> str:
 
 
 def _count(
-    work: Work, loss_tokens: int, *, shape: ModelShape, itemsize: int, activation_checkpointing: bool
+    work: Work,
+    images: Sequence[Item],
+    loss_tokens: int,
+    *,
+    shape: ModelShape,
+    itemsize: int,
+    activation_checkpointing: bool,
+    image_flops: Mapping[int, int],
 ) -> dict[str, int]:
     checkpointing = {"activation_checkpointing": activation_checkpointing}
+    of_images = sum(image_flops[item.identity] for item in images)
     return {
         "tokens": work.num_tokens,
+        "images": len(images),
         "pairs": work.num_pairs,
-        "flops": update_flops(work, loss_tokens, shape, **checkpointing).total,
+        "flops": update_flops(work, loss_tokens, shape, **checkpointing).total + of_images,
         "activation_bytes": activation_bytes(work.num_tokens, loss_tokens, shape, itemsize=itemsize, **checkpointing),
     }
 
 
-def _comparison(rollouts: Rollouts, count: Callable[[Work, int], Row]) -> Row:
+def _comparison(rollouts: Rollouts, count: Callable[[Work, Sequence[Item], int], Row]) -> Row:
     loss_tokens = rollouts.num_loss_tokens
-    baseline = count(baseline_work(rollouts.tree), loss_tokens)
+    baseline = count(baseline_work(rollouts.tree), baseline_images(rollouts), loss_tokens)
     others = {
-        "prompts_once": count(prompts_once_work(rollouts), loss_tokens),
-        "shared": count(packed_work(rollouts.tree), loss_tokens),
+        "prompts_once": count(prompts_once_work(rollouts), prompts_once_images(rollouts), loss_tokens),
+        "shared": count(packed_work(rollouts.tree), packed_images(rollouts), loss_tokens),
     }
     for own in others.values():
-        own |= {f"{name}_ratio": value / own[name] for name, value in baseline.items()}
+        own |= {f"{name}_ratio": value / own[name] for name, value in baseline.items() if own[name]}
     return {"rollouts": len(rollouts), "baseline": baseline, **others}
 
 
-def _packed(rollouts: Rollouts, budget: int, total: Row, count: Callable[[Work, int], Row]) -> Row:
+def _packed(rollouts: Rollouts, budget: int, total: Row, count: Callable[[Work, Sequence[Item], int], Row]) -> Row:
     def peak_bytes(batches: list[MicroBatch], work: Callable[[PrefixTree], Work]) -> int:
-        return max(count(work(each.tree), int(each.loss_mask.sum()))["activation_bytes"] for each in batches)
+        return max(count(work(each.tree), [], int(each.loss_mask.sum()))["activation_bytes"] for each in batches)
 
     batches, baseline = pack(rollouts, budget), pack(rollouts, budget, sharing=False)
-    work = count(encoded_work(batches), rollouts.num_loss_tokens)
+    work = count(encoded_work(batches), encoded_images(batches), rollouts.num_loss_tokens)
     return {
         "baseline_micro_batches": len(baseline),
         "baseline_activation_bytes": peak_bytes(baseline, baseline_work),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexpg.micro_batches import MicroBatch, by_cache
+from flexpg.prompt_inputs import Item
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
 
@@ -76,6 +77,31 @@ def prompts_once_work(rollouts: Rollouts) -> Work:
     prompt_lens, completion_lens = rollouts.prompt_lens.cpu(), rollouts.completion_lens.cpu()  # [N]
     whole = _longer_than_position(prompt_lens + completion_lens)
     return total_work([Work(whole), Work(_longer_than_position(prompts))], [Work(_longer_than_position(prompt_lens))])
+
+
+def baseline_images(rollouts: Rollouts) -> list[Item]:
+    """Return the images that are encoded if each sequence is on its own: those of its prompt, for every rollout."""
+    return [item for own in rollouts.sequence_inputs if own is not None for item in own.items]
+
+
+def prompts_once_images(rollouts: Rollouts) -> list[Item]:
+    """Return the images that are encoded if only prompts are shared: those of every prompt."""
+    return [item for own in rollouts.prompt_inputs or () if own is not None for item in own.items]
+
+
+def packed_images(rollouts: Rollouts) -> list[Item]:
+    """Return the images that one packed sequence encodes: each different one once."""
+    return list({item.identity: item for item in prompts_once_images(rollouts)}.values())
+
+
+def encoded_images(batches: Iterable[MicroBatch]) -> list[Item]:
+    """Return the images that micro-batches encode, with those of cached prompts once."""
+    encoded = []
+    for series in by_cache(batches):
+        is_cached = any(batch.cached_tokens for batch in series)
+        for number, batch in enumerate(series):
+            encoded += packed_images(batch.rollouts) if not (is_cached and number and batch.cached_tokens) else []
+    return encoded
 
 
 def encoded_work(batches: Iterable[MicroBatch]) -> Work:

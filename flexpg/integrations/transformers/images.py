@@ -54,7 +54,7 @@ class EncodedItems:
 
 
 def placeholder_ids(model: PreTrainedModel) -> dict[int, str]:
-    """Return the token ids of images, videos and audio in a model's config, each with the kind that it stands for."""
+    """Return the token ids of images, videos and audio in a model's config, each with the kind that it represents."""
     if text_config(model) is model.config:
         return {}
     values = {kind: [getattr(model.config, name, None) for name in names] for kind, names in PLACEHOLDERS.items()}
@@ -135,8 +135,9 @@ def tokens_of(model: PreTrainedModel, item: Item) -> int | None:
     config: Any = model.config
     grid = item.tensors.get("image_grid_thw", item.tensors.get("video_grid_thw"))
     if grid is not None:
-        merged = getattr(config.vision_config, "spatial_merge_size", None)
-        return None if merged is None else int((grid.prod(-1) // merged**2).sum())
+        if not config.model_type.startswith("qwen"):
+            return None
+        return int((grid.prod(-1) // config.vision_config.spatial_merge_size**2).sum())
     rows = item.tensors["pixel_values"].shape[item.dim] if item.kind == "image" else 0
     per_row = {"gemma3": "mm_tokens_per_image", "internvl": "image_seq_length"}.get(config.model_type)
     return None if per_row is None or not rows else rows * int(getattr(config, per_row))
@@ -168,6 +169,17 @@ def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
     return found
 
 
+def image_features(model: PreTrainedModel, item: Item) -> list[Tensor]:
+    """Return what the vision encoder makes of an image or video: [M, E] for the embeddings, and for layers (deepstack).
+
+    Raises:
+        TypeError: If the model takes no images.
+    """
+    check_supports_images(model)
+    out = getattr(backbone(model), FEATURES[item.kind])(**_on_device(model, item.tensors), return_dict=True)
+    return [_rows(features) for features in (out.pooler_output, *(getattr(out, "deepstack_features", None) or []))]
+
+
 @contextmanager
 def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[str, Any]]:
     """Yield the arguments of the model below the output layer for a packed sequence, and put features into its order.
@@ -185,8 +197,7 @@ def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[st
     }
     encoded = encoded_items(mask.tree, mask.first_query)
     for own in encoded:
-        arguments |= _on_device(model, concatenated(own.items))
-    _check_arguments(model, arguments)
+        arguments |= _taken(model, _on_device(model, concatenated(own.items)))
     with _in_packed_order(backbone(model), encoded):
         yield arguments
 
@@ -203,7 +214,7 @@ def mask_by_kind(model: PreTrainedModel, mask: TreeBlockMask) -> Any:
 
 
 def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
-    """Return positions [1, S], or [4, 1, S] for M-RoPE: in the tree, then in time, height and width.
+    """Return positions [1, S], or those of M-RoPE [3, 1, S] in time, height and width, or [4, 1, S] after the tree's.
 
     Raises:
         TypeError: If the model computes positions of another form.
@@ -220,7 +231,13 @@ def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
         prompt = node[n, : len(own)]
         arguments = _all_inputs(own) | {"mm_token_type_ids": torch.from_numpy(own.token_types)[None]}
         arguments = {key: x.to(depth.device) for key, x in arguments.items() if key in taken}
-        index, _ = rope_index(input_ids=tree.input_ids[:, prompt], **arguments)
+        try:
+            index, _ = rope_index(input_ids=tree.input_ids[:, prompt], **arguments)
+        except (AttributeError, TypeError) as error:
+            raise TypeError(
+                f"{type(model).__name__} needs more than flexpg passes to its get_rope_index ({error}); train it on "
+                "text or without flexpg"
+            ) from error
         if index.shape != (3, 1, len(own)):
             raise TypeError(
                 f"{type(model).__name__} computes positions of shape {list(index.shape)}, not [3, 1, {len(own)}]; "
@@ -232,7 +249,8 @@ def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
         if prompt_inputs is not None:
             completion = node[n, len(prompt_inputs) : lengths[n]]
             positions[:, completion] = starts[id(prompt_inputs)] + torch.arange(len(completion), device=depth.device)
-    return torch.cat([depth[None], positions])[:, None]
+    takes_four = 4 in inspect.unwrap(type(language_model(model)).forward).__code__.co_consts
+    return (torch.cat([depth[None], positions]) if takes_four else positions)[:, None]
 
 
 def baseline_arguments(
@@ -264,10 +282,12 @@ def _on_device(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, 
     return {name: x.to(model.device) for name, x in tensors.items()}
 
 
-def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+def _taken(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs themselves, if the model takes them."""
     taken = inspect.signature(type(backbone(model)).forward).parameters
-    if unknown := sorted(set(arguments) - set(taken)):
+    if unknown := sorted(set(inputs) - set(taken)):
         raise ValueError(f"{type(model).__name__} takes no {', '.join(unknown)}; leave them out of prompt_inputs")
+    return inputs
 
 
 @contextmanager
@@ -327,10 +347,16 @@ def _lengths(features: Any) -> list[int]:
 
 def _reordered(features: Any, index: Tensor) -> Any:
     """Return features in another order, in the form in which they came: one tensor, or a list of those per image."""
-    is_tensor = isinstance(features, Tensor)
-    rows = features.flatten(0, -2) if is_tensor else torch.cat([own.flatten(0, -2) for own in features])
+    rows = _rows(features)
     rows = rows.index_select(0, index.to(rows.device))
-    return rows.view(-1, *features.shape[1:]) if is_tensor else [rows]
+    return rows.view(-1, *features.shape[1:]) if isinstance(features, Tensor) else [rows]
+
+
+def _rows(features: Any) -> Tensor:
+    """Return the features of all images one after another, [M, E]."""
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([own.flatten(0, -2) for own in features])
 
 
 def _first_of_each(inputs: Sequence[PromptInputs | None]) -> Iterator[tuple[int, PromptInputs]]:

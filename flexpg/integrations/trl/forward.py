@@ -70,7 +70,7 @@ def pack_batch(
         attention_mask: [B, T], 1 for tokens; contiguous in each row, padded on the left, the right, or both.
         labels: [B, T] int64, -100 where nothing is scored.
         images: What a processor returned for all rows beside the token ids.
-        placeholders: Token ids of images and videos, each with the kind that it stands for.
+        placeholders: Token ids of images and videos, each with the kind that it represents.
 
     Raises:
         ValueError: If a row has no token or padding between tokens, a label has no token before it, or images do not
