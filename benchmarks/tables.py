@@ -67,8 +67,12 @@ def variant(case: Result) -> str:
 
 def headline() -> str:
     """Return the table of README, from several results."""
-    results = {name: load_result(f"{name}_cpu") for name in ("conversations", "trl_update", "update", "sharing")}
-    conversations, trl, updates, demo = results.values()
+    names = ("conversations", "trl_update", "vision", "update", "sharing")
+    results = {name: load_result(f"{name}_cpu") for name in names}
+    conversations, trl, vision, updates, demo = results.values()
+    (picture,) = vision["cases"]
+    prompt = picture["image"] + picture["question"] + 2
+    alone, together = (prompt * n + picture["completion"] * picture["group"] for n in (picture["group"], 1))
     tokens, timed = conversations["per_turn"]["one_tree"], conversations["update_per_turn"]
     torchtune = next(c for c in updates["cases"] if (c["prompt"], c["completions"]) == (2048, [128] * 8))
     rows = [
@@ -90,6 +94,13 @@ def headline() -> str:
                 (trl["uneven"], "8 completions of 16 to 128"),
             )
         ),
+        [
+            f"TRL's GRPOTrainer: image of {picture['image']:,} tokens in the prompt, {picture['group']} completions of "
+            f"{picture['completion']}",
+            f"Qwen2.5-VL, {picture['layers']} layers, width {picture['width']}",
+            f"{alone / together:.1f}x, images {picture['images'][0] / picture['images'][1]:.1f}x",
+            f"{picture['speedup']['median']:.1f}x",
+        ],
         [
             "torchtune: prompt of 2,048 tokens, 8 completions of 128",
             "Qwen2, 2 layers, width 512",
