@@ -227,6 +227,7 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
         )
     items: list[Item] = []
     item, row = (np.full(len(prompt), -1) for _ in range(2))
+    tokens = prompt.cpu().numpy()
     for number, kind in KINDS.items():
         tensors = {key: torch.as_tensor(given[key]) for key in sorted(INPUTS[kind]) if given.get(key) is not None}
         has_pixels = PIXELS[kind] in tensors and tensors[PIXELS[kind]].numel() > 0
@@ -235,7 +236,10 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
                 f"{name} has {PIXELS[kind]} but neither {' nor '.join(TOKEN_TYPES)}, by which placeholder tokens are "
                 "found; call the processor with return_mm_token_type_ids=True"
             )
-        places = np.array([], dtype=np.int64) if types is None else np.flatnonzero(types == number)
+        places = np.array([], dtype=np.int64)
+        if types is not None:
+            types[(types == number) & (tokens != _placeholder(tokens[types == number]))] = 0
+            places = np.flatnonzero(types == number)
         if has_pixels != bool(len(places)):
             raise ValueError(
                 f"{name} must have {PIXELS[kind]} if and only if its prompt has {kind} tokens, got {len(places)} "
@@ -251,7 +255,7 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
         return None
     assert types is not None
     blocks = tuple(_runs(np.flatnonzero(types)))
-    compared = prompt.cpu().numpy().copy()
+    compared = tokens.copy()
     for start, stop in blocks:
         content = tuple((items[i].identity, int(r)) for i, r in zip(item[start:stop], row[start:stop], strict=True))
         compared[start:stop] = identities.of_block(content) + np.arange(stop - start)
@@ -271,6 +275,15 @@ def _token_types(name: str, length: int, given: dict[str, Any]) -> np.ndarray | 
     if other := set(types.tolist()) - {0, *KINDS}:
         raise ValueError(f"{name} must have token types 0 (text), 1 (image) and 2 (video), got {sorted(other)}")
     return types
+
+
+def _placeholder(tokens: np.ndarray) -> int:
+    """Return the placeholder among the tokens of an image; processors also count breaks between rows and the like.
+
+    There are more placeholders than other tokens of a kind, or as many and before them.
+    """
+    ids, first, counts = np.unique(tokens, return_index=True, return_counts=True)
+    return int(ids[np.lexsort((first, -counts))[0]]) if len(ids) else -1
 
 
 def _items(name: str, kind: str, tensors: dict[str, Tensor], places: np.ndarray, identities: Identities) -> list[Item]:

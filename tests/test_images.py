@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import hf_models as hf
+import numpy as np
 import pytest
 import torch
 from cases import tokens
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import flexpg
 from flexpg import Rollouts, packed_logprobs, self_check
+from flexpg.integrations.transformers import images
 from flexpg.integrations.transformers.composite import tower_modules
 from flexpg.verify import baseline_logprobs
 
@@ -345,6 +347,35 @@ def test_mistake_in_prompt_inputs_is_refused(changes, words):
     ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
     with pytest.raises(ValueError, match=words):
         rollouts_of((ids, given | changes))
+
+
+@pytest.mark.parametrize("order", ["breaks after rows", "marks around the image"])
+def test_token_types_of_breaks_and_marks_are_not_placeholders(order):
+    """Pixtral's processor marks the break after each row too, InternVL's the tokens before and after an image."""
+    ids, types = [3, IMAGE, IMAGE, 7, IMAGE, IMAGE, 8, 4], [0, 1, 1, 1, 1, 1, 1, 0]
+    if order == "marks around the image":
+        ids, types = [3, 7, IMAGE, IMAGE, IMAGE, IMAGE, 8, 4], [0, 1, 1, 1, 1, 1, 1, 0]
+    given = {"pixel_values": torch.ones(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])}
+    (own,) = rollouts_of((ids, given | {"mm_token_type_ids": types})).prompt_inputs
+    assert own.items[0].num_tokens == 4
+    assert np.flatnonzero(own.item >= 0).tolist() == [n for n, token in enumerate(ids) if token == IMAGE]
+
+
+def test_model_type_that_was_not_measured_with_images_warns(monkeypatch):
+    monkeypatch.setattr(images, "MEASURED", frozenset())
+    rollouts = rollouts_of(with_images("qwen2_vl", SYSTEM, SQUARE, tokens(3, 2)))
+    with pytest.warns(
+        UserWarning, match="images in Qwen2VLForConditionalGeneration were not compared with the baseline"
+    ):
+        shared(flexpg.enable(hf.tiny_model("qwen2_vl").double()), rollouts, max_tokens=200)
+
+
+def test_model_that_changes_its_mask_in_an_unknown_way_is_refused(monkeypatch):
+    monkeypatch.setattr(images, "BIDIRECTIONAL", {})
+    for name in ("gemma3_vl", "gemma4_vl"):
+        rollouts = rollouts_of(with_images(name, SYSTEM, SQUARE, tokens(3, 2)))
+        with pytest.raises(TypeError, match=r"Gemma\w+ changes its mask where there are images, in a way that"):
+            shared(flexpg.enable(hf.tiny_model(name).double()), rollouts, max_tokens=200)
 
 
 def test_number_of_prompt_inputs_must_be_that_of_prompts():

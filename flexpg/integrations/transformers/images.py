@@ -8,10 +8,11 @@ for each image. Positions (M-RoPE) are the model's own for each prompt, and comp
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -34,6 +35,15 @@ BIDIRECTIONAL = {"gemma3": ("full_attention", "sliding_attention"), "gemma4": ("
 # Names of the token ids of images, videos and audio in a config; their features replace embeddings.
 PLACEHOLDERS = {kind: (f"{kind}_token_index", f"{kind}_token_id") for kind in ("image", "video", "audio")}
 FEATURES = {"image": "get_image_features", "video": "get_video_features"}
+# Model types with images that tests/support_matrix.py found exact; others warn.
+MEASURED = frozenset(
+    (
+        "aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl ernie4_5_vl_moe gemma3 "
+        "gemma4 glm46v glm4v glm4v_moe glm_ocr glmga got_ocr2 hunyuan_vl hyperclovax_vision_v2 idefics2 idefics3 "
+        "internvl janus lfm3_vl lighton_ocr llava llava_next llava_onevision mistral3 ovis2 pp_chart2table "
+        "qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm step3p7 video_llava"
+    ).split()
+)
 
 
 @dataclass(frozen=True)
@@ -114,8 +124,8 @@ def check_supports_images(model: PreTrainedModel) -> None:
     parameters = inspect.signature(type(base_model).forward).parameters
     if not hasattr(base_model, FEATURES["image"]) or "pixel_values" not in parameters:
         raise TypeError(f"{name} takes no images, or not by `get_image_features`; train it on text or without flexpg")
-    has_blocks = "token_type_ids" in parameters or hasattr(inspect.getmodule(type(base_model)), _VISION_MASKS)
-    if has_blocks and model.config.model_type not in BIDIRECTIONAL:
+    kind = model.config.model_type
+    if kind not in BIDIRECTIONAL and ("token_type_ids" in parameters or _changes_masks(type(base_model))):
         raise TypeError(
             f"{name} changes its mask where there are images, in a way that flexpg does not know; train it on text or "
             "without flexpg"
@@ -125,9 +135,19 @@ def check_supports_images(model: PreTrainedModel) -> None:
             f"the vision encoder of {name} is sharded on its own, so that ranks with text only would not take part in "
             "its collectives; shard its layers with the whole model"
         )
+    if kind not in MEASURED:
+        warnings.warn(
+            f"images in {name} were not compared with the baseline in flexpg's tests (docs/models.md); do so once by "
+            "flexpg.self_check(model, rollouts)",
+            stacklevel=2,
+        )
 
 
-_VISION_MASKS = "create_masks_for_vision_model"  # of transformers' models with bidirectional image blocks
+@cache
+def _changes_masks(model_class: type) -> bool:
+    """Return whether the code of a model has masks that depend on images."""
+    source = inspect.getsource(inspect.getmodule(model_class))  # type: ignore[arg-type]
+    return any(name in source for name in ("block_sequence_ids", "or_mask_function"))
 
 
 def tokens_of(model: PreTrainedModel, item: Item) -> int | None:
