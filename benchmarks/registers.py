@@ -7,7 +7,8 @@ torch's compiler generates the kernels of `flexpg.backends.flex` for fake tensor
 Nothing is run: spills say how much a kernel writes to memory because it lacks registers, not how long it takes. With
 "checks", the kernels check boundaries, as they would without our kernel option.
 
-The module changes private parts of torch and triton in its own process; an error names what a version lacks.
+The module changes private parts of torch and triton in its own process. `PRIVATE` lists all of them; an error names
+what a version lacks.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import inspect
+import importlib
 import io
 import json
+import operator
 import os
 import re
 import subprocess
@@ -25,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +80,54 @@ GPUS = {
     "9.0": ("NVIDIA H200", 132, 232_448, 233_472),
     "10.0": ("NVIDIA B200", 148, 232_448, 233_472),
 }
+
+
+# Every private name of torch and triton that is replaced or called below, by module.
+PRIVATE = {
+    "torch._dynamo": ("mark_static", "reset"),
+    "torch._functorch.config": ("force_non_lazy_backward_lowering",),
+    "torch._inductor.codecache": ("PyCodeCache.load",),
+    "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
+    "torch._inductor.config": ("compile_threads",),
+    "torch._inductor.graph": ("GraphLowering._compile_to_module", "GraphLowering.codegen"),
+    "torch._inductor.runtime.triton_compat": ("ASTSource",),
+    "torch._inductor.runtime.triton_helpers": ("set_driver_to_gpu",),
+    "torch._inductor.runtime.triton_heuristics": (
+        "CachingAutotuner._create_compile_meta",
+        "CachingAutotuner._create_compile_options",
+    ),
+    "torch._inductor.scheduler": ("has_triton",),
+    "torch._subclasses.fake_tensor": ("FakeTensor",),
+    "torch.nn.attention.flex_attention": ("_apply_kernel_options", "_validate_device"),
+    "torch.utils._pytree": ("tree_map",),
+    "triton": ("knobs.nvidia.dump_ptxas_log", "knobs.compilation.always_compile"),
+    "triton.backends.compiler": ("GPUTarget",),
+    "triton.runtime": ("driver.set_active",),
+}
+
+
+def check_private() -> None:
+    """Check that this torch and triton have every private name that the module uses.
+
+    Raises:
+        ImportError: If some are missing, with their names.
+    """
+    missing = []
+    for module, names in PRIVATE.items():
+        try:
+            own = importlib.import_module(module)
+        except ImportError:
+            own = None
+        for name in names:
+            try:
+                operator.attrgetter(name)(own)
+            except AttributeError:
+                missing.append(f"{module}.{name}")
+    if missing:
+        raise ImportError(
+            f"torch {version('torch')} and triton {version('triton')} lack {', '.join(missing)}, which this benchmark "
+            "uses; run it with the versions of constraints.txt"
+        )
 
 
 class GeneratedError(Exception):
@@ -167,8 +218,6 @@ def pretend(capability: str) -> list[str]:
 
         return SimpleNamespace(call=call, __file__="generated.py", runners=[])
 
-    if not inspect.isfunction(getattr(GraphLowering, "_compile_to_module", None)):
-        raise ImportError(f"GraphLowering._compile_to_module is missing in torch {torch.__version__}")
     GraphLowering._compile_to_module = keep_code
     return generated
 
@@ -268,6 +317,7 @@ def build(name: str, source: str, capability: str) -> dict[str, int]:
 def kernels(capability: str) -> Iterator[dict[str, Any]]:
     """Yield the kernels of every variant for one compute capability."""
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    check_private()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
         generated = pretend(capability)

@@ -23,7 +23,7 @@ from benchmarks.timing import alternate, paired_ratio, quartiles
 from flexpg import PrefixTree
 from flexpg.integrations.trl import SharedPrefixGRPOTrainer
 
-TOKENIZER = Path("recipes/assets/tiny")
+TOKENIZER = Path(__file__).parents[1] / "recipes/assets/tiny"
 PADDING_ID = 256
 MODEL = dict(
     vocab_size=260,

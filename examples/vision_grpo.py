@@ -20,7 +20,7 @@ COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (40, 80, 210), 
 NUMBERS = ["one", "two", "three", "four"]
 WORDS = ["<pad>", "<image>", "<video>", "<start>", "<end>", "colour?", "how many?", *COLOURS, *NUMBERS]
 TOKEN = {word: token for token, word in enumerate(WORDS)}
-PICTURES, GROUP_SIZE, STEPS = 32, 16, 150
+PICTURES, GROUP_SIZE, STEPS = 32, 16, 120
 CELL = 28  # pixels; one token of the language model
 
 

@@ -259,7 +259,12 @@ def run(mutations: Sequence[Mutation], num_processes: int) -> bool:
 
 def run_all_tests(mutation: Mutation) -> bool:
     """Print every test of the suite that kills a mutation, except the slowest tests."""
-    options = ["tests", "-m", "not slow and not proof and not distributed", "--ignore=tests/test_mutations.py"]
+    options = [
+        "tests",
+        "-m",
+        "not slow and not training and not proof and not distributed",
+        "--ignore=tests/test_mutations.py",
+    ]
     ((_, outcome),) = outcomes([(mutation, options)], num_processes=1, timeout_s=SUITE_TIMEOUT_S)
     for test, exception in outcome.failed.items():
         print(f"{test}  {exception}")

@@ -12,7 +12,7 @@ import torch
 from baseline import in_float64
 from PIL import Image
 
-from benchmarks import attention, tables
+from benchmarks import attention, registers, tables
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.models import build_decoder
 from benchmarks.record import TINY_RESULTS, run
@@ -59,6 +59,17 @@ def test_benchmark_runs_and_its_tables_are_made(name, tmp_path, monkeypatch):
     for header, _, *rows in map(str.splitlines, made):
         assert rows and all(row.count("|") == header.count("|") for row in rows)
     assert made
+
+
+def test_registers_names_the_private_parts_that_a_version_lacks(monkeypatch):
+    registers.check_private()
+    monkeypatch.setattr(
+        registers, "PRIVATE", {"torch.gone": ("own",), "torch._inductor.graph": ("GraphLowering.gone",)}
+    )
+    with pytest.raises(
+        ImportError, match=r"lack torch\.gone\.own, torch\._inductor\.graph\.GraphLowering\.gone, which"
+    ):
+        registers.check_private()
 
 
 def test_run_keeps_the_results_of_other_cases_if_one_fails(tmp_path, monkeypatch):

@@ -246,12 +246,7 @@ def test_report_works_with_the_report_extra_only():
     recipe_packages = ["torchtune", "torchao", "omegaconf", "datasets", "peft", "trl", "math_verify"]
     result = run_without(recipe_packages, command)
     assert result.returncode == 0, result.stderr
-    for package, extra, model in (
-        ("rich", "report", TINY),
-        ("matplotlib", "report", TINY),
-        ("transformers", "report", TINY),
-        ("torchtune", "recipes", TINY_YAML),
-    ):
+    for package, extra, model in (("matplotlib", "report", TINY), ("torchtune", "recipes", TINY_YAML)):
         result = run_without([package], [*command[:3], str(model)])
         assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: ")
         assert result.stderr.endswith(f"run: pip install 'flexpg[{extra}]'\n")

@@ -42,6 +42,8 @@ from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
 from recipes.grpo import GRPORecipe
 
+pytestmark = pytest.mark.training
+
 
 def difference(runs: list[GRPORecipe], name: str) -> list[float]:
     """Return how far a metric of two runs is apart at every step, relative to the larger, or to 0.01 if it is small."""
@@ -60,7 +62,6 @@ def parameter_difference(runs: list[GRPORecipe]) -> float:
 GENTLE = ["optimizer.eps=1e-4", "optimizer.lr=5e-5"]
 
 
-@pytest.mark.slow
 def test_shared_and_baseline_runs_agree_for_20_steps_and_sharing_is_faster(tmp_path):
     runs = [train(make(tmp_path / own, *SMALL, f"sharing={own}", "num_steps=20")) for own in ("true", "false")]
     assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < 1e-4
@@ -361,7 +362,6 @@ def test_mistake_in_the_options_ends_with_one_line_and_no_traceback(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: prompts_per_step must be a multiple of minibatches")
 
 
-@pytest.mark.slow
 def test_minimal_recipe_takes_steps(capsys):
     accuracy = grpo_minimal.main(["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--device", "cpu"])
     assert 0 <= accuracy <= 1

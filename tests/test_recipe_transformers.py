@@ -19,6 +19,8 @@ from flexpg.training.config import SETUP_ERRORS
 from flexpg.training.prompts import prompt_tokens
 from flexpg.training.tasks import ByteTokenizer
 
+pytestmark = pytest.mark.training
+
 CONFIG, TINY = "recipes/configs/tiny_transformers_cpu.yaml", "recipes/assets/tiny"
 OPTIONS = (*SMALL, "num_steps=2")
 RANDOM = "rewards.correct._component_=recipe_runs.spread_reward"  # text of a random model earns no other

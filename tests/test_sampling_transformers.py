@@ -73,7 +73,7 @@ def test_samples_do_not_depend_on_what_is_decoded_together(name):
     for budget in (70, 24):  # a prompt at a time, or a sample at a time
         apart = draw(model, max_cache_tokens=budget)
         assert all(map(torch.equal, together.completions, apart.completions))
-        torch.testing.assert_close(together.logprobs, apart.logprobs, rtol=0, atol=3e-6)
+        torch.testing.assert_close(together.logprobs, apart.logprobs, rtol=0, atol=1e-5)
 
 
 def test_greedy_samples_are_argmax_of_the_ordinary_forward():

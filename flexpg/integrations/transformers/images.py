@@ -125,7 +125,7 @@ def check_supports_images(model: PreTrainedModel) -> None:
     if not hasattr(base_model, FEATURES["image"]) or "pixel_values" not in parameters:
         raise TypeError(f"{name} takes no images, or not by `get_image_features`; train it on text or without flexpg")
     kind = model.config.model_type
-    if kind not in BIDIRECTIONAL and ("token_type_ids" in parameters or _changes_masks(type(base_model))):
+    if kind not in BIDIRECTIONAL and ("token_type_ids" in parameters or _changes_masks(type(base_model))):  # type: ignore[arg-type]
         raise TypeError(
             f"{name} changes its mask where there are images, in a way that flexpg does not know; train it on text or "
             "without flexpg"
