@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-training test-matrix test-distributed kernels kernels-build mutations proof examples bench bench-gpu gpu lint clean
+.PHONY: help demo test test-slow test-matrix test-distributed kernels kernels-build mutations proof examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -19,8 +19,8 @@ demo: $(INSTALLED) ## train a 0.8M-parameter model on 3-digit addition (CPU, one
 test: $(INSTALLED) ## run the test suite and the examples in docstrings
 	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
-test-training: $(INSTALLED) ## run the tests that train for some steps: recipe and TRL trainers
-	@$(BIN)/pytest -m "training and not distributed and not proof" -n 2 --dist worksteal $(ARGS)
+test-slow: $(INSTALLED) ## run the tests that take longer: training runs of recipe and TRL, compilation, benchmarks
+	@$(BIN)/pytest -m "slow and not distributed and not proof" -n 2 --dist worksteal $(ARGS)
 
 test-matrix: ## run the test suite on other versions, in their own environment: make test-matrix TORCH=2.14.1 [TRANSFORMERS=5.24.0]
 	@test -n "$(TORCH)" || { echo "say which: make test-matrix TORCH=2.14.1"; exit 2; }

@@ -154,7 +154,7 @@ def test_number_rewards_take_time_linear_in_the_completion(unit):
     started = time.process_time()
     for completion in (unit * 10_000, "#### " + unit * 10_000):
         assert 0.0 <= number_correct(completion, "5") + number_closeness(completion, "5") < 1.0
-    assert time.process_time() - started < 0.5  # 40,000 characters squared would take minutes
+    assert time.process_time() - started < 2.0  # 40,000 characters squared would take minutes
 
 
 @pytest.mark.parametrize("function", [number_correct, number_closeness])

@@ -171,6 +171,7 @@ def load(rank: int, folder: Path, name: str) -> Any:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "name"), [(2, 1, "llama3_2"), (1, 2, "llama3_2_lora"), (3, 2, "llama3_2"), (2, 3, "llama3_2")]
 )

@@ -240,6 +240,7 @@ def run_without(packages, command):
     return run_python(f"{missing}; from flexpg.__main__ import main; main({command})")
 
 
+@pytest.mark.slow
 def test_report_works_with_the_report_extra_only():
     write("rollouts.jsonl", *TEXTS)
     command = ["report", "rollouts.jsonl", "--model", str(TINY)]
@@ -325,6 +326,7 @@ def test_ctrl_c_exits_with_status_130(monkeypatch):
         main(["ls"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "status"), [("report gone.jsonl --model gone", 1), ("cp grop", 2)])
 def test_mistake_ends_the_process_without_traceback(command, status):
     command = [sys.executable, "-m", "flexpg", *command.split()]

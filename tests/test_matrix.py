@@ -333,6 +333,7 @@ def shared_updates(rank: int, chosen: list[tuple[int, Setting]]) -> list[Update]
     return [shared_update(setting, make_step(setting, seed)) for seed, setting in chosen]
 
 
+@pytest.mark.slow
 def test_update_in_another_process_is_bitwise_identical():
     first = shared_updates(0, some_cases())
     assert len(first) == 4

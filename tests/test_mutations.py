@@ -67,6 +67,7 @@ mutations.main([{KILLED!r}, *(mutation.name for mutation in mutations.parse({CAN
 """
 
 
+@pytest.mark.slow
 def test_runner_reports_killed_surviving_and_broken_mutations(tmp_path):
     before = (ROOT / "flexpg/rollouts.py").read_text()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}

@@ -306,6 +306,7 @@ def test_pack_shares_a_system_prompt_of_all_groups():
     assert len(pack(rollouts, 74)) == 2 and recomputed_tokens(pack(rollouts, 74)) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("system", "group_size", "max_tokens"), [(1000, 1, 8192), (200, 8, 4096)])
 def test_pack_10k_rollouts_is_fast_and_within_5_percent_of_optimal(system, group_size, max_tokens):
     rng, count = np.random.default_rng(0), 10000 // group_size

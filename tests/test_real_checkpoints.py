@@ -255,6 +255,7 @@ def dtypes(model: nn.Module, requires_grad: bool) -> set[torch.dtype]:
 
 
 @every_model
+@pytest.mark.slow
 def test_fp32_parameters_keep_small_steps_that_bf16_ones_lose(folders, tmp_path, name):
     changed = {}
     for param_dtype, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

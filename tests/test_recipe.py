@@ -42,7 +42,7 @@ from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
 from recipes.grpo import GRPORecipe
 
-pytestmark = pytest.mark.training
+pytestmark = pytest.mark.slow
 
 
 def difference(runs: list[GRPORecipe], name: str) -> list[float]:

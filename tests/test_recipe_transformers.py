@@ -19,7 +19,7 @@ from flexpg.training.config import SETUP_ERRORS
 from flexpg.training.prompts import prompt_tokens
 from flexpg.training.tasks import ByteTokenizer
 
-pytestmark = pytest.mark.training
+pytestmark = pytest.mark.slow
 
 CONFIG, TINY = "recipes/configs/tiny_transformers_cpu.yaml", "recipes/assets/tiny"
 OPTIONS = (*SMALL, "num_steps=2")

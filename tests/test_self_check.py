@@ -381,6 +381,7 @@ def check_on_rank(rank: int) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_fsdp_failure_on_one_rank_raises_on_all():
     healthy, wrong = run_processes(2, check_on_rank)
     assert healthy == "self-check failed on another rank"

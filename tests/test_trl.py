@@ -567,7 +567,7 @@ GRPO_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GRPO_CASES)
 def test_grpo_trains_as_trl(case, saved):
     settings, happened = GRPO_CASES[case]
@@ -594,7 +594,7 @@ SINKS_AND_RECURRENT_LAYERS_PAIRS = [
 ]
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), SINKS_AND_RECURRENT_LAYERS_PAIRS)
 def test_sinks_and_recurrent_layers_train_as_trl(name, case, saved):
     *trainer_classes, settings = SINKS_AND_RECURRENT_LAYERS_CASES[case]
@@ -615,7 +615,7 @@ COMPOSITE_CASES = {
 }
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case"),
     [("gemma3_vl", "grpo_reference"), ("qwen2_5_vl", "grpo_lora_checkpointing"), ("gemma3_vl", "dpo")],
@@ -627,7 +627,7 @@ def test_composite_model_trains_on_text_as_trl(name, case, saved):
     assert any(re.search("vision|visual", path) for path, _ in ours.trainer.model.named_parameters())
 
 
-@pytest.mark.training
+@pytest.mark.slow
 def test_gradient_accumulation_trains_as_trl(saved):
     settings = {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2}
     settings |= {"folder": saved("qwen2"), "per_device_train_batch_size": 4}
@@ -638,7 +638,7 @@ def test_gradient_accumulation_trains_as_trl(saved):
     assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())  # Trainer sums losses in float32
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:steps_per_generation=2 is more")
 @pytest.mark.parametrize(("group_size", "equal"), [(8, True), (4, False)])
 def test_steps_of_part_of_one_group_train_as_trl(group_size, equal, saved):
@@ -663,7 +663,7 @@ def rollouts_with_tool_tokens(prompts: list[str], trainer: GRPOTrainer) -> dict[
     return {"prompt_ids": own, "completion_ids": completions, "logprobs": None, "env_mask": by_model}
 
 
-@pytest.mark.training
+@pytest.mark.slow
 def test_tool_tokens_are_context_only_as_in_trl(saved, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental
     settings = {"folder": saved("qwen2"), "rollout_func": rollouts_with_tool_tokens, "beta": 0.1, "num_iterations": 2}
@@ -672,7 +672,7 @@ def test_tool_tokens_are_context_only_as_in_trl(saved, monkeypatch):
     assert not all(batch["tool_mask"].all() for batch in ours.trainer._buffered_inputs)
 
 
-@pytest.mark.training
+@pytest.mark.slow
 def test_rloo_trains_as_trl(saved):
     settings = {"folder": saved("qwen2"), "beta": 0.1, "num_iterations": 2}
     ours, expected = train(SharedPrefixRLOOTrainer, **settings), train(RLOOTrainer, **settings)
@@ -688,7 +688,7 @@ DPO_CASES = {
 }
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DPO_CASES)
 def test_dpo_trains_as_trl(case, saved):
     settings = {"folder": saved("qwen2"), **DPO_CASES[case]}
@@ -704,7 +704,7 @@ def train_both(rank: int, folder: str) -> list[Tensor]:
     return [train(each, folder, max_steps=3, beta=0.1).parameters for each in (GRPOTrainer, SharedPrefixGRPOTrainer)]
 
 
-@pytest.mark.training
+@pytest.mark.slow
 def test_two_ranks_train_as_trl(saved):
     (expected, ours), (_, on_the_other) = run_processes(2, train_both, saved("qwen2"))
     assert torch.equal(ours, on_the_other)

@@ -33,7 +33,7 @@ from flexpg.integrations.trl import (
 )
 from flexpg.prompt_inputs import TOKEN_TYPES, split_batch
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*removed in v6:FutureWarning"), pytest.mark.training]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*removed in v6:FutureWarning"), pytest.mark.slow]
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
 NO_IMAGES = {
