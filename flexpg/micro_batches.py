@@ -27,6 +27,7 @@ class MicroBatch:
             same ids, with equally many micro-batches each.
         cached_tokens: Tokens of the prompt that the micro-batches of this id have in common and that is encoded once;
             0 for a micro-batch that is complete by itself.
+        step_has_images: Whether a prompt of the step has images, here or in another micro-batch of any rank.
         is_idle: Whether it only keeps a rank in step with the others: two tokens of text, an empty loss mask.
     """
 
@@ -36,6 +37,7 @@ class MicroBatch:
     rank: int = 0
     cache_id: int = 0
     cached_tokens: int = 0
+    step_has_images: bool = False
     is_idle: bool = False
 
     def __repr__(self) -> str:
@@ -75,7 +77,15 @@ def idle_micro_batch(rollouts: Rollouts, index: int, rank: int, cache_id: int) -
         ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[:, :1],
     )
     indices = torch.tensor([index], device=rollouts.group_ids.device)
-    return MicroBatch(indices, part, PrefixTree.from_sequences(part.sequences), rank, cache_id, is_idle=True)
+    return MicroBatch(
+        indices,
+        part,
+        PrefixTree.from_sequences(part.sequences),
+        rank,
+        cache_id,
+        step_has_images=rollouts.prompt_inputs is not None,
+        is_idle=True,
+    )
 
 
 def causal_pairs(length: int) -> int:

@@ -223,7 +223,15 @@ def _micro_batches(
             tree = PrefixTree.from_sequences(own_sequences, [images[n] for n in sorted(item.indices)])
             cached_tokens = item.prompt_tokens if groups.count(item.group) > 1 else 0
             batches.append(
-                MicroBatch(indices, rollouts.select(indices), tree.to(indices.device), rank, cache_id, cached_tokens)
+                MicroBatch(
+                    indices,
+                    rollouts.select(indices),
+                    tree.to(indices.device),
+                    rank,
+                    cache_id,
+                    cached_tokens,
+                    step_has_images=rollouts.prompt_inputs is not None,
+                )
             )
     return batches
 

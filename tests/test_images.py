@@ -11,13 +11,17 @@ import hf_models as hf
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from baseline import tiny_model as torchtune_model
 from cases import tokens
 from hf_models import IMAGE, in_float64, with_lora
 from pictures import Picture, with_images
+from processes import run_processes
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import flexpg
-from flexpg import Rollouts, packed_logprobs, self_check
+from flexpg import Rollouts, pack, packed_logprobs, self_check
 from flexpg.integrations.transformers import images
 from flexpg.integrations.transformers.composite import tower_modules
 from flexpg.verify import baseline_logprobs
@@ -400,6 +404,12 @@ def test_model_without_images_refuses_them():
         shared(flexpg.enable(hf.tiny_model("qwen2")), rollouts, max_tokens=200)
 
 
+def test_torchtune_model_refuses_images():
+    rollouts = rollouts_of(with_images("gemma3_vl", SYSTEM, SQUARE, tokens(3, 2)))
+    with pytest.raises(TypeError, match="torchtune decoders take text only"):
+        next(packed_logprobs(torchtune_model("llama3_2"), rollouts, max_tokens=200))
+
+
 def test_images_of_other_sizes_in_one_tensor_are_refused():
     small = {"pixel_values": torch.zeros(1, 3, 28, 28), "mm_token_type_ids": [0, 1, 1, 1, 1, 0]}
     large = small | {"pixel_values": torch.ones(1, 3, 56, 56)}
@@ -415,3 +425,45 @@ def test_random_numbers_of_the_vision_tower_are_refused():
     with pytest.raises(ValueError, match="consumed random numbers"):
         shared(model, rollouts_of(with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))), max_tokens=200)
     assert tower_modules(model)
+
+
+# Several ranks.
+
+
+def sharded_update(rank: int, tower_too: bool) -> dict[str, Tensor] | str:
+    """Return the gradients of rollouts over two ranks, of which the second has text only."""
+    dist.init_process_group("gloo")
+    model = flexpg.enable(in_float64(hf.tiny_model("qwen2_5_vl")))
+    layers = [*model.model.language_model.layers, *(tower_of(model).blocks if tower_too else [])]
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+    rollouts = two_ranks()
+    batches = [batch for batch in pack(rollouts, 62, world_size=2) if batch.rank == rank]
+    weights = weights_of(rollouts)
+    try:
+        for batch, logprobs in packed_logprobs(model, batches):
+            (weights[batch.indices, : logprobs.shape[1]] * logprobs).sum().backward()
+    except TypeError as error:
+        return str(error)
+    return {path: own.grad.full_tensor() * 2 for path, own in model.named_parameters() if own.grad is not None}
+
+
+def two_ranks() -> Rollouts:
+    """Return an oversized group with images, and groups of text."""
+    pictures = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(2, 5), WIDE, tokens(9, 6))
+    texts = [with_images("qwen2_5_vl", tokens(30, 20 + n)) for n in range(4)]
+    return rollouts_of(pictures, *texts, group_size=6)
+
+
+@pytest.mark.distributed
+def test_fsdp_with_images_on_one_rank_equals_single_process():
+    expected = baseline(in_float64(hf.tiny_model("qwen2_5_vl")), two_ranks())[1]
+    for gradients in run_processes(2, sharded_update, False):
+        assert_equal("qwen2_5_vl", (torch.zeros(1), gradients), (torch.zeros(1), expected))
+
+
+@pytest.mark.distributed
+def test_fsdp_with_a_sharded_vision_encoder_is_refused():
+    for error in run_processes(2, sharded_update, True):
+        assert re.search("the vision encoder of .* is sharded on its own", str(error))

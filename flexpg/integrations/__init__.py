@@ -34,17 +34,20 @@ class Integration(Protocol):
     def enable(self, model: Any) -> None:
         """Prepare a model for packed sequences, or raise if prefixes could not be shared exactly in it."""
 
-    def forward(self, model: Any, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
+    def forward(
+        self, model: Any, tree: PrefixTree, *, prefix: PrefixCache | None = None, step_has_images: bool = False
+    ) -> Tensor:
         """Compute the hidden states [1, S, E] of a packed sequence, after the final norm.
 
-        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is.
+        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is. With
+        `step_has_images`, a vision encoder that is sharded with the model gets gradients, which are 0 without images.
         """
 
     def output(self, model: Any) -> OutputLayer:
         """Return the model's output layer: [M, E] -> logits [M, V]."""
 
-    def check_rollouts(self, model: Any, tree: PrefixTree) -> None:
-        """Raise if the images of a packed sequence do not fit its tokens or the model."""
+    def check_rollouts(self, model: Any, tree: PrefixTree, *, step_has_images: bool = False) -> None:
+        """Raise if the images of a packed sequence do not fit its tokens or the model, or those of others the model."""
 
     def baseline_forward(
         self, model: Any, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None
@@ -96,16 +99,19 @@ def enable(model: M) -> M:
     return model
 
 
-def encode_prefix(model: nn.Module, tokens: Tokens, inputs: PromptInputs | None = None) -> PrefixCache:
+def encode_prefix(
+    model: nn.Module, tokens: Tokens, inputs: PromptInputs | None = None, *, step_has_images: bool = False
+) -> PrefixCache:
     """Encode a prompt once for several micro-batches; see `PrefixCache`.
 
     Args:
         model: An enabled model; activation checkpointing must not be reentrant.
         tokens: [P] int64, the prompt, on the model's device.
         inputs: The prompt's images, an entry of `Rollouts.prompt_inputs`; None for text.
+        step_has_images: Whether this or another prompt of the step has images, on any rank.
     """
-    integration = integration_for(model)
-    return PrefixCache(tokens, lambda tree, prefix: integration.forward(model, tree, prefix=prefix), inputs)
+    forward = partial(integration_for(model).forward, model, step_has_images=step_has_images)
+    return PrefixCache(tokens, lambda tree, prefix: forward(tree, prefix=prefix), inputs)
 
 
 @overload
@@ -234,7 +240,8 @@ def _packed_logprobs(
     integration = integration_for(model)
 
     def score(batch: MicroBatch, prefix: PrefixCache | None) -> tuple[Tensor, ...]:
-        hidden = integration.forward(model, batch.tree, prefix=prefix if batch.cached_tokens else None)
+        cached = prefix if batch.cached_tokens else None
+        hidden = integration.forward(model, batch.tree, prefix=cached, step_has_images=batch.step_has_images)
         layer, lens, mask = integration.output(model), batch.rollouts.prompt_lens, batch.loss_mask
         options: Any = {"prompt_lens": lens, "loss_mask": mask, "temperature": temperature}
         if return_entropy:
@@ -242,7 +249,7 @@ def _packed_logprobs(
         return (token_logprobs(hidden, layer, batch.tree, **options),)
 
     for batch in batches:
-        integration.check_rollouts(model, batch.tree)
+        integration.check_rollouts(model, batch.tree, step_has_images=batch.step_has_images)
     for series in by_cache(batches):
         with context():
             cache = _cached_prompt(model, series)
@@ -314,9 +321,10 @@ def _cached_prompt(model: nn.Module, series: Sequence[MicroBatch]) -> AbstractCo
     if len(series) == 1:
         return nullcontext()
     batch = max(series, key=lambda batch: batch.cached_tokens)
-    if not batch.cached_tokens:
-        return encode_prefix(model, batch.rollouts.completions[0][:1])
-    return encode_prefix(model, batch.rollouts.prompts[0], batch.rollouts.sequence_inputs[0])
+    tokens, inputs = batch.rollouts.completions[0][:1], None
+    if batch.cached_tokens:
+        tokens, inputs = batch.rollouts.prompts[0], batch.rollouts.sequence_inputs[0]
+    return encode_prefix(model, tokens, inputs, step_has_images=batch.step_has_images)
 
 
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -60,13 +60,16 @@ def enable(model: TransformerDecoder) -> None:
             attn.forward = MethodType(_attention_forward, attn)
 
 
-def forward(model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
+def forward(
+    model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache | None = None, step_has_images: bool = False
+) -> Tensor:
     """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
     Args:
         model: A torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
         tree: The packed sequence, with tokens, on the model's device.
         prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
+        step_has_images: Must be False.
 
     Returns:
         [1, S, E] hidden states after the final norm.
@@ -76,7 +79,7 @@ def forward(model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache 
         TypeError: If prefixes cannot be shared in the model.
     """
     enable(model)
-    check_rollouts(model, tree)
+    check_rollouts(model, tree, step_has_images=step_has_images)
     check_fits(model, tree.max_token, tree.max_length)
     packed = packed_input(model, tree, prefix)
 
@@ -95,13 +98,13 @@ def output(model: TransformerDecoder) -> OutputLayer:
     return model.output
 
 
-def check_rollouts(model: TransformerDecoder, tree: PrefixTree) -> None:
+def check_rollouts(model: TransformerDecoder, tree: PrefixTree, *, step_has_images: bool = False) -> None:
     """Refuse images.
 
     Raises:
         TypeError: If a prompt has images.
     """
-    if tree.inputs is not None:
+    if tree.inputs is not None or step_has_images:
         raise TypeError("torchtune decoders take text only; use a transformers model for prompts with images")
 
 

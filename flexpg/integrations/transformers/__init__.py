@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from flexpg.integrations.fsdp import run_as_forward
+from flexpg.integrations.fsdp import run_as_forward, sharded_modules
 from flexpg.integrations.transformers.attention import register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, path_of, set_attention, text_config
-from flexpg.integrations.transformers.images import baseline_arguments, check_inputs, with_images
+from flexpg.integrations.transformers.images import (
+    baseline_arguments,
+    check_inputs,
+    check_supports_images,
+    with_images,
+    zero_of_towers,
+)
 from flexpg.integrations.transformers.recurrent import install, mask_for, sampled
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
@@ -53,7 +59,9 @@ def enable(model: nn.Module) -> None:
     install(language_model(base))
 
 
-def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = None) -> Tensor:
+def forward(
+    model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = None, step_has_images: bool = False
+) -> Tensor:
     """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
     Args:
@@ -61,6 +69,8 @@ def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = 
             sharded by FSDP2 or not.
         tree: The packed sequence, with tokens, on the model's device.
         prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
+        step_has_images: Whether a prompt of the step has images, here or on another rank: all ranks then need gradients
+            of a vision encoder that is sharded with the model, which are 0 without images.
 
     Returns:
         [1, S, E] hidden states after the final norm.
@@ -79,19 +89,26 @@ def forward(model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = 
             with_images(base, packed) as arguments,
         ):
             hidden = backbone(base)(**arguments, use_cache=False).last_hidden_state
+        if step_has_images and sharded_modules(model):
+            hidden = hidden + zero_of_towers(base).to(hidden)
         return whole_sequence(hidden, tree, prefix)
 
     return run_as_forward(model, hidden_states)
 
 
-def check_rollouts(model: nn.Module, tree: PrefixTree) -> None:
+def check_rollouts(model: nn.Module, tree: PrefixTree, *, step_has_images: bool = False) -> None:
     """Check that the images of a packed sequence fit its placeholder tokens and the model.
+
+    With `step_has_images`, it is also checked that the model takes images, although this sequence may have none.
 
     Raises:
         ValueError: If they do not fit, with the sequence.
         TypeError: If flexpg does not support images in this model.
     """
-    check_inputs(unwrap(model), tree)
+    base = unwrap(model)
+    if step_has_images:
+        check_supports_images(base)
+    check_inputs(base, tree)
 
 
 def output(model: nn.Module) -> OutputLayer:

@@ -189,6 +189,15 @@ def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
     return found
 
 
+def zero_of_towers(model: PreTrainedModel) -> Tensor:
+    """Return 0 with a gradient of 0 for every trained parameter outside of the language model and the output layer."""
+    of_text = [*language_model(model).parameters(), *model.get_output_embeddings().parameters()]
+    known = set(of_text)
+    others = [own for own in model.parameters() if own.requires_grad and own not in known]
+    zeros = [own.sum() * 0 for own in others]
+    return torch.stack(zeros).sum() if zeros else of_text[0].new_zeros(())
+
+
 def image_features(model: PreTrainedModel, item: Item) -> list[Tensor]:
     """Return what the vision encoder makes of an image or video: [M, E] for the embeddings, and for layers (deepstack).
 
