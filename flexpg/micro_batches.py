@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from flexpg.rollouts import Rollouts
+from flexpg.rollouts import LOGPROBS, Rollouts
 from flexpg.tree import PrefixTree
 
 
@@ -58,6 +58,11 @@ class MicroBatch:
         """[n, C] float, those of the rollouts."""
         return self.rollouts.ref_logprobs
 
+    @property
+    def sampler_logprobs(self) -> Tensor | None:
+        """[n, C] float, those of the rollouts."""
+        return self.rollouts.sampler_logprobs
+
 
 def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
     """Group micro-batches by rank and cache id: those that may share one prefix cache."""
@@ -73,8 +78,7 @@ def idle_micro_batch(rollouts: Rollouts, index: int, rank: int, cache_id: int) -
         prompt_inputs=None,
         completions=[whole.completions[0][:1]],
         loss_mask=torch.zeros_like(whole.loss_mask[:, :1]),
-        old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[:, :1],
-        ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[:, :1],
+        **{name: table[:, :1] for name in LOGPROBS if (table := getattr(whole, name)) is not None},
     )
     indices = torch.tensor([index], device=rollouts.group_ids.device)
     return MicroBatch(

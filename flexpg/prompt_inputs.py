@@ -62,6 +62,7 @@ class PromptInputs:
     """The images and videos of one prompt.
 
     Attributes:
+        name: What errors call it, such as "prompt_inputs[3]".
         items: In the order of their placeholders, images before videos.
         identities: [P] int64, what is compared in place of token ids: at placeholders a number for what they show.
         item: [P] int64, the index in `items` of what each placeholder represents; -1 at text.
@@ -70,6 +71,7 @@ class PromptInputs:
         blocks: (start, stop) of each run of placeholders.
     """
 
+    name: str
     items: tuple[Item, ...]
     identities: np.ndarray
     item: np.ndarray
@@ -116,13 +118,14 @@ class Identities:
 
 
 def read_prompt_inputs(
-    prompts: Sequence[Tensor], given: Sequence[Mapping[str, Any] | None]
+    prompts: Sequence[Tensor], given: Sequence[Mapping[str, Any] | None], name: str = "prompt_inputs"
 ) -> tuple[PromptInputs | None, ...]:
     """Read what a processor returned for each of several prompts, which are compared with one another.
 
     Args:
         prompts: [P] int64 each.
         given: For each prompt the processor's tensors for this prompt alone; None, or only token types, for text.
+        name: What errors call `given`.
 
     Returns:
         One entry per prompt, None for text prompts.
@@ -131,10 +134,10 @@ def read_prompt_inputs(
         ValueError: If tensors are missing, unknown, or do not fit the prompt, which the error names.
     """
     if len(given) != len(prompts):
-        raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(given)} for {len(prompts)} prompts")
+        raise ValueError(f"{name} must have one entry per prompt, got {len(given)} for {len(prompts)} prompts")
     identities = Identities()
     return tuple(
-        None if inputs is None else _read(f"prompt_inputs[{g}]", prompt, dict(inputs), identities)
+        None if inputs is None else _read(f"{name}[{g}]", prompt, dict(inputs), identities)
         for g, (prompt, inputs) in enumerate(zip(prompts, given, strict=True))
     )
 
@@ -259,7 +262,7 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
     for start, stop in blocks:
         content = tuple((items[i].identity, int(r)) for i, r in zip(item[start:stop], row[start:stop], strict=True))
         compared[start:stop] = identities.of_block(content) + np.arange(stop - start)
-    return PromptInputs(tuple(items), compared, item, row, types, blocks)
+    return PromptInputs(name, tuple(items), compared, item, row, types, blocks)
 
 
 def _token_types(name: str, length: int, given: dict[str, Any]) -> np.ndarray | None:

@@ -24,6 +24,7 @@ from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs
 from flexpg.tree import PrefixTree, Tokens, token_ids
 
 ScaleRewards = Literal["group", "batch", "none"]
+LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 GivenInputs = (
     Mapping[str, Any] | PromptInputs | None
 )  # of a prompt: what a processor returned, or what was read from it
@@ -44,6 +45,7 @@ class Rollouts:
             Tokens that a tool wrote are False: they remain context.
         old_logprobs: [N, C] float, log-probabilities under the policy at the start of the update.
         ref_logprobs: [N, C] float, log-probabilities under the reference policy.
+        sampler_logprobs: [N, C] float, log-probabilities that the sampler reported, of other weights or another engine.
         prompt_inputs: Per prompt what a processor returned beside the token ids, for this prompt alone: `pixel_values`,
             `image_grid_thw`, `image_sizes`, `pixel_values_videos` and so on, with `mm_token_type_ids` or
             `token_type_ids`; None for a text prompt. None if all are text.
@@ -65,6 +67,7 @@ class Rollouts:
     loss_mask: Tensor = None  # type: ignore[assignment]  # a tensor after __post_init__
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
     prompt_inputs: tuple[PromptInputs | None, ...] | None = None  # Sequence[GivenInputs] | None before __post_init__
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class Rollouts:
                 f"completion has {len(self.completions[n])} tokens"
             )
         _check_finite("rewards", self.rewards, torch.ones_like(self.rewards, dtype=torch.bool))
-        for name in ("old_logprobs", "ref_logprobs"):
+        for name in LOGPROBS:
             if (logprobs := getattr(self, name)) is not None:
                 _check_finite(name, logprobs, self.loss_mask)
 
@@ -296,8 +299,7 @@ class Rollouts:
             group_ids=torch.tensor([new_group[group] for group in old_groups], device=rows.device),
             rewards=self.rewards[rows],
             loss_mask=cut(self.loss_mask),
-            old_logprobs=cut(self.old_logprobs),
-            ref_logprobs=cut(self.ref_logprobs),
+            **{name: cut(getattr(self, name)) for name in LOGPROBS},
             prompt_inputs=None if self.prompt_inputs is None else tuple(self.prompt_inputs[g] for g in new_group),
         )
 
@@ -385,7 +387,7 @@ def _check_tokens(name: str, sequences: list[Tensor]) -> None:
 
 def _check_shapes(rollouts: Rollouts) -> None:
     n, c = rollouts.completion_mask.shape
-    shapes = {"group_ids": [n], "rewards": [n], "loss_mask": [n, c], "old_logprobs": [n, c], "ref_logprobs": [n, c]}
+    shapes = {"group_ids": [n], "rewards": [n]} | {name: [n, c] for name in ("loss_mask", *LOGPROBS)}
     for name, shape in shapes.items():
         value = getattr(rollouts, name)
         if value is not None and list(value.shape) != shape:

@@ -339,8 +339,11 @@ class GRPORecipe(FTRecipeInterface):
                     beta=cfg.loss.beta,
                     epsilon=cfg.loss.epsilon,
                     epsilon_high=cfg.loss.epsilon_high,
+                    delta=cfg.loss.delta,
                     loss_type=cfg.loss.loss_type,
                     importance_sampling_level=cfg.loss.importance_sampling_level,
+                    sapo_temperature_pos=cfg.loss.sapo_temperature_pos,
+                    sapo_temperature_neg=cfg.loss.sapo_temperature_neg,
                     max_completion_length=cfg.sampling.max_new_tokens,
                     metrics=metrics,
                 )

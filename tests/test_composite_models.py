@@ -196,7 +196,7 @@ def test_saved_composite_checkpoint_does_not_name_flexpg(tmp_path):
 @pytest.mark.parametrize("name", ["gemma3_vl", "qwen2_5_vl", "llava_onevision"])
 def test_placeholder_without_an_image_is_refused(name):
     rollouts = Rollouts.from_groups([[3, IMAGE, 4]], [[[5], [6, 7]]], [[0.0, 1.0]])
-    words = rf"sequence 0 has an image token \({IMAGE} of \w+\) at position 1 without an image; pass images as"
+    words = rf"rollout 0 has an image token \({IMAGE} of \w+\) at position 1 without an image; pass images as"
     with pytest.raises(ValueError, match=words):
         next(packed_logprobs(flexpg.enable(hf.tiny_model(name)), rollouts, max_tokens=100))
 

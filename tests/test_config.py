@@ -106,6 +106,9 @@ def test_single_option_of_a_component_keeps_the_rest_of_the_default(tmp_path):
         "loss_type": "dapo",
         "epsilon": 0.2,
         "epsilon_high": 0.28,
+        "delta": None,
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
         "beta": 0.0,
         "importance_sampling_level": "token",
     }

@@ -300,7 +300,7 @@ TEXT_ONLY = with_images("qwen2_5_vl", tokens(9, 4))
 def test_pixels_that_are_missing_are_refused_with_the_prompt():
     ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
     refused(
-        r"sequence 3 has an image token \(50 of .*\) at position 6 without an image",
+        r"rollout 3 has an image token \(50 of .*\) at position 6 without an image",
         "qwen2_5_vl",
         TEXT_ONLY,
         (ids, None),
@@ -319,7 +319,7 @@ def test_number_of_image_tokens_that_does_not_match_is_refused_with_the_prompt()
         ids, given = with_images(name, SYSTEM, SQUARE, tokens(3, 2))
         shortened = ids[:7] + ids[8:], given | {"mm_token_type_ids": given["mm_token_type_ids"][:, 1:]}
         shortened[1]["mm_token_type_ids"] = torch.tensor([[int(token == IMAGE) for token in shortened[0]]])
-        refused(r"the prompt of sequence 3 must have 4 tokens for image 0, .* got 3", name, TEXT_ONLY, shortened)
+        refused(r"prompt_inputs\[1\] must have 4 tokens for image 0, .* got 3", name, TEXT_ONLY, shortened)
 
 
 def test_number_that_only_the_vision_encoder_knows_is_refused_too():
@@ -327,7 +327,7 @@ def test_number_that_only_the_vision_encoder_knows_is_refused_too():
     model = flexpg.enable(hf.tiny_model("llava_next").double())
     shortened = ids[:7] + ids[8:]
     given["mm_token_type_ids"] = torch.tensor([[int(token == IMAGE) for token in shortened]])
-    with pytest.raises(ValueError, match=r"the prompt of sequence 0 has 13 image tokens for an image .* makes 14 feat"):
+    with pytest.raises(ValueError, match=r"prompt_inputs\[0\] has 13 image tokens for an image .* makes 14 feat"):
         shared(model, rollouts_of((shortened, given)), max_tokens=200)
 
 
@@ -392,9 +392,7 @@ def test_image_token_in_a_completion_is_refused():
     completions = [torch.tensor([4, IMAGE]), *rollouts.completions[1:]]
     model = flexpg.enable(hf.tiny_model("qwen2_5_vl").double())
     changed = replace(rollouts, completions=completions, loss_mask=None)
-    with pytest.raises(
-        ValueError, match=r"sequence 0 has an image token .* at position 15 without an image; .*none in"
-    ):
+    with pytest.raises(ValueError, match=r"rollout 0 has an image token .* at position 15 without an image; .*none in"):
         shared(model, changed, max_tokens=200)
 
 

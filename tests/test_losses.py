@@ -8,13 +8,14 @@ from typing import get_args
 import pytest
 import torch
 
-from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss
+from flexpg.losses import BY_TOKENS, ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
 
 LOSS_TYPES = get_args(LossType)
 LEVELS = get_args(ImportanceSamplingLevel)
 MAX_COMPLETION_LENGTH = 9
 # Both clips are hit on both sides, and differ, so that mixing them up shows.
 OPTIONS = {"beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "max_completion_length": MAX_COMPLETION_LENGTH}
+SAMPLER_MODES = get_args(ImportanceSamplingMode)
 each_level = pytest.mark.parametrize("level", LEVELS)
 each_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 
@@ -60,9 +61,15 @@ def loss_and_metrics(batch, **options):
 
 def totals(batch, loss_type):
     """Return the total of a whole step that a loss type needs."""
-    if loss_type in ("grpo", "dr_grpo"):
-        return {"total_rollouts": len(batch["loss_mask"])}
-    return {"total_tokens": batch["loss_mask"].sum()}
+    if loss_type in BY_TOKENS:
+        return {"total_tokens": batch["loss_mask"].sum()}
+    return {"total_rollouts": len(batch["loss_mask"])}
+
+
+def options_of(loss_type, level="token"):
+    """Return options with which the limits of a loss are hit on both sides."""
+    own = {"epsilon_high": 1.25} if loss_type == "cispo" else {}
+    return OPTIONS | own | {"loss_type": loss_type, "importance_sampling_level": level}
 
 
 # By hand. Rollout 0 has A = 2 and ratios 1.5 and 0.5; rollout 1 has A = -1 and one token of ratio 1.5. Epsilon is 0.2:
@@ -192,7 +199,7 @@ def test_gradient_flows_only_to_logprobs():
 def test_micro_batches_with_totals_sum_to_the_steps_loss(loss_type, level):
     batch = random_batch()
     batch["loss_mask"][3] = False  # a rollout without loss tokens counts as a rollout
-    options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
+    options = options_of(loss_type, level)
     loss, grad = loss_and_grad(batch, **options)
     parts = [
         loss_and_grad(rows(batch, *cut), **options, **totals(batch, loss_type)) for cut in [(0, 1), (1, 5), (5, 6)]
@@ -203,9 +210,9 @@ def test_micro_batches_with_totals_sum_to_the_steps_loss(loss_type, level):
 
 @each_loss_type
 def test_the_total_of_another_loss_type_raises(loss_type):
-    wrong = {"total_tokens": 9} if loss_type in ("grpo", "dr_grpo") else {"total_rollouts": 9}
+    wrong = {"total_rollouts": 9} if loss_type in BY_TOKENS else {"total_tokens": 9}
     with pytest.raises(ValueError, match=f"'{loss_type}' is normalized by .*: pass total_"):
-        grpo_loss(**random_batch(), **OPTIONS, loss_type=loss_type, **wrong)
+        grpo_loss(**random_batch(), **options_of(loss_type), **wrong)
 
 
 def test_metrics_are_detached_means_over_loss_tokens():
@@ -245,8 +252,7 @@ def test_nan_and_inf_outside_the_loss_mask_are_not_read(loss_type, level, poison
         poisoned[name] = batch[name].detach().masked_fill(~batch["loss_mask"], poison)
     results = []
     for inputs in (rows(batch, 0, 6), rows(poisoned, 0, 6)):
-        options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
-        loss, metrics = loss_and_metrics(inputs, **options)
+        loss, metrics = loss_and_metrics(inputs, **options_of(loss_type, level))
         loss.backward()
         results.append([loss, inputs["logprobs"].grad, *metrics.values()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
@@ -273,6 +279,13 @@ def test_low_precision_is_computed_in_float32(dtype):
         ({"beta": -0.1}, "beta must be 0 or, with ref_logprobs, positive"),
         ({"beta": 0.1, "ref_logprobs": None}, "beta must be 0 or, with ref_logprobs, positive"),
         ({"loss_type": "ppo"}, "loss_type must be one of grpo"),
+        ({"loss_type": "cispo"}, "'cispo' needs epsilon_high of at least 1, the largest ratio, got None"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "at least 1, the largest ratio, got 0.28"),
+        ({"delta": 1.2}, r"delta must be above 1 \+ epsilon_high = 1.2, for a clipped loss, got 1.2"),
+        ({"loss_type": "sapo", "delta": 4.0}, "delta must be above"),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "temperatures must be positive, got 1.0 and 0.0"),
+        ({"importance_sampling_mode": "turn_mask"}, "importance_sampling_mode must be one of token_truncate"),
+        ({"sampler_logprobs": torch.zeros(6, 1)}, r"must all be \[N, C\]"),
         ({"importance_sampling_level": "turn"}, "importance_sampling_level must be one of token"),
         ({"loss_type": "dr_grpo"}, "needs max_completion_length"),
         ({"loss_mask": torch.ones(6, 7)}, "loss_mask must be bool"),
@@ -289,7 +302,9 @@ def test_grpo_loss_options_that_would_be_wrong_silently_raise(options, message):
 # Other implementations
 
 
-def trl_loss(batch, loss_type, level="token", *, tokens_in_step=None, accumulation_steps=1):
+def trl_loss(
+    batch, loss_type, level="token", *, tokens_in_step=None, accumulation_steps=1, delta=None, sampler_ratio=None
+):
     """Return the loss and metrics of TRL's own GRPOTrainer._compute_loss for one micro-batch.
 
     It is called on an object that has the attributes GRPOConfig would set, and returns these log-probabilities.
@@ -303,16 +318,23 @@ def trl_loss(batch, loss_type, level="token", *, tokens_in_step=None, accumulati
         importance_sampling_level=level,
         beta=OPTIONS["beta"],
         epsilon_low=OPTIONS["epsilon"],
-        epsilon_high=OPTIONS["epsilon_high"],
+        epsilon_high=options_of(loss_type)["epsilon_high"],
         max_completion_length=MAX_COMPLETION_LENGTH,
         current_gradient_accumulation_steps=accumulation_steps,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=accumulation_steps),
+        args=SimpleNamespace(
+            delta=delta,
+            use_bias_correction_kl=False,
+            steps_per_generation=accumulation_steps,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+        ),
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
+        use_vllm=sampler_ratio is not None,
+        vllm_importance_sampling_correction=True,
         _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
     )
@@ -327,6 +349,7 @@ def trl_loss(batch, loss_type, level="token", *, tokens_in_step=None, accumulati
         "old_per_token_logps": batch["old_logprobs"],
         "ref_per_token_logps": batch["ref_logprobs"],
         "num_items_in_batch": mask.sum() if tokens_in_step is None else tokens_in_step,
+        "importance_sampling_ratio": sampler_ratio,
     }
     return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
@@ -337,15 +360,95 @@ def test_grpo_loss_matches_trl(loss_type, level):
     batch = random_batch(num_rollouts=8, seed=2)
     theirs, their_metrics = trl_loss(batch, loss_type, level)
     theirs.backward()
-    options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level}
+    options = options_of(loss_type, level)
     loss, grad = loss_and_grad(batch, **options)
     assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
     assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
     metrics = loss_and_metrics(batch, **options)[1]
     assert metrics["kl"].item() == pytest.approx(their_metrics["kl"][0], rel=1e-12)
-    if level == "token":
+    if level == "token" and loss_type == "cispo":
+        assert metrics["clip_high"].item() == pytest.approx(their_metrics["cispo_clip_ratio"][0]) != 0
+    elif level == "token" and loss_type != "sapo":
         assert metrics["clip_low"].item() == pytest.approx(their_metrics["clip_ratio/low_mean"][0]) != 0
         assert metrics["clip_high"].item() == pytest.approx(their_metrics["clip_ratio/high_mean"][0]) != 0
+
+
+@each_level
+def test_two_sided_clipping_matches_trl(level):
+    batch = random_batch(num_rollouts=8, seed=2)
+    batch["old_logprobs"] = batch["logprobs"].detach() + 2 * (batch["old_logprobs"] - batch["logprobs"].detach())
+    theirs, _ = trl_loss(batch, "dapo", level, delta=1.5)
+    theirs.backward()
+    loss, grad = loss_and_grad(batch, **options_of("dapo", level), delta=1.5)
+    assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
+    assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
+    assert loss != loss_and_grad(batch, **options_of("dapo", level))[0]
+
+
+# The sampler is not the trainer. Ratios of the old policy to the sampler: rollout 0 has 4 and 0.5, rollout 1 has 1.25.
+SAMPLER = {"sampler_logprobs": BY_HAND["old_logprobs"] - torch.tensor([[4.0, 0.5], [1.25, 77.0]]).double().log()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights"),
+    [
+        ("token_truncate", [[3.0, 0.5], [1.25, 1.0]]),
+        ("token_mask", [[0.0, 0.5], [1.25, 1.0]]),
+        ("sequence_truncate", [[2.0, 2.0], [1.25, 1.25]]),
+        ("sequence_mask", [[2.0, 2.0], [1.25, 1.25]]),
+    ],
+)
+def test_sampler_correction_by_hand(mode, weights):
+    loss, metrics = loss_and_metrics(BY_HAND | SAMPLER, importance_sampling_mode=mode)
+    (a, b), (c, _) = weights
+    assert loss.item() == pytest.approx(-(a * 2.4 + b * 1.0 - c * 1.5) / 3)
+    assert metrics["sampler_ratio"].item() == pytest.approx((a + b + c) / 3)
+    expected = sum(w - 1 - math.log(w) for w in (4.0, 0.5, 1.25)) / 3
+    assert metrics["sampler_kl"].item() == pytest.approx(expected)
+
+
+def test_sampler_correction_has_limits_of_its_own():
+    def ratio(**limits):
+        options = {f"importance_sampling_clip_{name}": value for name, value in limits.items()}
+        return loss_and_metrics(BY_HAND | SAMPLER, importance_sampling_mode="token_truncate", **options)[1][
+            "sampler_ratio"
+        ].item()
+
+    assert ratio(max=None) == pytest.approx((4 + 0.5 + 1.25) / 3)
+    assert ratio(max=1.2, min=0.8) == pytest.approx((1.2 + 0.8 + 1.2) / 3)
+
+
+@each_loss_type
+@pytest.mark.parametrize("mode", SAMPLER_MODES)
+def test_sampler_correction_matches_trl(mode, loss_type):
+    batch = random_batch(num_rollouts=8, seed=5)
+    gap = 0.8 * torch.randn(batch["loss_mask"].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    batch["old_logprobs"] = batch["old_logprobs"].detach()
+    # As TRL's _generate_and_score_completions computes it.
+    difference = gap * batch["loss_mask"]
+    ratio = (difference.sum(-1, keepdim=True) if mode.startswith("sequence") else difference).exp()
+    if mode.endswith("truncate"):
+        ratio = ratio.clamp(0.4, 1.8)
+    else:
+        ratio = ratio.masked_fill((ratio < 0.4) | (ratio > 1.8), 0.0)
+    theirs, _ = trl_loss(batch, loss_type, sampler_ratio=ratio)
+    theirs.backward()
+    options = options_of(loss_type) | {"importance_sampling_mode": mode}
+    options |= {"importance_sampling_clip_min": 0.4, "importance_sampling_clip_max": 1.8}
+    loss, grad = loss_and_grad(batch | {"sampler_logprobs": batch["old_logprobs"] - gap}, **options)
+    assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
+    assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
+
+
+def test_sapo_ratio_that_overflows_has_gradient_0_and_not_nan():
+    batch = {
+        "logprobs": torch.zeros(1, 1),
+        "old_logprobs": torch.full((1, 1), -100.0),
+        "advantages": torch.ones(1),
+        "loss_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+    loss, grad = loss_and_grad(batch, loss_type="sapo")
+    assert loss.item() == -4.0 and grad.item() == 0
 
 
 @each_loss_type
@@ -354,9 +457,9 @@ def test_micro_batches_match_trl_gradient_accumulation(loss_type):
     for part in (rows(batch, 0, 4), rows(batch, 4, 8)):
         theirs, _ = trl_loss(part, loss_type, tokens_in_step=batch["loss_mask"].sum(), accumulation_steps=2)
         if loss_type == "bnpo":  # TRL counts tokens per micro-batch and averages: the departure that losses.py names
-            ours = grpo_loss(**part, **OPTIONS, loss_type=loss_type) / 2
+            ours = grpo_loss(**part, **options_of(loss_type)) / 2
         else:
-            ours = grpo_loss(**part, **OPTIONS, loss_type=loss_type, **totals(batch, loss_type))
+            ours = grpo_loss(**part, **options_of(loss_type), **totals(batch, loss_type))
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=0)
 
 
@@ -365,6 +468,8 @@ def test_micro_batches_match_trl_gradient_accumulation(loss_type):
 def test_grpo_loss_matches_liger(loss_type, level):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
+    if level == "sequence" and loss_type in ("cispo", "sapo"):
+        pytest.skip("liger-kernel has no ratios of sequences for it")
     batch = random_batch(dtype=torch.float32, seed=4)
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(6, 7, 5, generator=generator, requires_grad=True)
@@ -375,13 +480,13 @@ def test_grpo_loss_matches_liger(loss_type, level):
     batch |= {"logprobs": logprobs, "old_logprobs": batch["old_logprobs"] + shift}
     batch |= {"ref_logprobs": batch["ref_logprobs"] + shift}
 
-    loss, metrics = loss_and_metrics(batch, **OPTIONS, loss_type=loss_type, importance_sampling_level=level)
+    loss, metrics = loss_and_metrics(batch, **options_of(loss_type, level))
     grads = torch.autograd.grad(loss, [hidden, weight])
     fused = LigerFusedLinearGRPOLoss(
         beta=OPTIONS["beta"],
         compiled=False,
         epsilon_low=OPTIONS["epsilon"],
-        epsilon_high=OPTIONS["epsilon_high"],
+        epsilon_high=options_of(loss_type)["epsilon_high"],
         loss_type=loss_type,
         max_completion_length=MAX_COMPLETION_LENGTH,
         importance_sampling_level=level,

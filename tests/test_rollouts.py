@@ -221,7 +221,8 @@ def test_from_generate_rows_that_are_no_multiple_of_the_prompts_raise():
 
 @pytest.mark.parametrize("indices", [[3, 1, 0], torch.tensor([3, 1, 0]), (3, 1, 0)], ids=["list", "tensor", "tuple"])
 def test_select_renumbers_groups_and_cuts_to_the_longest(indices):
-    full = Rollouts(**fields(loss_mask=LOSS_MASK, old_logprobs=logprobs(), ref_logprobs=logprobs() * 2))
+    tables = {"old_logprobs": logprobs(), "ref_logprobs": logprobs() * 2, "sampler_logprobs": logprobs() * 3}
+    full = Rollouts(**fields(loss_mask=LOSS_MASK, **tables))
     part = full.select(indices)
     assert part.group_ids.tolist() == [0, 1, 0]  # group 1 appears first
     assert [p.tolist() for p in part.prompts] == [[7, 0, 0], [0, 5]]
@@ -229,8 +230,8 @@ def test_select_renumbers_groups_and_cuts_to_the_longest(indices):
     assert part.rewards.tolist() == [2.0, 0.5, 1.0]
     rows = torch.tensor([3, 1, 0])
     assert torch.equal(part.loss_mask, LOSS_MASK[rows, :2])
-    assert torch.equal(part.old_logprobs.nan_to_num(), logprobs()[rows, :2].nan_to_num())
-    assert torch.equal(part.ref_logprobs.nan_to_num(), 2 * logprobs()[rows, :2].nan_to_num())
+    for name, table in tables.items():
+        assert torch.equal(getattr(part, name).nan_to_num(), table[rows, :2].nan_to_num())
 
 
 def test_select_drops_prompts_without_rollouts():

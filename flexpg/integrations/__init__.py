@@ -46,8 +46,18 @@ class Integration(Protocol):
     def output(self, model: Any) -> OutputLayer:
         """Return the model's output layer: [M, E] -> logits [M, V]."""
 
-    def check_rollouts(self, model: Any, tree: PrefixTree, *, step_has_images: bool = False) -> None:
-        """Raise if the images of a packed sequence do not fit its tokens or the model, or those of others the model."""
+    def check_rollouts(
+        self,
+        model: Any,
+        tree: PrefixTree,
+        *,
+        rollout_ids: Sequence[int] | None = None,
+        step_has_images: bool = False,
+    ) -> None:
+        """Raise if images do not fit the tokens of a packed sequence, or the model if a prompt of the step has images.
+
+        `rollout_ids` are what errors call the sequences.
+        """
 
     def baseline_forward(
         self, model: Any, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None
@@ -249,7 +259,8 @@ def _packed_logprobs(
         return (token_logprobs(hidden, layer, batch.tree, **options),)
 
     for batch in batches:
-        integration.check_rollouts(model, batch.tree, step_has_images=batch.step_has_images)
+        ids, has_images = batch.indices.tolist(), batch.step_has_images
+        integration.check_rollouts(model, batch.tree, rollout_ids=ids, step_has_images=has_images)
     for series in by_cache(batches):
         with context():
             cache = _cached_prompt(model, series)

@@ -98,7 +98,13 @@ def output(model: TransformerDecoder) -> OutputLayer:
     return model.output
 
 
-def check_rollouts(model: TransformerDecoder, tree: PrefixTree, *, step_has_images: bool = False) -> None:
+def check_rollouts(
+    model: TransformerDecoder,
+    tree: PrefixTree,
+    *,
+    rollout_ids: Sequence[int] | None = None,
+    step_has_images: bool = False,
+) -> None:
     """Refuse images.
 
     Raises:

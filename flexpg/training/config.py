@@ -46,7 +46,10 @@ class LossConfig:
 
     loss_type: LossType = "dapo"
     epsilon: float = 0.2
-    epsilon_high: float | None = 0.28
+    epsilon_high: float | None = 0.28  # for cispo the largest ratio itself, such as 5.0
+    delta: float | None = None  # the largest ratio of bad rollouts
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
     beta: float = 0.0  # above 0 needs a reference: a frozen copy of the model, or with LoRA the model without adapters
     importance_sampling_level: ImportanceSamplingLevel = "token"
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from torch import nn
 from flexpg.integrations import integration_for
 from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.packing import pack
-from flexpg.rollouts import Rollouts
+from flexpg.rollouts import LOGPROBS, Rollouts
 from flexpg.verify.baseline import baseline_logprobs, gradient_norms
 from flexpg.verify.checked_model import CheckedModel, SelfCheckError
 from flexpg.verify.comparison import (
@@ -141,5 +142,6 @@ def self_check(
 
 def _with_full_loss_mask(batch: MicroBatch) -> MicroBatch:
     """Return the micro-batch with every completion token in the loss, so that all are compared."""
-    full = replace(batch.rollouts, loss_mask=batch.rollouts.completion_mask, old_logprobs=None, ref_logprobs=None)
+    without: dict[str, Any] = dict.fromkeys(LOGPROBS)
+    full = replace(batch.rollouts, loss_mask=batch.rollouts.completion_mask, **without)
     return replace(batch, rollouts=full)

@@ -96,19 +96,21 @@ def forward(
     return run_as_forward(model, hidden_states)
 
 
-def check_rollouts(model: nn.Module, tree: PrefixTree, *, step_has_images: bool = False) -> None:
+def check_rollouts(
+    model: nn.Module, tree: PrefixTree, *, rollout_ids: Sequence[int] | None = None, step_has_images: bool = False
+) -> None:
     """Check that the images of a packed sequence fit its placeholder tokens and the model.
 
     With `step_has_images`, it is also checked that the model takes images, although this sequence may have none.
 
     Raises:
-        ValueError: If they do not fit, with the sequence.
+        ValueError: If they do not fit, with the prompt, or the rollout as in `rollout_ids`.
         TypeError: If flexpg does not support images in this model.
     """
     base = unwrap(model)
     if step_has_images:
         check_supports_images(base)
-    check_inputs(base, tree)
+    check_inputs(base, tree, rollout_ids)
 
 
 def output(model: nn.Module) -> OutputLayer:

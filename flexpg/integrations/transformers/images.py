@@ -54,13 +54,13 @@ class EncodedItems:
         kind: "image" or "video".
         items: Each different one, once.
         index: [M] int64, the row among the features of all items for each placeholder, in packed order.
-        owners: For each item a sequence of the tree that has it.
+        owners: For each item the name of a prompt that has it.
     """
 
     kind: str
     items: tuple[Item, ...]
     index: np.ndarray
-    owners: tuple[int, ...]
+    owners: tuple[str, ...]
 
 
 def placeholder_ids(model: PreTrainedModel) -> dict[int, str]:
@@ -71,8 +71,13 @@ def placeholder_ids(model: PreTrainedModel) -> dict[int, str]:
     return {own: kind for kind, ids in values.items() for own in ids if isinstance(own, int)}
 
 
-def check_inputs(model: PreTrainedModel, tree: PrefixTree) -> None:
+def check_inputs(model: PreTrainedModel, tree: PrefixTree, rollout_ids: Sequence[int] | None = None) -> None:
     """Check that placeholder tokens and images belong together, before anything is computed.
+
+    Args:
+        model: The transformers model.
+        tree: The packed sequence.
+        rollout_ids: What errors call each of its sequences; None for their numbers.
 
     Raises:
         ValueError: If a placeholder has no image, or an image another number of placeholders than the model needs.
@@ -94,13 +99,13 @@ def check_inputs(model: PreTrainedModel, tree: PrefixTree) -> None:
             found = {ids.get(token) for token in packed[places].tolist()}
             if found != {item.kind}:
                 raise ValueError(
-                    f"the prompt of sequence {n} must have {item.kind} tokens where its token types say so, got token "
+                    f"{own.name} must have {item.kind} tokens where its token types say so, got token "
                     f"ids {sorted(set(packed[places].tolist()))}; those of {name} are {_shown(ids)}"
                 )
             expected = tokens_of(model, item)
             if expected is not None and expected != item.num_tokens:
                 raise ValueError(
-                    f"the prompt of sequence {n} must have {expected} tokens for {item.kind} {i}, of sizes "
+                    f"{own.name} must have {expected} tokens for {item.kind} {i}, of sizes "
                     f"{_sizes(item)}, got {item.num_tokens}; do not shorten prompts that have images"
                 )
             covered[places] = True
@@ -108,8 +113,9 @@ def check_inputs(model: PreTrainedModel, tree: PrefixTree) -> None:
         alone = np.flatnonzero((packed[: tree.num_tokens] == token) & ~covered[: tree.num_tokens])
         if len(alone):
             n, t = (int(i) for i in np.argwhere(node == alone[0])[0])
+            where = f"sequence {n}" if rollout_ids is None else f"rollout {rollout_ids[n]}"
             raise ValueError(
-                f"sequence {n} has an {kind} token ({token} of {name}) at position {t} without an {kind}; pass images "
+                f"{where} has an {kind} token ({token} of {name}) at position {t} without an {kind}; pass images "
                 "as Rollouts.from_groups(..., prompt_inputs=...), and none in completions"
             )
 
@@ -171,13 +177,13 @@ def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
     found = []
     for kind in FEATURES:
         feature = np.full((tree.padded_length, 2), -1)  # of each packed token: identity of the item, and its row
-        items: dict[int, tuple[Item, int]] = {}
+        items: dict[int, tuple[Item, str]] = {}
         for n, own in _first_of_each(tree.inputs):
             for i, item in enumerate(own.items):
                 mine = np.flatnonzero(own.item == i)
                 packed = node[n, mine]
                 if item.kind == kind and packed[0] >= first_query:
-                    items.setdefault(item.identity, (item, n))
+                    items.setdefault(item.identity, (item, own.name))
                     feature[packed] = np.stack([np.full(len(mine), item.identity), own.row[mine]], 1)
         if items:
             starts = accumulate((item.num_tokens for item, _ in items.values()), initial=0)
@@ -355,7 +361,7 @@ def _reordered_output(out: Any, encoded: EncodedItems) -> Any:
             n = sum(end <= since for end in accumulate(lengths))
             got = lengths[n] if n < len(lengths) else 0
             raise ValueError(
-                f"the prompt of sequence {owner} has {until - since} {encoded.kind} tokens for an {encoded.kind} that "
+                f"{owner} has {until - since} {encoded.kind} tokens for an {encoded.kind} that "
                 f"the vision encoder makes {got} features of; do not shorten prompts that have images"
             )
     if sum(lengths) != sum(wanted):

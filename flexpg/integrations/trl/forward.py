@@ -107,7 +107,7 @@ def _inputs(
         for number, kind in KINDS.items():
             own[np.isin(tokens, [token for token, other in placeholders.items() if other == kind])] = number
         types.append(own)
-    return read_prompt_inputs(sequences, split_batch(types, images))
+    return read_prompt_inputs(sequences, split_batch(types, images), name="rows")
 
 
 def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambda tree: None) -> None:
