@@ -8,6 +8,7 @@ Option names, formulas and defaults are those of TRL 1.16. Departures:
   "bnpo" and averages over micro-batches, and per step and rank for "dapo". Without `total_tokens` the tokens of this
   call are counted, which is TRL's "bnpo" before that average.
 - "grpo" and "dr_grpo" are averages over micro-batches in TRL, which is the same where all have equally many rollouts.
+- A log-probability of the sampler that is NaN is an error, where TRL does not correct for it.
 - Metrics are means over loss tokens; with sequence-level ratios TRL takes means over rollouts.
 """
 
@@ -131,6 +132,12 @@ def grpo_loss(
         raise ValueError(f"loss_type 'cispo' needs epsilon_high of at least 1, the largest ratio, got {epsilon_high}")
     if delta is not None and (loss_type in ("cispo", "sapo") or not delta > 1 + high_margin):
         raise ValueError(f"delta must be above 1 + epsilon_high = {1 + high_margin}, for a clipped loss, got {delta}")
+    smallest, largest = importance_sampling_clip_min or 0.0, importance_sampling_clip_max
+    if smallest < 0 or (largest is not None and not largest > smallest):
+        raise ValueError(
+            f"importance_sampling_clip_max must be above importance_sampling_clip_min, and that at least 0, got "
+            f"{largest} and {importance_sampling_clip_min}"
+        )
     if not min(sapo_temperature_pos, sapo_temperature_neg) > 0:
         raise ValueError(f"temperatures must be positive, got {sapo_temperature_pos} and {sapo_temperature_neg}")
     if beta < 0 or (beta > 0 and ref_logprobs is None):
@@ -162,7 +169,7 @@ def grpo_loss(
         temperature = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)  # [N, 1]
         losses = -_soft_gate(log_ratio, temperature) * advantages
     else:
-        is_clipped, bound = clip_low | clip_high, ratio.clamp(low, high)
+        is_clipped, bound = clip_low | clip_high | (advantages == 0), ratio.clamp(low, high)
         if delta is not None:
             is_above = (ratio > delta) & (advantages < 0)
             is_clipped, bound = is_clipped | is_above, bound.masked_fill(is_above, delta)

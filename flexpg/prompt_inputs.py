@@ -12,9 +12,10 @@ The integration compares the numbers with what the vision encoder returns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ INPUTS = {
         "pixel_values",
         "image_grid_thw",
         "image_sizes",
+        "batch_num_images",
         "image_position_ids",
         "pixel_attention_mask",
         "spatial_shapes",
@@ -63,6 +65,7 @@ class PromptInputs:
 
     Attributes:
         name: What errors call it, such as "prompt_inputs[3]".
+        read: Names the call of `read_prompt_inputs` that it is from, within which identities are comparable.
         items: In the order of their placeholders, images before videos.
         identities: [P] int64, what is compared in place of token ids: at placeholders a number for what they show.
         item: [P] int64, the index in `items` of what each placeholder represents; -1 at text.
@@ -72,6 +75,7 @@ class PromptInputs:
     """
 
     name: str
+    read: str
     items: tuple[Item, ...]
     identities: np.ndarray
     item: np.ndarray
@@ -83,6 +87,11 @@ class PromptInputs:
         """P, tokens of the prompt."""
         return len(self.identities)
 
+    def fits(self, prompt: np.ndarray) -> bool:
+        """Return whether a prompt [P] is the one that these are the inputs of."""
+        is_text = self.item < 0
+        return len(prompt) == len(self) and np.array_equal(self.identities[is_text], prompt[is_text])
+
     def compared(self, tokens: np.ndarray) -> np.ndarray:
         """Return what is compared of a sequence [T] that begins with the prompt."""
         return np.concatenate([self.identities, tokens[len(self) :]])
@@ -92,6 +101,7 @@ class Identities:
     """Numbers for what placeholders show, equal for equal items and rows."""
 
     def __init__(self) -> None:
+        self.name = uuid4().hex
         self._known: dict[Any, list[tuple[dict[str, Tensor], int]]] = {}
         self._count = 0
         self._first: dict[Any, int] = {}
@@ -140,6 +150,37 @@ def read_prompt_inputs(
         None if inputs is None else _read(f"{name}[{g}]", prompt, dict(inputs), identities)
         for g, (prompt, inputs) in enumerate(zip(prompts, given, strict=True))
     )
+
+
+def with_common_identities(
+    prompts: Sequence[Tensor], inputs: Sequence[PromptInputs | None]
+) -> tuple[PromptInputs | None, ...]:
+    """Return inputs, maybe of several calls of `read_prompt_inputs`, with identities that can be compared.
+
+    Args:
+        prompts: [P] int64 each.
+        inputs: For each prompt its inputs, or None.
+
+    Raises:
+        ValueError: If the inputs of a prompt are those of another one.
+    """
+    for g, (prompt, own) in enumerate(zip(prompts, inputs, strict=True)):
+        if own is not None and not own.fits(prompt.cpu().numpy()):
+            raise ValueError(
+                f"prompt_inputs[{g}] was read with another prompt; pass what the processor returned for it"
+            )
+    if len({own.read for own in inputs if own is not None}) < 2:
+        return tuple(inputs)
+    identities = Identities()
+    found: list[PromptInputs | None] = []
+    for prompt, own in zip(prompts, inputs, strict=True):
+        if own is None:
+            found.append(None)
+            continue
+        items = tuple(replace(item, identity=identities.of_item(item.tensors)) for item in own.items)
+        compared = _compared(prompt.cpu().numpy(), items, own.item, own.row, own.blocks, identities)
+        found.append(replace(own, read=identities.name, items=items, identities=compared))
+    return tuple(found)
 
 
 def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[dict[str, Any] | None]:
@@ -193,6 +234,11 @@ def concatenated(items: Iterable[Item]) -> dict[str, Tensor]:
         ValueError: If their sizes differ and no tensor says how much of each is padding.
     """
     items = list(items)
+    if other := next((item for item in items if item.tensors.keys() != items[0].tensors.keys()), None):
+        raise ValueError(
+            f"the {items[0].kind}s of a micro-batch must have the same tensors, got {sorted(items[0].tensors)} and "
+            f"{sorted(other.tensors)}; call the processor alike for all prompts"
+        )
     joined = {}
     for name in items[0].tensors:
         parts = [item.tensors[name] for item in items]
@@ -231,8 +277,14 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
     items: list[Item] = []
     item, row = (np.full(len(prompt), -1) for _ in range(2))
     tokens = prompt.cpu().numpy()
+    if given.get("input_ids") is not None:
+        own_ids = torch.as_tensor(given["input_ids"]).flatten().cpu().numpy()
+        if not np.array_equal(own_ids, tokens):
+            raise ValueError(
+                f"{name} has input_ids that are not those of its prompt; are the prompts in another order?"
+            )
     for number, kind in KINDS.items():
-        tensors = {key: torch.as_tensor(given[key]) for key in sorted(INPUTS[kind]) if given.get(key) is not None}
+        tensors = {key: _tensor(name, key, given[key]) for key in sorted(INPUTS[kind]) if given.get(key) is not None}
         has_pixels = PIXELS[kind] in tensors and tensors[PIXELS[kind]].numel() > 0
         if types is None and has_pixels:
             raise ValueError(
@@ -246,7 +298,8 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
         if has_pixels != bool(len(places)):
             raise ValueError(
                 f"{name} must have {PIXELS[kind]} if and only if its prompt has {kind} tokens, got {len(places)} "
-                f"{kind} tokens and {'pixels' if has_pixels else 'no pixels'}"
+                f"{kind} tokens and {'pixels' if has_pixels else 'no pixels'}; token types are those of "
+                "return_mm_token_type_ids=True"
             )
         if not has_pixels:
             continue
@@ -258,11 +311,33 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
         return None
     assert types is not None
     blocks = tuple(_runs(np.flatnonzero(types)))
+    compared = _compared(tokens, items, item, row, blocks, identities)
+    return PromptInputs(name, identities.name, tuple(items), compared, item, row, types, blocks)
+
+
+def _compared(
+    tokens: np.ndarray,
+    items: Sequence[Item],
+    item: np.ndarray,
+    row: np.ndarray,
+    blocks: Sequence[tuple[int, int]],
+    identities: Identities,
+) -> np.ndarray:
+    """Return [P] int64, token ids, and at placeholders numbers for the whole content of their block."""
     compared = tokens.copy()
     for start, stop in blocks:
         content = tuple((items[i].identity, int(r)) for i, r in zip(item[start:stop], row[start:stop], strict=True))
         compared[start:stop] = identities.of_block(content) + np.arange(stop - start)
-    return PromptInputs(name, tuple(items), compared, item, row, types, blocks)
+    return compared
+
+
+def _tensor(name: str, key: str, value: Any) -> Tensor:
+    """Return what a processor returned as a tensor; a list of equal tensors is stacked."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+        if any(own.shape != value[0].shape for own in value):
+            raise ValueError(f'{name} has {key} as a list of tensors; call the processor with return_tensors="pt"')
+        return torch.stack(list(value))
+    return torch.as_tensor(value)
 
 
 def _token_types(name: str, length: int, given: dict[str, Any]) -> np.ndarray | None:
@@ -325,6 +400,8 @@ def _split(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[dict[
             for i, (start, stop) in enumerate(bounds)
         ]
         return parts, sizes, 0
+    if "batch_num_images" in tensors and len(pixels) > 1:  # LLaVA-OneVision divides images that are alone only
+        return [tensors], [1], 0
     dim = 1 if _has_row_per_prompt(kind, tensors) and len(pixels) == 1 else 0
     lengths = {key: x.shape[dim] for key, x in tensors.items()}
     if len(set(lengths.values())) > 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs
+from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs, with_common_identities
 from flexpg.tree import PrefixTree, Tokens, token_ids
 
 ScaleRewards = Literal["group", "batch", "none"]
@@ -365,10 +365,7 @@ def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> 
         raise ValueError("prompt_inputs must all be what a processor returned, or all have been read by Rollouts")
     if len(inputs) != len(prompts):
         raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(inputs)} for {len(prompts)} prompts")
-    for g, (prompt, own) in enumerate(zip(prompts, inputs, strict=True)):
-        if own is not None and len(own) != len(prompt):
-            raise ValueError(f"prompt_inputs[{g}] must be of its prompt of {len(prompt)} tokens, got {len(own)} tokens")
-    return None if all(own is None for own in inputs) else inputs
+    return None if all(own is None for own in inputs) else with_common_identities(prompts, inputs)
 
 
 def _check_tokens(name: str, sequences: list[Tensor]) -> None:

@@ -29,8 +29,14 @@ class Picture:
     frames: int = 0
 
 
-def pixels(name: str, picture: Picture) -> tuple[dict[str, Tensor], int]:
-    """Return the tensors of one image or video in the layout of a model's processor, and how many tokens it has."""
+def pixels(name: str, picture: Picture, is_alone: bool = True) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors of one image or video in the layout of a model's processor, and how many tokens it has.
+
+    Args:
+        name: The model.
+        picture: The image or video.
+        is_alone: Whether it is the only one of its prompt; LLaVA-OneVision divides only those into tiles.
+    """
     draw = torch.Generator().manual_seed(picture.seed)
     height, width = picture.size
 
@@ -49,6 +55,9 @@ def pixels(name: str, picture: Picture) -> tuple[dict[str, Tensor], int]:
     if name == "gemma4_vl":
         places = torch.cartesian_prod(torch.arange(4 * width), torch.arange(4 * height))[None]
         return {"pixel_values": random(1, len(places[0]), 147), "image_position_ids": places}, 4 * height * width
+    if name == "llava_onevision" and not is_alone:
+        sizes = torch.tensor([[28 * height, 28 * width]])
+        return {"pixel_values": random(1, 1, 3, 28, 28), "image_sizes": sizes}, 4 + 1
     if name in ("llava_next", "llava_onevision"):
         # Tiles of 2 x 2 patches: the whole image, then a grid of them with a separator after each row.
         tiles = 1 + max(2, height * width)
@@ -69,11 +78,12 @@ def with_images(name: str, *parts: list[int] | Picture) -> tuple[list[int], dict
     ids: list[int] = []
     types: list[int] = []
     given: dict[str, list[Tensor]] = {}
+    count_images = sum(isinstance(part, Picture) for part in parts)
     for part in parts:
         if not isinstance(part, Picture):
             ids, types = ids + part, types + [0] * len(part)
             continue
-        tensors, count = pixels(name, part)
+        tensors, count = pixels(name, part, count_images == 1)
         for key, value in tensors.items():
             given.setdefault(key, []).append(value)
         start, token, kind = (VIDEO_START, VIDEO, 2) if part.frames else (IMAGE_START, IMAGE, 1)
@@ -88,6 +98,8 @@ def with_images(name: str, *parts: list[int] | Picture) -> tuple[list[int], dict
         return ids, None
     dim = 1 if name in ("smolvlm", "idefics3") else 0
     joined = {key: _joined(values, dim, -1 if key.endswith("position_ids") else 0) for key, values in given.items()}
+    if name == "llava_onevision":
+        joined["batch_num_images"] = torch.tensor([count_images])
     return ids, joined | {"mm_token_type_ids": torch.tensor([types])}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,6 +144,18 @@ def test_images_equal_the_baseline_and_are_encoded_once(name):
     assert_equal(name, shared(model, rollouts, max_tokens=62), expected)  # several micro-batches
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_completion_after_a_long_video_continues_as_in_the_model(name):
+    """In Qwen2-VL and Qwen2.5-VL not after the largest position, which is one in time."""
+    model, alone = pair(name)
+    prompts = [with_images(name, SYSTEM, Picture(7, frames=9), tokens(2, seed)) for seed in (3, 4)]
+    if name == "qwen2_5_vl":
+        for (_, given), seconds in zip(prompts, (1.0, 2.0), strict=True):
+            given["second_per_grid_ts"] = torch.tensor([seconds])
+    rollouts = rollouts_of(*prompts)
+    assert_equal(name, shared(model, rollouts, max_tokens=500), baseline(alone, rollouts))
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5_vl", "gemma3_vl", "smolvlm"])
 def test_oversized_group_with_images_equals_baseline_and_encodes_them_once(name):
     model, alone = pair(name)
@@ -254,6 +267,31 @@ def test_tiles_of_zeros_are_padding():
     padded = {key: torch.cat([x, torch.zeros_like(x)], 1) for key, x in given.items() if key.startswith("pixel")}
     first, second = rollouts_of((ids, given), (ids, given | padded)).prompt_inputs
     assert [own.identity for own in first.items] == [own.identity for own in second.items]
+
+
+def test_inputs_of_several_reads_are_compared_by_pixels():
+    first, second, third = (
+        rollouts_of(with_images("gemma3_vl", SYSTEM, picture, tokens(6, 2))) for picture in (SQUARE, OTHER, SQUARE)
+    )
+    together = Rollouts(
+        prompts=[own.prompts[0] for own in (first, second, third)],
+        completions=[*first.completions, *second.completions, *third.completions],
+        group_ids=torch.arange(3).repeat_interleave(3),
+        rewards=torch.zeros(9),
+        prompt_inputs=tuple(pickle.loads(pickle.dumps(own.prompt_inputs[0])) for own in (first, second, third)),
+    )
+    node = together.tree.node
+    length = len(first.prompts[0])
+    assert torch.equal(node[0, :length], node[6, :length]) and not torch.equal(node[0, :length], node[3, :length])
+
+
+def test_method_that_a_user_has_replaced_is_kept():
+    model = flexpg.enable(hf.tiny_model("gemma3_vl").double())
+    own, calls = model.model.get_image_features, []
+    model.model.get_image_features = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    for _ in range(2):
+        shared(model, mixed_rollouts("gemma3_vl"), max_tokens=500)
+    assert len(calls) == 2
 
 
 def test_changed_pixel_changes_its_own_prompt_only():
@@ -380,6 +418,40 @@ def test_model_that_changes_its_mask_in_an_unknown_way_is_refused(monkeypatch):
         rollouts = rollouts_of(with_images(name, SYSTEM, SQUARE, tokens(3, 2)))
         with pytest.raises(TypeError, match=r"Gemma\w+ changes its mask where there are images, in a way that"):
             shared(flexpg.enable(hf.tiny_model(name).double()), rollouts, max_tokens=200)
+
+
+def test_inputs_of_another_prompt_are_refused():
+    rollouts = rollouts_of(with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2)))
+    with pytest.raises(ValueError, match=r"prompt_inputs\[0\] was read with another prompt"):
+        replace(rollouts, prompts=[rollouts.prompts[0].roll(1)])
+    ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
+    with pytest.raises(ValueError, match=r"prompt_inputs\[0\] has input_ids that are not those of its prompt"):
+        rollouts_of((ids, given | {"input_ids": torch.tensor([[*ids[:-1], 7]])}))
+
+
+def test_images_with_other_tensors_are_refused():
+    first, second = (with_images("smolvlm", SYSTEM, picture, tokens(3, 2)) for picture in (SQUARE, OTHER))
+    del first[1]["pixel_attention_mask"]
+    with pytest.raises(
+        ValueError, match=r"the images of a micro-batch must have the same tensors, got .* alike for all"
+    ):
+        shared(flexpg.enable(hf.tiny_model("smolvlm").double()), rollouts_of(first, second), max_tokens=500)
+
+
+def test_list_of_tensors_is_stacked_or_refused():
+    ids, given = with_images("gemma3_vl", SYSTEM, SQUARE, OTHER, tokens(3, 2))
+    as_list = given | {"pixel_values": list(given["pixel_values"])}
+    (first,), (second,) = (rollouts_of((ids, own)).prompt_inputs for own in (given, as_list))
+    assert torch.equal(first.items[1].tensors["pixel_values"], second.items[1].tensors["pixel_values"])
+    uneven = given | {"pixel_values": [torch.ones(3, 28, 28), torch.ones(3, 28, 56)]}
+    with pytest.raises(ValueError, match='list of tensors; call the processor with return_tensors="pt"'):
+        rollouts_of((ids, uneven))
+
+
+def test_sampling_from_an_image_prompt_is_refused_with_the_way_out():
+    ids, _ = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
+    with pytest.raises(ValueError, match=r"image token .* without an image; flexpg\.sample takes text only: use model"):
+        flexpg.sample(hf.tiny_model("qwen2_5_vl").eval(), [torch.tensor(ids)], 2, flexpg.SamplingParams(3), seed=0)
 
 
 def test_number_of_prompt_inputs_must_be_that_of_prompts():

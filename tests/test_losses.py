@@ -162,6 +162,18 @@ def test_clipped_ratio_that_overflows_has_gradient_0_and_not_nan(level):
     assert loss.item() == pytest.approx(-1.2) and grad.item() == 0
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+def test_ratio_that_overflows_without_an_advantage_has_gradient_0_and_not_nan(loss_type):
+    batch = {
+        "logprobs": torch.full((1, 1), -1.0),
+        "old_logprobs": torch.full((1, 1), -120.0),
+        "advantages": torch.zeros(1),
+        "loss_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+    loss, grad = loss_and_grad(batch, loss_type=loss_type)
+    assert loss.item() == grad.item() == 0
+
+
 @each_level
 @pytest.mark.parametrize(("ratio", "epsilon"), [(1.0, 0.0), (1.5, 0.5), (0.5, 0.5), (2.0, 1.0)])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -284,6 +296,11 @@ def test_low_precision_is_computed_in_float32(dtype):
         ({"delta": 1.2}, r"delta must be above 1 \+ epsilon_high = 1.2, for a clipped loss, got 1.2"),
         ({"loss_type": "sapo", "delta": 4.0}, "delta must be above"),
         ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "temperatures must be positive, got 1.0 and 0.0"),
+        (
+            {"importance_sampling_clip_min": 3.0},
+            "clip_max must be above importance_sampling_clip_min, .* got 3.0 and 3.0",
+        ),
+        ({"importance_sampling_clip_max": 0.0}, "clip_max must be above"),
         ({"importance_sampling_mode": "turn_mask"}, "importance_sampling_mode must be one of token_truncate"),
         ({"sampler_logprobs": torch.zeros(6, 1)}, r"must all be \[N, C\]"),
         ({"importance_sampling_level": "turn"}, "importance_sampling_level must be one of token"),

@@ -21,7 +21,7 @@ from pictures import Picture, with_images
 from processors import picture, processor_of
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, unsplit_pixel_values_by_grid
 from trl_runs import GROUP_OPTIONS, QUIET, Float64Head, Run, assert_trained_alike
 
 from flexpg.integrations.trl import (
@@ -225,6 +225,22 @@ def test_images_that_cannot_be_told_apart_are_refused():
     types = [np.array([0, 1, 1]), np.array([1, 1, 0])]
     with pytest.raises(ValueError, match=r"the rows must have image tokens for 3 images, got \[2, 2\], which does not"):
         split_batch(types, {"pixel_values": torch.ones(3, 3, 2, 2)})
+
+
+def test_regroup_leaves_rows_of_tiles_with_their_prompts():
+    """SmolVLM has a row of tiles per prompt; a micro-batch of as many images as rows must not be split by images."""
+    batches = [
+        {
+            "prompt_ids": torch.tensor([[5], [first], [5], [first]]),
+            "prompt_mask": torch.ones(4, 1, dtype=torch.int64),
+            "pixel_values": torch.arange(4.0).view(4, 1, 1, 1, 1) + 10 * number,
+            "num_images": counts,
+            "row": torch.arange(4) + 10 * number,
+        }
+        for number, (first, counts) in enumerate([(6, [2, 0, 2, 0]), (7, [2, 1, 2, 1])])
+    ]
+    for batch in map(unsplit_pixel_values_by_grid, regroup(batches)):
+        assert batch["pixel_values"].flatten().tolist() == batch["row"].tolist()
 
 
 def test_rows_of_equal_prompts_with_other_images_are_other_groups():

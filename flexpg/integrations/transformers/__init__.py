@@ -18,6 +18,7 @@ from flexpg.integrations.transformers.attention import register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, path_of, set_attention, text_config
 from flexpg.integrations.transformers.images import (
+    SAMPLE_TEXT,
     baseline_arguments,
     check_inputs,
     check_supports_images,
@@ -220,7 +221,7 @@ def decoder(model: nn.Module) -> Decoder:
             return run_as_forward(model, lambda: hidden_states(tokens, position_ids))
 
         def prefill() -> Tensor:
-            check_inputs(base, cache.tree)
+            check_inputs(base, cache.tree, advice=SAMPLE_TEXT)
             with exact_forward(model, cache.tree, longest=cache.tree.max_length + cache.max_new_tokens):
                 return hidden_states(tokens, position_ids)
 

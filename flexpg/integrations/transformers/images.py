@@ -38,7 +38,7 @@ FEATURES = {"image": "get_image_features", "video": "get_video_features"}
 # Model types with images that tests/support_matrix.py found exact; others warn.
 MEASURED = frozenset(
     (
-        "aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl ernie4_5_vl_moe gemma3 "
+        "aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl gemma3 "
         "gemma4 glm46v glm4v glm4v_moe glm_ocr glmga got_ocr2 hunyuan_vl hyperclovax_vision_v2 idefics2 idefics3 "
         "internvl janus lfm3_vl lighton_ocr llava llava_next llava_onevision mistral3 ovis2 pp_chart2table "
         "qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm step3p7 video_llava"
@@ -71,13 +71,26 @@ def placeholder_ids(model: PreTrainedModel) -> dict[int, str]:
     return {own: kind for kind, ids in values.items() for own in ids if isinstance(own, int)}
 
 
-def check_inputs(model: PreTrainedModel, tree: PrefixTree, rollout_ids: Sequence[int] | None = None) -> None:
+PASS_IMAGES = (
+    "pass images as Rollouts.from_groups(..., prompt_inputs=...), and none in completions (model.generate takes "
+    "suppress_tokens)"
+)
+SAMPLE_TEXT = "flexpg.sample takes text only: use model.generate, and Rollouts.from_generate(..., prompt_inputs=...)"
+
+
+def check_inputs(
+    model: PreTrainedModel,
+    tree: PrefixTree,
+    rollout_ids: Sequence[int] | None = None,
+    advice: str = PASS_IMAGES,
+) -> None:
     """Check that placeholder tokens and images belong together, before anything is computed.
 
     Args:
         model: The transformers model.
         tree: The packed sequence.
         rollout_ids: What errors call each of its sequences; None for their numbers.
+        advice: What to do about a placeholder without an image.
 
     Raises:
         ValueError: If a placeholder has no image, or an image another number of placeholders than the model needs.
@@ -95,6 +108,8 @@ def check_inputs(model: PreTrainedModel, tree: PrefixTree, rollout_ids: Sequence
     node = tree.node.cpu().numpy()
     for n, own in _first_of_each(inputs):
         for i, item in enumerate(own.items):
+            if item.kind == "video" and not model.config.model_type.startswith("qwen"):
+                raise TypeError(f"{own.name} has a video, which flexpg does not support in {name}; use images")
             places = node[n, np.flatnonzero(own.item == i)]
             found = {ids.get(token) for token in packed[places].tolist()}
             if found != {item.kind}:
@@ -115,8 +130,7 @@ def check_inputs(model: PreTrainedModel, tree: PrefixTree, rollout_ids: Sequence
             n, t = (int(i) for i in np.argwhere(node == alone[0])[0])
             where = f"sequence {n}" if rollout_ids is None else f"rollout {rollout_ids[n]}"
             raise ValueError(
-                f"{where} has an {kind} token ({token} of {name}) at position {t} without an {kind}; pass images "
-                "as Rollouts.from_groups(..., prompt_inputs=...), and none in completions"
+                f"{where} has an {kind} token ({token} of {name}) at position {t} without an {kind}; {advice}"
             )
 
 
@@ -130,6 +144,10 @@ def check_supports_images(model: PreTrainedModel) -> None:
     parameters = inspect.signature(type(base_model).forward).parameters
     if not hasattr(base_model, FEATURES["image"]) or "pixel_values" not in parameters:
         raise TypeError(f"{name} takes no images, or not by `get_image_features`; train it on text or without flexpg")
+    if "moe_mm_token_type_ids" in parameters:
+        raise TypeError(
+            f"{name} routes images to experts of their own, which flexpg does not support; train it on text"
+        )
     kind = model.config.model_type
     if kind not in BIDIRECTIONAL and ("token_type_ids" in parameters or _changes_masks(type(base_model))):  # type: ignore[arg-type]
         raise TypeError(
@@ -264,22 +282,24 @@ def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
     starts: dict[int, Tensor] = {}  # of completions, by the prompt's inputs
     for n, own in _first_of_each(tree.inputs):
         prompt = node[n, : len(own)]
-        arguments = _all_inputs(own) | {"mm_token_type_ids": torch.from_numpy(own.token_types)[None]}
+        # With a token of text after the prompt, whose position is not always one more than the largest (Qwen's videos).
+        types = nn.functional.pad(torch.from_numpy(own.token_types)[None], (0, 1))
+        arguments = _all_inputs(own) | {"mm_token_type_ids": types}
         arguments = {key: x.to(depth.device) for key, x in arguments.items() if key in taken}
         try:
-            index, _ = rope_index(input_ids=tree.input_ids[:, prompt], **arguments)
+            index, _ = rope_index(input_ids=nn.functional.pad(tree.input_ids[:, prompt], (0, 1)), **arguments)
         except (AttributeError, TypeError) as error:
             raise TypeError(
                 f"{type(model).__name__} needs more than flexpg passes to its get_rope_index ({error}); train it on "
                 "text or without flexpg"
             ) from error
-        if index.shape != (3, 1, len(own)):
+        if index.shape != (3, 1, len(own) + 1):
             raise TypeError(
-                f"{type(model).__name__} computes positions of shape {list(index.shape)}, not [3, 1, {len(own)}]; "
+                f"{type(model).__name__} computes positions of shape {list(index.shape)}, not [3, 1, {len(own) + 1}]; "
                 "train it on text or without flexpg"
             )
-        positions[:, prompt] = index[:, 0]
-        starts[id(own)] = index.max() + 1
+        positions[:, prompt] = index[:, 0, :-1]
+        starts[id(own)] = index[0, 0, -1]
     for n, prompt_inputs in enumerate(tree.inputs):
         if prompt_inputs is not None:
             completion = node[n, len(prompt_inputs) : lengths[n]]
@@ -328,27 +348,36 @@ def _taken(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tenso
 @contextmanager
 def _in_packed_order(base_model: nn.Module, encoded: Sequence[EncodedItems]) -> Iterator[None]:
     """Make `get_image_features` and `get_video_features` return features in the order of the packed placeholders."""
-    running = False
+    running, called = False, set()
 
     def call(own: Callable[..., Any], items: EncodedItems, *args: Any, **kwargs: Any) -> Any:
         nonlocal running
         if running:  # some models' get_video_features calls get_image_features
             return own(*args, **kwargs)
         running = True
+        called.add(items.kind)
         try:
             out = own(*args, **kwargs)
         finally:
             running = False
         return _reordered_output(out, items)
 
+    before = {}  # what a user has set
     for items in encoded:
         name = FEATURES[items.kind]
+        before[name] = vars(base_model).get(name)
         setattr(base_model, name, partial(call, getattr(base_model, name), items))
     try:
         yield
     finally:
-        for items in encoded:
-            delattr(base_model, FEATURES[items.kind])
+        for name, own in before.items():
+            delattr(base_model, name)
+            if own is not None:
+                setattr(base_model, name, own)
+    if missing := [FEATURES[items.kind] for items in encoded if items.kind not in called]:
+        raise TypeError(
+            f"the forward of {type(base_model).__name__} does not call {missing[0]}; train it on text or without flexpg"
+        )
 
 
 def _reordered_output(out: Any, encoded: EncodedItems) -> Any:

@@ -164,8 +164,7 @@ class _GroupTrainer(_SharedPrefixTrainer):
         inputs = super()._prepare_inputs(batch)
         if self._buffered_inputs is before:
             return inputs
-        by_row = [split_pixel_values_by_grid(own) for own in self._buffered_inputs]  # lists of each row's images
-        self._buffered_inputs = [unsplit_pixel_values_by_grid(own) for own in regroup(by_row)]
+        self._buffered_inputs = [unsplit_pixel_values_by_grid(own) for own in regroup(self._buffered_inputs)]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
 
@@ -203,6 +202,9 @@ def regroup(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
 
     rows = {name: concatenated(name) for name in first}
+    pixels = rows.get("pixel_values")
+    if isinstance(pixels, Tensor) and (pixels.dim() < 5 or "image_sizes" in rows):  # else a row per prompt already
+        rows = split_pixel_values_by_grid(rows)
     prompts = zip(rows["prompt_ids"].cpu().numpy(), rows["prompt_mask"].bool().cpu().numpy(), strict=True)
     images, identities = rows.get("pixel_values"), Identities()
     groups: dict[tuple[bytes, int], list[int]] = {}
