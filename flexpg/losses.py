@@ -166,7 +166,9 @@ def grpo_loss(
         losses = -ratio.clamp(max=high_margin) * advantages * policy  # [N, C]
     elif loss_type == "sapo":
         clip_low = clip_high = torch.zeros_like(loss_mask)
-        temperature = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)  # [N, 1]
+        # As tensors: of two numbers, torch.where makes float32.
+        good, bad = (advantages.new_tensor(value) for value in (sapo_temperature_pos, sapo_temperature_neg))
+        temperature = torch.where(advantages > 0, good, bad)  # [N, 1]
         losses = -_soft_gate(log_ratio, temperature) * advantages
     else:
         is_clipped, bound = clip_low | clip_high | (advantages == 0), ratio.clamp(low, high)

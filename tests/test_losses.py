@@ -379,8 +379,9 @@ def test_grpo_loss_matches_trl(loss_type, level):
     theirs.backward()
     options = options_of(loss_type, level)
     loss, grad = loss_and_grad(batch, **options)
-    assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
-    assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
+    rounding = 1e-7 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
+    assert torch.allclose(loss, theirs, rtol=rounding, atol=0)
+    assert torch.allclose(grad, batch["logprobs"].grad, rtol=rounding, atol=1e-15)
     metrics = loss_and_metrics(batch, **options)[1]
     assert metrics["kl"].item() == pytest.approx(their_metrics["kl"][0], rel=1e-12)
     if level == "token" and loss_type == "cispo":
@@ -453,8 +454,9 @@ def test_sampler_correction_matches_trl(mode, loss_type):
     options = options_of(loss_type) | {"importance_sampling_mode": mode}
     options |= {"importance_sampling_clip_min": 0.4, "importance_sampling_clip_max": 1.8}
     loss, grad = loss_and_grad(batch | {"sampler_logprobs": batch["old_logprobs"] - gap}, **options)
-    assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
-    assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
+    rounding = 1e-7 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
+    assert torch.allclose(loss, theirs, rtol=rounding, atol=0)
+    assert torch.allclose(grad, batch["logprobs"].grad, rtol=rounding, atol=1e-15)
 
 
 def test_sapo_ratio_that_overflows_has_gradient_0_and_not_nan():
@@ -473,11 +475,12 @@ def test_micro_batches_match_trl_gradient_accumulation(loss_type):
     batch = random_batch(num_rollouts=8, seed=3)
     for part in (rows(batch, 0, 4), rows(batch, 4, 8)):
         theirs, _ = trl_loss(part, loss_type, tokens_in_step=batch["loss_mask"].sum(), accumulation_steps=2)
+        rounding = 1e-6 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
         if loss_type == "bnpo":  # TRL counts tokens per micro-batch and averages: the departure that losses.py names
             ours = grpo_loss(**part, **options_of(loss_type)) / 2
         else:
             ours = grpo_loss(**part, **options_of(loss_type), **totals(batch, loss_type))
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=0)
+        assert torch.allclose(ours, theirs, rtol=rounding, atol=0)
 
 
 @each_level
