@@ -26,6 +26,8 @@ from flexpg import Rollouts
 from flexpg.training.config import SETUP_ERRORS
 from recipes.grpo import GRPORecipe
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "vocab_size": 260, "tie_word_embeddings": True}
 PUBLISHED = {  # the other keys in config.json of Qwen/Qwen2.5-0.5B-Instruct and meta-llama/Llama-3.2-3B-Instruct
@@ -255,7 +257,6 @@ def dtypes(model: nn.Module, requires_grad: bool) -> set[torch.dtype]:
 
 
 @every_model
-@pytest.mark.slow
 def test_fp32_parameters_keep_small_steps_that_bf16_ones_lose(folders, tmp_path, name):
     changed = {}
     for param_dtype, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
