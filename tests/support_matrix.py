@@ -42,7 +42,7 @@ from transformers.models.auto.modeling_auto import (
 import flexpg
 from flexpg import Rollouts, SamplingParams, packed_logprobs
 from flexpg.integrations.transformers.composite import backbone
-from flexpg.integrations.transformers.images import placeholder_ids
+from flexpg.integrations.transformers.image_checks import placeholder_ids
 from flexpg.verify import baseline_logprobs
 from tests.float64 import float32_is_float64
 

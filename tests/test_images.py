@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 import flexpg
 from flexpg import Rollouts, pack, packed_logprobs, self_check
-from flexpg.integrations.transformers import images
+from flexpg.integrations.transformers import image_checks
 from flexpg.integrations.transformers.composite import tower_modules
 from flexpg.verify import baseline_logprobs
 
@@ -404,7 +404,7 @@ def test_token_types_of_breaks_and_marks_are_not_placeholders(order):
 
 
 def test_model_type_that_was_not_measured_with_images_warns(monkeypatch):
-    monkeypatch.setattr(images, "MEASURED", frozenset())
+    monkeypatch.setattr(image_checks, "MEASURED", frozenset())
     rollouts = rollouts_of(with_images("qwen2_vl", SYSTEM, SQUARE, tokens(3, 2)))
     with pytest.warns(
         UserWarning, match="images in Qwen2VLForConditionalGeneration were not compared with the baseline"
@@ -413,7 +413,7 @@ def test_model_type_that_was_not_measured_with_images_warns(monkeypatch):
 
 
 def test_model_that_changes_its_mask_in_an_unknown_way_is_refused(monkeypatch):
-    monkeypatch.setattr(images, "BIDIRECTIONAL", {})
+    monkeypatch.setattr(image_checks, "BIDIRECTIONAL", {})
     for name in ("gemma3_vl", "gemma4_vl"):
         rollouts = rollouts_of(with_images(name, SYSTEM, SQUARE, tokens(3, 2)))
         with pytest.raises(TypeError, match=r"Gemma\w+ changes its mask where there are images, in a way that"):

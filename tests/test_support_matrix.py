@@ -10,7 +10,7 @@ import torch
 from support_matrix import Row, all_types, check, rows, table
 
 from flexpg.integrations.transformers import attention as flexpg_attention
-from flexpg.integrations.transformers.images import MEASURED
+from flexpg.integrations.transformers.image_checks import MEASURED
 
 EXACT = ["beam", "deepseek_v3", "dots1", "gemma3n_text", "gemma4_text", "glm4_moe", "minimax_m2", "qwen3_vl_moe"]
 REFUSED = ["bart", "falcon", "mamba", "minimax_m3_vl_text", "paligemma"]

@@ -17,14 +17,8 @@ from flexpg.integrations.fsdp import run_as_forward, sharded_modules
 from flexpg.integrations.transformers.attention import register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, path_of, set_attention, text_config
-from flexpg.integrations.transformers.images import (
-    SAMPLE_TEXT,
-    baseline_arguments,
-    check_inputs,
-    check_supports_images,
-    with_images,
-    zero_of_towers,
-)
+from flexpg.integrations.transformers.image_checks import SAMPLE_TEXT, check_inputs, check_supports_images
+from flexpg.integrations.transformers.images import baseline_arguments, with_images, zero_of_towers
 from flexpg.integrations.transformers.recurrent import install, mask_for, sampled
 from flexpg.logprobs import OutputLayer
 from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence

@@ -24,7 +24,8 @@ from transformers.utils import ModelOutput
 from flexpg.integrations.transformers.attention import NAME, register, uses_eager
 from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, set_attention, text_config
-from flexpg.integrations.transformers.images import check_inputs, placeholder_ids, with_images
+from flexpg.integrations.transformers.image_checks import check_inputs, placeholder_ids
+from flexpg.integrations.transformers.images import with_images
 from flexpg.integrations.transformers.recurrent import install
 from flexpg.integrations.trl.versions import PER_TOKEN
 from flexpg.prefix_cache import packed_input
