@@ -352,7 +352,7 @@ def test_pixels_that_are_missing_are_refused_with_the_prompt():
     )
 
 
-def test_number_of_image_tokens_that_does_not_match_is_refused_with_the_prompt():
+def test_wrong_number_of_image_tokens_is_refused_with_the_prompt():
     for name in ("qwen2_5_vl", "gemma3_vl"):
         ids, given = with_images(name, SYSTEM, SQUARE, tokens(3, 2))
         shortened = ids[:7] + ids[8:], given | {"mm_token_type_ids": given["mm_token_type_ids"][:, 1:]}

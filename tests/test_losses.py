@@ -163,7 +163,7 @@ def test_clipped_ratio_that_overflows_has_gradient_0_and_not_nan(level):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
-def test_ratio_that_overflows_without_an_advantage_has_gradient_0_and_not_nan(loss_type):
+def test_overflowing_ratio_without_an_advantage_has_gradient_0_not_nan(loss_type):
     batch = {
         "logprobs": torch.full((1, 1), -1.0),
         "old_logprobs": torch.full((1, 1), -120.0),

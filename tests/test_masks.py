@@ -159,7 +159,7 @@ def test_block_tables_with_bidirectional_images_equal_create_block_mask(name, li
     assert_tables(mask)
 
 
-def test_block_tables_of_an_image_after_a_first_query_equal_create_block_mask():
+def test_block_tables_of_image_after_first_query_equal_create_block_mask():
     mask = block_mask(image_tree((300, 200, 60)), first_query=256, bidirectional=True)
     assert_tables(mask)
 
