@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from flexpg.rollouts import Rollouts
 from flexpg.sampling import Samples, SamplingParams
 
 
@@ -52,3 +54,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine."""
+
+
+def check_engine(
+    engine: Engine, prompt: Tensor, params: SamplingParams, logprobs_of: Callable[[Rollouts], Tensor]
+) -> float:
+    """Return how far an engine's log-probabilities are from the trainer's, after weights were loaded.
+
+    Wrong weights show in them, and so do another precision, another tokenizer and another checkpoint. The same weights
+    of one step before do not, if the update was small; `Engine.version` shows these.
+
+    Args:
+        engine: The engine.
+        prompt: [P] int64.
+        params: How tokens are sampled; the completion has at most 8.
+        logprobs_of: Returns the trainer's log-probabilities of a rollout, [1, C], at the temperature of `params`.
+
+    Returns:
+        The mean absolute difference over the tokens of one completion.
+    """
+    params = replace(params, max_new_tokens=min(params.max_new_tokens, 8))
+    samples = engine.sample([prompt], 1, params, [0])
+    rollouts = Rollouts.from_groups([prompt], [samples.completions], rewards=[[0.0]])
+    own = logprobs_of(rollouts)[0].cpu().double()
+    return (own - samples.logprobs[0].cpu().double()).abs().mean().item()
