@@ -47,7 +47,7 @@ def test_async_run_trains_on_samples_of_the_weights_before(tmp_path):
 
 
 def test_engine_with_other_weights_raises_runtime_error(tmp_path):
-    with pytest.raises(RuntimeError, match="must sample from the weights that are trained.* after step 1"):
+    with pytest.raises(RuntimeError, match=r"must sample from the weights that are trained.* after step 1"):
         run(tmp_path, "sampler._component_=engines.StaleEngine", ENGINE[1], "optimizer.lr=0.01")
 
 
@@ -81,5 +81,5 @@ def test_loss_component_replaces_grpo_loss(tmp_path):
     first, second = run(tmp_path / "own", *own, "num_steps=1"), run(tmp_path / "other", "num_steps=1")
     assert first.history[0]["loss"] == pytest.approx(2 * second.history[0]["loss"])
     assert first.history[0]["grad_norm"] == pytest.approx(2 * second.history[0]["grad_norm"], rel=1e-5)
-    with pytest.raises(ValueError, match="loss: .*factor"):
+    with pytest.raises(ValueError, match=r"loss: .*factor"):
         make(tmp_path / "wrong", *OPTIONS, own[0], config=CONFIG)

@@ -118,8 +118,8 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
     """
 
     async def ask(step: Step, messages: list[Message]) -> Answer:
-        shown = str(messages[-1].get("content"))[:80]
-        where = f"environment, turn {sum(own['role'] == 'assistant' for own in messages)}, which began {shown!r}"
+        shown = str(messages[-1].get("content"))[-80:]
+        where = f"environment, turn {sum(own['role'] == 'assistant' for own in messages)}, which ended with {shown!r}"
         with error_context(where):
             try:
                 return _checked(await asyncio.wait_for(_call(step, list(messages)), timeout_s))
