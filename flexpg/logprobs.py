@@ -141,23 +141,20 @@ def chunked_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy samples are scored at 1")
-    entropies: list[Tensor] = []
 
-    def score(number: int, rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def score(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = output(rows)  # [m, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         own = logprobs.gather(-1, targets[:, None])[:, 0]
-        if return_entropy and entropy_grad:
-            return own, _entropy(logprobs)
-        if return_entropy and number == len(entropies):  # not in the backward, which recomputes the logits
-            entropies.append(torch.special.entr(logprobs.detach().exp()).sum(-1))
-        return (own,)
+        if not return_entropy:
+            return (own,)
+        # Without a gradient, entropies come last: the backward stops recomputing before them.
+        return own, _entropy(logprobs) if entropy_grad else torch.special.entr(logprobs.detach().exp()).sum(-1)
 
     chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    scored = [checkpoint(score, n, *chunk, use_reentrant=False) for n, chunk in enumerate(chunks)]
-    flat = tuple(map(torch.cat, zip(*scored, strict=True)))
-    return (*flat, torch.cat(entropies)) if entropies else flat
+    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(map(torch.cat, zip(*scored, strict=True)))
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
