@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 import flexpg
 from flexpg import PrefixTree, Rollouts, SamplingParams, attention, block_mask, dense_mask, grpo_loss, pack
+from flexpg.advantages import ScaleRewards
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.analysis.work import encoded_work
 from flexpg.conversations import conversation_rollouts
 from flexpg.losses import ImportanceSamplingLevel, LossType
 from flexpg.micro_batches import MicroBatch, by_cache
-from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import _uniforms
 from flexpg.training.config import load_config
 from flexpg.tree import BLOCK

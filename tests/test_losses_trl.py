@@ -166,6 +166,18 @@ def test_vespo_limits_of_the_weight_match_trl():
 
 
 @each_loss_type
+def test_rollout_without_loss_tokens_matches_trls_truncated_completion(loss_type):
+    batch = random_batch(num_rollouts=8, seed=2)
+    batch["loss_mask"][3] = False  # as Rollouts.keep_in_loss and TRL's mask_truncated_completions have it
+    theirs, _ = trl_loss(batch, loss_type)
+    theirs.backward()
+    loss, grad = loss_and_grad(batch, **options_of(loss_type))
+    rounding = 1e-7 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
+    assert torch.allclose(loss, theirs, rtol=rounding, atol=0)
+    assert torch.allclose(grad, batch["logprobs"].grad, rtol=rounding, atol=1e-15)
+
+
+@each_loss_type
 def test_entropy_bonus_matches_trl(loss_type):
     batch = with_entropies(random_batch(num_rollouts=8, seed=2))
     theirs, their_metrics = trl_loss(batch, loss_type, entropy_coef=0.4)

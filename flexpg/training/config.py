@@ -20,8 +20,8 @@ from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from flexpg.advantages import ScaleRewards
 from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss
-from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import SamplingParams
 from flexpg.training.errors import one_line
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flexpg.advantages import has_spread
 from flexpg.analysis.flops import ModelShape, update_flops
 from flexpg.analysis.work import baseline_work, encoded_work, prompts_once_work, recomputed_tokens, total_work
 from flexpg.micro_batches import MicroBatch, by_cache
@@ -36,7 +37,7 @@ def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]
     return {
         "reward": rollouts.rewards.mean().item(),
         "reward_std": sum(rewards.std(correction=min(1, len(rewards) - 1)).item() for rewards in groups) / len(groups),
-        "groups_without_spread": sum(bool((rewards == rewards[0]).all()) for rewards in groups) / len(groups),
+        "groups_without_spread": (~has_spread(rollouts)).double().mean().item(),
         "completion_tokens": rollouts.completion_lens.float().mean().item(),
         "truncated": (~is_finished).float().mean().item(),
     }
