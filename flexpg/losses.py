@@ -117,7 +117,7 @@ def grpo_loss(
         entropies: [N, C] float, of the distributions of `logprobs`; needed, with a gradient, if `entropy_coef` is not
             0: `packed_logprobs(..., return_entropy=True, entropy_grad=True)`.
         beta: Weight of the KL term.
-        entropy_coef: Weight of the entropy bonus; 0.0 for none.
+        entropy_coef: Weight of the entropy bonus, which is left out at 0.0.
         epsilon: How far r may fall below 1, between 0 and 1.
         epsilon_high: How far r may rise above 1; None for `epsilon`. For "cispo" the largest r itself, at least 1.
         delta: The largest r where A < 0, above 1 + `epsilon_high` (two-sided clipping); None for no limit.
