@@ -10,6 +10,7 @@ Axes, everywhere in this package:
 True means "counts" in every mask.
 """
 
+from flexpg.advantages import group_advantages
 from flexpg.backends.dispatch import attention
 from flexpg.integrations import enable, packed_logprobs, sample
 from flexpg.logprobs import token_logprobs
@@ -17,7 +18,7 @@ from flexpg.losses import grpo_loss
 from flexpg.masks import block_mask, dense_mask, group_block_mask, tree_mask_mod
 from flexpg.micro_batches import MicroBatch
 from flexpg.packing import pack
-from flexpg.rollouts import Rollouts, group_advantages
+from flexpg.rollouts import Rollouts
 from flexpg.sampling import SamplingParams
 from flexpg.tree import PrefixTree
 from flexpg.verify import self_check

@@ -46,6 +46,7 @@ def token_logprobs(
     temperature: float = ...,
     chunk_tokens: int = ...,
     return_entropy: Literal[True],
+    entropy_grad: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -59,6 +60,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-probability of each completion token, predicted at its parent.
 
@@ -70,7 +72,9 @@ def token_logprobs(
         loss_mask: [N, C] bool, True where a log-probability is wanted; None for every completion token.
         temperature: Divides the logits.
         chunk_tokens: Positions whose logits exist at a time.
-        return_entropy: Also return the entropy of each predicted distribution, in nats and without gradient.
+        return_entropy: Also return the entropy of each predicted distribution, in nats.
+        entropy_grad: Whether entropies have a gradient, for an entropy bonus; the backward then needs more memory for
+            each chunk of logits.
 
     Returns:
         [N, C] float32 (float64 for float64 logits), 0 where `loss_mask` is False; with `return_entropy`, two of them.
@@ -94,7 +98,13 @@ def token_logprobs(
     parents = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the targets
     rows = hidden[0].index_select(0, parents)  # [M, E], once: its backward fills an [S, E] gradient
     flat = chunked_logprobs(
-        rows, targets, output, temperature=temperature, chunk_tokens=chunk_tokens, return_entropy=return_entropy
+        rows,
+        targets,
+        output,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        return_entropy=return_entropy,
+        entropy_grad=entropy_grad,
     )
     logprobs, *entropies = (
         values.new_zeros(loss_mask.shape).index_put((sequence, step), values) for values in flat
@@ -110,6 +120,7 @@ def chunked_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, ...]:
     """Compute log-probabilities of targets in chunks, whose logits are recomputed in the backward.
 
@@ -119,7 +130,8 @@ def chunked_logprobs(
         output: [M, E] -> logits [M, V].
         temperature: Divides the logits.
         chunk_tokens: Rows whose logits exist at a time.
-        return_entropy: Also return entropies, in nats and without gradient.
+        return_entropy: Also return entropies, in nats.
+        entropy_grad: Whether entropies have a gradient.
 
     Returns:
         [M] log-probabilities in float32 or better and, with `return_entropy`, [M] entropies.
@@ -129,19 +141,25 @@ def chunked_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy samples are scored at 1")
-    entropies: list[Tensor] = []
 
-    def score(number: int, rows: Tensor, targets: Tensor) -> Tensor:
+    def score(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = output(rows)  # [m, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        if return_entropy and number == len(entropies):  # not in the backward, which recomputes the logits
-            entropies.append(torch.special.entr(logprobs.detach().exp()).sum(-1))
-        return logprobs.gather(-1, targets[:, None])[:, 0]
+        own = logprobs.gather(-1, targets[:, None])[:, 0]
+        if not return_entropy:
+            return (own,)
+        # Without a gradient, entropies come last: the backward stops recomputing before them.
+        return own, _entropy(logprobs) if entropy_grad else torch.special.entr(logprobs.detach().exp()).sum(-1)
 
     chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    logprobs = torch.cat([checkpoint(score, n, *chunk, use_reentrant=False) for n, chunk in enumerate(chunks)])
-    return (logprobs, torch.cat(entropies)) if return_entropy else (logprobs,)
+    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(map(torch.cat, zip(*scored, strict=True)))
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """Return entropies [m] of log-probabilities [m, V], with a gradient that is finite where a probability is 0."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def _completion_loss_mask(completion_lens: Tensor, loss_mask: Tensor | None) -> Tensor:

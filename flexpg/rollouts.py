@@ -1,19 +1,16 @@
-"""Rollouts, the container that is passed from the sampler to training, and the group advantages.
+"""Rollouts, the container that is passed from the sampler to training.
 
 Inputs are validated once, at construction. Padding is never inferred from token ids: a padding or end-of-sequence id
 inside a prompt is an ordinary token, and what counts follows from lengths and masks.
-
-Departures from TRL: the rollouts of a group need not be adjacent, groups may differ in size, and rewards that are all
-equal give advantages of exactly 0, where TRL's mean leaves a rounding error that a division by 1e-4 amplifies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs, with_common_identities
 from flexpg.tree import PrefixTree, Tokens, token_ids
 
-ScaleRewards = Literal["group", "batch", "none"]
 LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 GivenInputs = (
     Mapping[str, Any] | PromptInputs | None
@@ -303,55 +299,26 @@ class Rollouts:
             prompt_inputs=None if self.prompt_inputs is None else tuple(self.prompt_inputs[g] for g in new_group),
         )
 
+    def keep_in_loss(self, counts: Tensor) -> Rollouts:
+        """Return the rollouts with loss tokens only where `counts` is True.
 
-def group_advantages(
-    rollouts: Rollouts, scale_rewards: ScaleRewards = "group", *, group_ids: Tensor | None = None
-) -> Tensor:
-    """Compute each reward's distance from the mean of its group, divided by a standard deviation.
+        The others remain as context for nothing but the advantages: their rewards still count in the baselines of
+        their groups. With the sampler's `is_finished` this is TRL's `mask_truncated_completions`, the overlong
+        filtering of DAPO, arXiv 2503.14476, section 3.4.
 
-    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. Pass the rollouts of the
-    whole step: a group that is split over calls has other means.
+        >>> rollouts = Rollouts.from_groups([[1]], [[[2], [3, 4]]], rewards=[[1.0, 0.0]])
+        >>> rollouts.keep_in_loss(torch.tensor([True, False]))
+        Rollouts(2 rollouts of 1 prompts, 1 prompt tokens, 3 completion tokens, 1 in the loss, device=cpu)
 
-    Source: GRPO, arXiv 2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv 2503.20783; "batch" is arXiv 2508.08221.
+        Args:
+            counts: [N] bool, True for rollouts whose loss mask is kept.
 
-    >>> rollouts = Rollouts.from_groups([[1], [2]], [[[3], [4]], [[5]]], rewards=[[1.0, 0.0], [5.0]])
-    >>> group_advantages(rollouts, scale_rewards="none")
-    tensor([ 0.5000, -0.5000,  0.0000])
-
-    Args:
-        rollouts: The step's rollouts.
-        scale_rewards: Divide by the standard deviation of the "group", of the "batch" (all N), or not ("none").
-        group_ids: [N] int64, equal where rollouts are compared with each other; None for the rollouts' own groups. The
-            trials of one task, for instance, whose prompts differ.
-
-    Returns:
-        [N] advantages in the dtype of the rewards.
-
-    Raises:
-        ValueError: If `scale_rewards` is unknown.
-    """
-    if scale_rewards not in get_args(ScaleRewards):
-        raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
-    rewards = rollouts.rewards.double()  # the square of a reward may overflow its own dtype
-    group = (rollouts.group_ids if group_ids is None else group_ids).unique(return_inverse=True)[1]  # [N]
-    centered, std = _centered_and_std(rewards, group)
-    if scale_rewards == "none":
-        return centered.to(rollouts.rewards.dtype)
-    if scale_rewards == "batch":
-        std = _centered_and_std(rewards, torch.zeros_like(group))[1]
-    return (centered / (std + 1e-4)).to(rollouts.rewards.dtype)
-
-
-def _centered_and_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return reward minus the mean of its group, and the group's unbiased standard deviation, both [N]."""
-    size = torch.bincount(group)  # [groups]
-    zeros = rewards.new_zeros(len(size))
-    lowest = zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)
-    above = rewards - lowest[group]  # equal rewards become exact zeros
-    mean = zeros.index_add(0, group, above) / size
-    centered = above - mean[group]
-    variance = zeros.index_add(0, group, centered.square()) / (size - 1).clamp(min=1)
-    return centered, variance.sqrt()[group]
+        Raises:
+            ValueError: If `counts` is not [N] bool.
+        """
+        if counts.dtype != torch.bool or list(counts.shape) != [len(self)]:
+            raise ValueError(f"counts must be bool [{len(self)}], got {counts.dtype} {list(counts.shape)}")
+        return replace(self, loss_mask=self.loss_mask & counts.to(self.loss_mask.device)[:, None])
 
 
 def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> tuple[PromptInputs | None, ...] | None:

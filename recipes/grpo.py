@@ -59,6 +59,7 @@ from flexpg.training.episodes import (
     StepRollouts,
     build_rollouts,
     episode_advantages,
+    episode_kl,
     single_turn_episodes,
 )
 from flexpg.training.errors import one_line, out_of_memory_hint
@@ -179,9 +180,10 @@ class GRPORecipe(FTRecipeInterface):
         )
         flexpg.enable(self.model)
         self.loss = build_loss(cfg)
-        self.beta = cfg.loss.get("beta", 0.0)
+        self.needs_reference = cfg.loss.get("beta", 0.0) > 0 or cfg.kl_in_reward > 0
+        self.entropy_grad = cfg.loss.get("entropy_coef", 0.0) != 0
         self.reference = None  # with LoRA, the reference is the model without its adapters
-        if self.beta > 0 and not self.is_lora:
+        if self.needs_reference and not self.is_lora:
             reference = build_model(cfg, self.dtype, self.dtype).requires_grad_(False)
             reference = self.library.materialize(reference, weights, world, seed=cfg.seed, compile=cfg.compile)
             self.reference = flexpg.enable(reference)
@@ -254,6 +256,11 @@ class GRPORecipe(FTRecipeInterface):
                 break
             if cfg.async_steps and step < cfg.num_steps:  # sample the next step while this one trains
                 pending = self.background.submit(self.generate, self.choose_problems(step + 1), f"step {step + 1}")
+            if cfg.kl_in_reward:
+                kl = episode_kl(data, self.world)  # [episodes]
+                rewards = data.rollouts.rewards - cfg.kl_in_reward * kl[data.episode]
+                data = replace(data, rollouts=replace(data.rollouts, rewards=rewards))
+                metrics["reward_kl"] = kl.mean().item()
             advantages = episode_advantages(data, cfg.scale_rewards)
             metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
             metrics["lr"] = training.get_lr(self.optimizer)
@@ -304,6 +311,10 @@ class GRPORecipe(FTRecipeInterface):
                     problems[n], groups[n], scores[n] = number, group, own_scores
         rewards = torch.stack([own.total for own in scores])  # [problems, G]
         data = build_rollouts(groups, rewards, self.world.device, with_logprobs=self.engine is not None)
+        if self.cfg.mask_truncated_completions:
+            is_finished = [episode.is_finished for group in groups for episode in group]
+            counts = torch.tensor(is_finished, device=self.world.device)[data.episode]
+            data = replace(data, rollouts=data.rollouts.keep_in_loss(counts))
         metrics = episode_metrics(groups, rewards) | reward_metrics(scores)
         return data, metrics | ({"groups_resampled": resampled} if self.cfg.max_resamplings else {})
 
@@ -359,12 +370,12 @@ class GRPORecipe(FTRecipeInterface):
     def score_policies(self, data: StepRollouts, packed: PackedStep) -> tuple[StepRollouts, PackedStep]:
         """Add the old and the reference log-probabilities of this rank's rollouts, where the loss needs them."""
         cfg, tables = self.cfg, {}
-        if cfg.num_iterations * cfg.minibatches > 1:  # otherwise the old policy is the current one
+        if cfg.num_iterations * cfg.minibatches > 1 or cfg.kl_in_reward:  # otherwise the old policy is the current one
             tables["old_logprobs"] = self.logprob_table(self.model, data.rollouts, packed)
-        if self.beta > 0 and self.is_lora:
+        if self.needs_reference and self.is_lora:
             with self.library.without_adapters(self.model):
                 tables["ref_logprobs"] = self.logprob_table(self.model, data.rollouts, packed)
-        elif self.beta > 0:
+        elif self.needs_reference:
             tables["ref_logprobs"] = self.logprob_table(self.reference, data.rollouts, packed)
         if not tables:
             return data, packed
@@ -378,14 +389,20 @@ class GRPORecipe(FTRecipeInterface):
             for rows, batches in zip(packed.rows, packed.minibatches, strict=True):
                 totals = int(rollouts.loss_mask[rows].sum()), len(rows)
                 updates.append(self.optimizer_step(step, batches, packed.is_shared, advantages, totals))
-        return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        names = dict.fromkeys(name for update in updates for name in update)
+        columns = {name: [update[name] for update in updates if name in update] for name in names}
+        return {name: sum(values) / len(values) for name, values in columns.items()}
 
     def optimizer_step(
         self, step: int, batches: list[MicroBatch], is_shared: bool, advantages: Tensor, totals: tuple[int, int]
     ) -> dict[str, float]:
         """Take one optimizer step; the losses of all micro-batches on all ranks sum to the mini-batch's loss."""
-        cfg, sums, seen = self.cfg, {"loss": 0.0}, []
+        cfg, sums, seen, largest = self.cfg, {"loss": 0.0}, [], 0.0
         total_tokens, total_rollouts = totals
+        if total_tokens == 0:
+            if self.world.is_first:
+                tqdm.write(f"step {step}: a mini-batch is skipped, because all of its completions were truncated")
+            return {"loss": 0.0, "grad_norm": 0.0}
         self.optimizer.zero_grad()
         with self.memory_hint("max_tokens", "or set activation_checkpointing=true"):
             for batch, logprobs, entropies in self.logprobs(self.model, batches, is_shared):
@@ -399,16 +416,20 @@ class GRPORecipe(FTRecipeInterface):
                     old_logprobs=batch.old_logprobs,
                     ref_logprobs=batch.ref_logprobs,
                     sampler_logprobs=batch.sampler_logprobs,
+                    entropies=entropies,
                     metrics=metrics,
                 )
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
                 seen.append((batch, logprobs.detach(), loss.item()))
                 weight = batch.rollouts.num_loss_tokens / total_tokens  # metrics are means over loss tokens
-                metrics["entropy"] = entropies.sum() / max(batch.rollouts.num_loss_tokens, 1)
+                metrics["entropy"] = entropies.detach().sum() / max(batch.rollouts.num_loss_tokens, 1)
                 sums["loss"] += loss.item()
+                largest = max(largest, metrics.pop("sampler_ratio_max", torch.tensor(0.0)).item())
                 for name, mean in metrics.items():
                     sums[name] = sums.get(name, 0.0) + mean.item() * weight
         sums = self.world.all_reduce_sum(sums)
+        if self.engine:
+            sums["sampler_ratio_max"] = self.world.all_reduce_max(largest)
         grad_norm = get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
@@ -422,11 +443,12 @@ class GRPORecipe(FTRecipeInterface):
     ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """Iterate over micro-batches with log-probabilities and entropies [n, C]; call backward inside the loop."""
         options = {"temperature": self.sampling.temperature, "autocast_dtype": self.autocast_dtype}
+        options |= {"return_entropy": True, "entropy_grad": self.entropy_grad}
         if is_shared:
-            yield from packed_logprobs(model, batches, return_entropy=True, **options)
+            yield from packed_logprobs(model, batches, **options)
         else:  # every sequence in full, for comparison
             for batch in batches:
-                yield batch, *baseline_logprobs(model, batch.rollouts, return_entropy=True, **options)
+                yield batch, *baseline_logprobs(model, batch.rollouts, **options)
 
     def logprob_table(self, model: nn.Module, rollouts: Rollouts, packed: PackedStep) -> Tensor:
         """Return log-probabilities [N, C] of this rank's rollouts, 0 for those of other ranks."""

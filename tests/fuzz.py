@@ -108,11 +108,15 @@ def loss_batches(draw):
         "logprobs": logprobs,
         "old_logprobs": logprobs + away * normal(seed + 1, rows, 5),
         "ref_logprobs": logprobs + away * normal(seed + 2, rows, 5),
+        "entropies": normal(seed + 4, rows, 5).abs(),
     }
+    tables["sampler_logprobs"] = tables["old_logprobs"] + away * normal(seed + 5, rows, 5)
     for table in tables.values():
         table[~mask] = draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
     if draw(st.booleans()):
         tables["old_logprobs"] = None
+    if draw(st.booleans()):
+        tables["sampler_logprobs"] = None
     return tables | {"advantages": normal(seed + 3, rows).round(decimals=1), "loss_mask": mask}
 
 

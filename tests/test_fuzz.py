@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 import flexpg
 from flexpg import PrefixTree, Rollouts, SamplingParams, attention, block_mask, dense_mask, grpo_loss, pack
+from flexpg.advantages import ScaleRewards
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.analysis.work import encoded_work
 from flexpg.conversations import conversation_rollouts
+from flexpg.loss_terms import ImportanceSamplingMode
 from flexpg.losses import ImportanceSamplingLevel, LossType
 from flexpg.micro_batches import MicroBatch, by_cache
-from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import _uniforms
 from flexpg.training.config import load_config
 from flexpg.tree import BLOCK
@@ -192,43 +193,66 @@ def test_fuzz_pack_assigns_every_rollout_to_one_rank_once(drawn, world_size, sha
 # Losses and advantages.
 
 
+def correction(gaps: dict[int, float], mode: str) -> dict[int, float]:
+    """Return the weight of each token of a rollout, at most 3."""
+    if mode.startswith("sequence"):
+        gaps = dict.fromkeys(gaps, sum(gaps.values()))
+    above = 3.0 if mode.endswith("truncate") else 0.0
+    return {t: math.exp(gap) if math.exp(gap) <= 3 else above for t, gap in gaps.items()}
+
+
+def vespo_weight(log_ratios: dict[int, float], weights: dict[int, float], advantage: float) -> float:
+    """Return phi of a rollout."""
+    lowest = math.log(1e-8)
+    log_w = sum(min(max(own, -20.0), 20.0) for own in log_ratios.values())
+    log_w += sum(max(math.log(own), lowest) if own else lowest for own in weights.values())
+    log_w = min(max(log_w, lowest), 20.0)
+    k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+    return math.exp(decay + k * log_w - decay * math.exp(log_w))
+
+
 def loss_by_loop(batch: dict, options: dict) -> tuple[float, Tensor]:
     """Return the loss and its gradient, token by token in Python's floats."""
-    mask, old, beta = batch["loss_mask"].tolist(), batch["old_logprobs"], options["beta"]
-    tables = [batch["logprobs"], batch["logprobs"] if old is None else old, batch["ref_logprobs"]]
-    policy, old, ref = (table.tolist() for table in tables)
+    mask, beta, kind = batch["loss_mask"].tolist(), options["beta"], options["loss_type"]
+    policy, ref, entropies = (batch[name].tolist() for name in ("logprobs", "ref_logprobs", "entropies"))
+    old = policy if batch["old_logprobs"] is None else batch["old_logprobs"].tolist()
+    sampler = old if batch["sampler_logprobs"] is None else batch["sampler_logprobs"].tolist()
     low, high = 1 - options["epsilon"], 1 + options["epsilon_high"]
     counts = [sum(row) for row in mask]
-    kind = options["loss_type"]
     per_token = 1 / {"grpo": len(mask), "sapo": len(mask), "dr_grpo": 9 * len(mask)}.get(kind, sum(counts))
     total, gradient = 0.0, [[0.0] * len(row) for row in mask]
     for n, advantage in enumerate(batch["advantages"].tolist()):
         tokens = [t for t, counts_in_loss in enumerate(mask[n]) if counts_in_loss]
         weight = per_token / counts[n] if kind in ("grpo", "sapo") and tokens else per_token
         distances = {t: policy[n][t] - old[n][t] for t in tokens}
+        corrections = correction({t: old[n][t] - sampler[n][t] for t in tokens}, options["importance_sampling_mode"])
+        phi = vespo_weight(distances, corrections, advantage)
         if options["importance_sampling_level"] == "sequence" and tokens:
             distances = dict.fromkeys(tokens, sum(distances.values()) / len(tokens))
         for t in tokens:
-            ratio, kl = math.exp(distances[t]), ref[n][t] - policy[n][t]
+            ratio, kl, w = math.exp(distances[t]), ref[n][t] - policy[n][t], corrections[t]
             clipped = min(max(ratio, low), high)
             term = -min(ratio * advantage, clipped * advantage)
             slope = -ratio * advantage * (ratio * advantage <= clipped * advantage)
-            if kind == "cispo":
-                slope = -min(ratio, options["epsilon_high"]) * advantage
-                term = slope * policy[n][t]
+            if kind in ("cispo", "vespo"):
+                slope = -(min(ratio, options["epsilon_high"]) if kind == "cispo" else phi) * advantage
+                term, w = slope * policy[n][t], w if kind == "cispo" else 1.0
             elif kind == "sapo":
                 temperature = 1.0 if advantage > 0 else 1.05
                 gate = 1 / (1 + math.exp(-temperature * (ratio - 1)))
                 term, slope = -4 * gate / temperature * advantage, -4 * gate * (1 - gate) * ratio * advantage
-            total += weight * (term + beta * (math.exp(kl) - kl - 1))
-            gradient[n][t] = weight * (slope + beta * (1 - math.exp(kl)))
+            total += weight * (w * term + beta * (math.exp(kl) - kl - 1))
+            total -= options["entropy_coef"] * entropies[n][t] / sum(counts)
+            if options["importance_sampling_level"] == "sequence" and kind != "cispo":
+                w = sum(corrections.values()) / len(tokens)  # the ratio of all tokens moves with each
+            gradient[n][t] = weight * (w * slope + beta * (1 - math.exp(kl)))
     return total, torch.tensor(gradient, dtype=torch.float64)
 
 
 def loss_and_gradient(batch: dict, rows: list[int], **options) -> tuple[float, Tensor]:
     """Return those of some rollouts of a batch."""
     part = {name: table if table is None else table[rows] for name, table in batch.items()}
-    part["logprobs"] = part["logprobs"].clone().requires_grad_()
+    part |= {name: part[name].clone().requires_grad_() for name in ("logprobs", "entropies")}
     metrics: dict[str, Tensor] = {}
     loss = grpo_loss(**part, **options, max_completion_length=9, metrics=metrics)
     loss.backward()
@@ -242,7 +266,9 @@ def loss_and_gradient(batch: dict, rows: list[int], **options) -> tuple[float, T
         {
             "loss_type": st.sampled_from(get_args(LossType)),
             "importance_sampling_level": st.sampled_from(get_args(ImportanceSamplingLevel)),
+            "importance_sampling_mode": st.sampled_from(get_args(ImportanceSamplingMode)),
             "beta": st.sampled_from([0.0, 0.3]),
+            "entropy_coef": st.sampled_from([0.0, 0.2]),
             "epsilon": st.sampled_from([0.0, 0.1, 0.3]),
             "epsilon_high": st.sampled_from([0.0, 0.2, 0.5]),
         }
@@ -253,6 +279,9 @@ def loss_and_gradient(batch: dict, rows: list[int], **options) -> tuple[float, T
 def test_fuzz_grpo_loss_of_micro_batches_sums_to_a_python_loop(batch, options, data):
     if options["loss_type"] == "cispo":  # the limit itself
         options = options | {"epsilon_high": 1 + options["epsilon_high"]}
+    if options["loss_type"] == "vespo":
+        mode = options["importance_sampling_mode"].replace("sequence", "token")
+        options = options | {"importance_sampling_level": "token", "importance_sampling_mode": mode}
     loss, gradient = loss_by_loop(batch, options)
     order = data.draw(st.permutations(range(len(gradient))), label="order")
     whole = loss_and_gradient(batch, order, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from baseline import Operators
@@ -52,8 +54,29 @@ def test_token_logprobs_values_and_gradients_match_full_logits(temperature):
     assert_close((logprobs, entropies), expected)
     assert torch.equal(token_logprobs(hidden, output, TREE, **options), logprobs)
     weights, leaves = torch.randn_like(logprobs), (hidden, *output.parameters())
-    assert_close(*(torch.autograd.grad((weights * x).sum(), leaves) for x in (logprobs, expected[0])))
+    assert_close(
+        *(torch.autograd.grad((weights * x).sum(), leaves, retain_graph=True) for x in (logprobs, expected[0]))
+    )
     assert not entropies.requires_grad
+    results = token_logprobs(hidden, output, TREE, **options, return_entropy=True, entropy_grad=True, chunk_tokens=4)
+    assert_close(results, expected)
+    found = torch.autograd.grad((weights * results[0] + weights.flip(1) * results[1]).sum(), leaves)
+    assert_close(
+        found, torch.autograd.grad((weights * expected[0] + weights.flip(1) * expected[1]).sum(), leaves), 1e-12
+    )
+
+
+def test_token_logprobs_entropy_gradient_is_finite_where_a_probability_is_0():
+    hidden, output = hidden_and_output()
+    options = {"prompt_lens": PROMPT_LENS, "return_entropy": True, "entropy_grad": True}
+
+    def masked_output(rows: Tensor) -> Tensor:
+        return torch.nn.functional.pad(output(rows), (0, 3), value=float("-inf"))  # tokens that cannot be sampled
+
+    expected, found = (token_logprobs(hidden, layer, TREE, **options)[1] for layer in (output, masked_output))
+    assert_close(found, expected)
+    leaves = (hidden, *output.parameters())
+    assert_close(*(torch.autograd.grad(entropies.sum(), leaves) for entropies in (found, expected)))
 
 
 def test_token_logprobs_first_token_is_predicted_by_the_prompts_last():
@@ -131,9 +154,11 @@ def test_token_logprobs_memory_is_one_chunk_of_logits():
         in_forward = operators.largest
         logprobs.sum().backward()
     assert in_forward == operators.largest == chunk_tokens * vocabulary
+    assert operators.calls["special_entr"] == math.ceil(130 / chunk_tokens)  # entropies are not computed again
 
 
-def test_token_logprobs_saves_no_logits_for_the_backward():
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_token_logprobs_saves_no_logits_for_the_backward(entropy_grad):
     hidden, output = hidden_and_output()
     saved: list[int] = []
 
@@ -142,7 +167,8 @@ def test_token_logprobs_saves_no_logits_for_the_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        token_logprobs(hidden, output, TREE, prompt_lens=PROMPT_LENS, chunk_tokens=4)
+        options = {"return_entropy": True, "entropy_grad": entropy_grad}
+        token_logprobs(hidden, output, TREE, prompt_lens=PROMPT_LENS, chunk_tokens=4, **options)
     assert max(saved) <= int(PRESENT.sum()) * E
 
 

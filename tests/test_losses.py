@@ -1,76 +1,26 @@
-"""grpo_loss compared with values by hand, TRL's own trainer and liger-kernel's fused loss."""
+"""grpo_loss compared with values by hand; in test_losses_trl.py with other implementations."""
+
+from __future__ import annotations
 
 import math
-from collections import defaultdict
-from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 import torch
+from loss_cases import (
+    OPTIONS,
+    each_level,
+    each_loss_type,
+    each_loss_type_and_level,
+    loss_and_grad,
+    loss_and_metrics,
+    options_of,
+    random_batch,
+    rows,
+    totals,
+    with_entropies,
+)
 
-from flexpg.losses import BY_TOKENS, ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
-
-LOSS_TYPES = get_args(LossType)
-LEVELS = get_args(ImportanceSamplingLevel)
-MAX_COMPLETION_LENGTH = 9
-# Both clips are hit on both sides, and differ, so that mixing them up shows.
-OPTIONS = {"beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "max_completion_length": MAX_COMPLETION_LENGTH}
-SAMPLER_MODES = get_args(ImportanceSamplingMode)
-each_level = pytest.mark.parametrize("level", LEVELS)
-each_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
-
-
-def random_batch(num_rollouts=6, longest=7, dtype=torch.float64, seed=0):
-    """Return off-policy inputs; every rollout has a loss token, and tool tokens make holes in the mask."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=dtype)
-
-    lengths = torch.randint(1, longest + 1, (num_rollouts, 1), generator=generator)
-    loss_mask = torch.arange(longest) < lengths
-    loss_mask &= torch.rand(loss_mask.shape, generator=generator) < 0.8
-    loss_mask[:, 0] = True
-    logprobs = -draw(num_rollouts, longest).abs()
-    return {
-        "logprobs": logprobs.requires_grad_(),
-        "old_logprobs": logprobs.detach() + 0.3 * draw(num_rollouts, longest),
-        "ref_logprobs": logprobs.detach() + 0.3 * draw(num_rollouts, longest),
-        "advantages": draw(num_rollouts),
-        "loss_mask": loss_mask,
-    }
-
-
-def rows(batch, start, stop):
-    """Return rollouts `start` to `stop`, with a leaf of their own for the gradient."""
-    part = {name: values if values is None else values[start:stop] for name, values in batch.items()}
-    return part | {"logprobs": part["logprobs"].detach().requires_grad_()}
-
-
-def loss_and_grad(batch, **options):
-    batch = rows(batch, 0, len(batch["loss_mask"]))
-    loss = grpo_loss(**batch, **options)
-    loss.backward()
-    return loss.detach(), batch["logprobs"].grad
-
-
-def loss_and_metrics(batch, **options):
-    metrics = {}
-    return grpo_loss(**batch, **options, metrics=metrics), metrics
-
-
-def totals(batch, loss_type):
-    """Return the total of a whole step that a loss type needs."""
-    if loss_type in BY_TOKENS:
-        return {"total_tokens": batch["loss_mask"].sum()}
-    return {"total_rollouts": len(batch["loss_mask"])}
-
-
-def options_of(loss_type, level="token"):
-    """Return options with which the limits of a loss are hit on both sides."""
-    own = {"epsilon_high": 1.25} if loss_type == "cispo" else {}
-    return OPTIONS | own | {"loss_type": loss_type, "importance_sampling_level": level}
-
+from flexpg.losses import BY_TOKENS, grpo_loss
 
 # By hand. Rollout 0 has A = 2 and ratios 1.5 and 0.5; rollout 1 has A = -1 and one token of ratio 1.5. Epsilon is 0.2:
 #   min(1.5 * 2, 1.2 * 2) = 2.4      min(0.5 * 2, 0.8 * 2) = 1.0      min(1.5 * -1, 1.2 * -1) = -1.5
@@ -124,6 +74,28 @@ def test_grpo_loss_sequence_level_takes_the_geometric_mean():
     assert metrics["ratio"].item() == pytest.approx((2 * math.sqrt(0.75) + 1.5) / 3)
 
 
+def test_grpo_loss_vespo_weighs_a_rollout_by_the_product_of_its_ratios():
+    # Rollout 0: w = 1.5 * 0.5 and A = 2. Rollout 1: w = 1.5 and A = -1. phi(w) = e^lambda w^k e^(-lambda w).
+    good, bad = math.exp(3 - 3 * 0.75) * 0.75**2, math.exp(2 - 2 * 1.5) * 1.5**3
+    loss, metrics = loss_and_metrics(BY_HAND, loss_type="vespo")
+    first, second = (RATIOS[0].log() - 3).sum().item(), math.log(1.5) - 3
+    assert loss.item() == pytest.approx(-(good * 2 * first - bad * second) / 3)
+    assert metrics["vespo_weight"].item() == pytest.approx((2 * good + bad) / 3)
+    assert loss_and_grad(BY_HAND | {"old_logprobs": None}, loss_type="vespo")[1][0].tolist() == [-2 / 3, -2 / 3]
+
+
+@each_loss_type
+def test_grpo_loss_entropy_bonus_is_a_mean_over_loss_tokens(loss_type):
+    entropies = torch.tensor([[0.5, 1.0], [1.5, math.nan]], dtype=torch.float64, requires_grad=True)
+    batch, options = BY_HAND | {"entropies": entropies}, options_of(loss_type) | {"beta": 0.0}
+    loss, metrics = loss_and_metrics(batch, **options, entropy_coef=0.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(grpo_loss(**BY_HAND, **options).item() - 0.5 * 3.0 / 3)
+    assert metrics["entropy"].item() == 1.0
+    assert torch.allclose(entropies.grad, torch.tensor([[-1, -1], [-1, 0]]).double() / 6)
+    assert grpo_loss(**batch, **options) == grpo_loss(**BY_HAND, **options)
+
+
 # Gradients
 
 
@@ -162,7 +134,19 @@ def test_clipped_ratio_that_overflows_has_gradient_0_and_not_nan(level):
     assert loss.item() == pytest.approx(-1.2) and grad.item() == 0
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+@pytest.mark.parametrize(("loss_type", "expected"), [("sapo", -4.0), ("vespo", 0.0)])
+def test_unclipped_ratio_that_overflows_has_gradient_0_and_not_nan(loss_type, expected):
+    batch = {
+        "logprobs": torch.zeros(1, 1),
+        "old_logprobs": torch.full((1, 1), -100.0),
+        "advantages": torch.ones(1),
+        "loss_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+    loss, grad = loss_and_grad(batch, loss_type=loss_type)
+    assert loss.item() == expected and grad.item() == 0
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo", "vespo"])
 def test_overflowing_ratio_without_an_advantage_has_gradient_0_not_nan(loss_type):
     batch = {
         "logprobs": torch.full((1, 1), -1.0),
@@ -206,8 +190,7 @@ def test_gradient_flows_only_to_logprobs():
 # Micro-batches
 
 
-@each_level
-@each_loss_type
+@each_loss_type_and_level
 def test_micro_batches_with_totals_sum_to_the_steps_loss(loss_type, level):
     batch = random_batch()
     batch["loss_mask"][3] = False  # a rollout without loss tokens counts as a rollout
@@ -221,6 +204,19 @@ def test_micro_batches_with_totals_sum_to_the_steps_loss(loss_type, level):
 
 
 @each_loss_type
+def test_entropy_bonus_of_micro_batches_sums_to_the_steps(loss_type):
+    batch = with_entropies(random_batch())
+    batch["loss_mask"][3] = False
+    options = options_of(loss_type) | {"entropy_coef": 0.3}
+    loss = loss_and_grad(batch, **options)[0]
+    grad, batch["entropies"].grad = batch["entropies"].grad, None
+    both = {"total_tokens": batch["loss_mask"].sum(), "total_rollouts": 6}
+    parts = [loss_and_grad(rows(batch, *cut), **options, **both)[0] for cut in [(0, 1), (1, 5), (5, 6)]]
+    assert torch.allclose(sum(parts), loss, rtol=1e-13, atol=0)
+    assert torch.allclose(batch["entropies"].grad, grad, rtol=1e-13, atol=0)
+
+
+@each_loss_type
 def test_the_total_of_another_loss_type_raises(loss_type):
     wrong = {"total_rollouts": 9} if loss_type in BY_TOKENS else {"total_tokens": 9}
     with pytest.raises(ValueError, match=f"'{loss_type}' is normalized by .*: pass total_"):
@@ -228,9 +224,9 @@ def test_the_total_of_another_loss_type_raises(loss_type):
 
 
 def test_metrics_are_detached_means_over_loss_tokens():
-    batch = random_batch()
+    batch = with_entropies(random_batch())
     whole = loss_and_metrics(batch, **OPTIONS)[1]
-    assert set(whole) == {"ratio", "clip_low", "clip_high", "kl"}
+    assert set(whole) == {"ratio", "clip_low", "clip_high", "kl", "entropy"}
     cuts = [(0, 2), (2, 6)]
     parts = [loss_and_metrics(rows(batch, *cut), **OPTIONS)[1] for cut in cuts]
     counts = [batch["loss_mask"][slice(*cut)].sum() for cut in cuts]
@@ -254,8 +250,7 @@ def test_a_micro_batch_without_loss_tokens_adds_zero():
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@each_level
-@each_loss_type
+@each_loss_type_and_level
 def test_nan_and_inf_outside_the_loss_mask_are_not_read(loss_type, level, poison):
     batch = random_batch()
     batch["loss_mask"][2] = False
@@ -302,6 +297,31 @@ def test_low_precision_is_computed_in_float32(dtype):
         ),
         ({"importance_sampling_clip_max": 0.0}, "clip_max must be above"),
         ({"importance_sampling_mode": "turn_mask"}, "importance_sampling_mode must be one of token_truncate"),
+        (
+            {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+            "level must be 'token' for",
+        ),
+        (
+            {"loss_type": "vespo", "sampler_logprobs": torch.zeros(6, 7)},
+            "mode must be 'token_truncate' or 'token_mask' for loss_type 'vespo', got 'sequence_mask'",
+        ),
+        (
+            {"loss_type": "vespo", "vespo_k_neg": -1.0},
+            "vespo_k_.* at least 0 .* got k 2.0 and -1.0, lambda 3.0",
+        ),
+        ({"loss_type": "vespo", "vespo_lambda_pos": 0.0}, "at least 1e-4, got .* lambda 0.0 and 2.0"),
+        ({"entropy_coef": 0.1}, r"entropy_coef needs entropies with a gradient, .* got None"),
+        ({"entropy_coef": 0.1, "entropies": torch.zeros(6, 7)}, "with a gradient, .* got a tensor without"),
+        (
+            {
+                "loss_type": "grpo",
+                "entropy_coef": 0.1,
+                "entropies": torch.zeros(6, 7, requires_grad=True),
+                "total_rollouts": 9,
+            },
+            "mean over loss tokens: pass total_tokens besides total_rollouts",
+        ),
+        ({"entropies": torch.zeros(6, 1)}, r"must all be \[N, C\]"),
         ({"sampler_logprobs": torch.zeros(6, 1)}, r"must all be \[N, C\]"),
         ({"importance_sampling_level": "turn"}, "importance_sampling_level must be one of token"),
         ({"loss_type": "dr_grpo"}, "needs max_completion_length"),
@@ -314,93 +334,6 @@ def test_low_precision_is_computed_in_float32(dtype):
 def test_grpo_loss_options_that_would_be_wrong_silently_raise(options, message):
     with pytest.raises(ValueError, match=message):
         grpo_loss(**random_batch() | options)
-
-
-# Other implementations
-
-
-def trl_loss(
-    batch, loss_type, level="token", *, tokens_in_step=None, accumulation_steps=1, delta=None, sampler_ratio=None
-):
-    """Return the loss and metrics of TRL's own GRPOTrainer._compute_loss for one micro-batch.
-
-    It is called on an object that has the attributes GRPOConfig would set, and returns these log-probabilities.
-    """
-    from trl import GRPOTrainer
-
-    mask = batch["loss_mask"]
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (batch["logprobs"], torch.zeros(mask.shape), None),
-        loss_type=loss_type,
-        importance_sampling_level=level,
-        beta=OPTIONS["beta"],
-        epsilon_low=OPTIONS["epsilon"],
-        epsilon_high=options_of(loss_type)["epsilon_high"],
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        current_gradient_accumulation_steps=accumulation_steps,
-        args=SimpleNamespace(
-            delta=delta,
-            use_bias_correction_kl=False,
-            steps_per_generation=accumulation_steps,
-            sapo_temperature_pos=1.0,
-            sapo_temperature_neg=1.05,
-        ),
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=sampler_ratio is not None,
-        vllm_importance_sampling_correction=True,
-        _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)},
-    )
-    ones = torch.ones(mask.shape, dtype=torch.long)
-    inputs = {
-        "prompt_ids": ones[:, :1],
-        "prompt_mask": ones[:, :1],
-        "completion_ids": ones,
-        "completion_mask": ones,
-        "tool_mask": mask.long(),
-        "advantages": batch["advantages"],
-        "old_per_token_logps": batch["old_logprobs"],
-        "ref_per_token_logps": batch["ref_logprobs"],
-        "num_items_in_batch": mask.sum() if tokens_in_step is None else tokens_in_step,
-        "importance_sampling_ratio": sampler_ratio,
-    }
-    return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
-
-
-@each_level
-@each_loss_type
-def test_grpo_loss_matches_trl(loss_type, level):
-    batch = random_batch(num_rollouts=8, seed=2)
-    theirs, their_metrics = trl_loss(batch, loss_type, level)
-    theirs.backward()
-    options = options_of(loss_type, level)
-    loss, grad = loss_and_grad(batch, **options)
-    rounding = 1e-7 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
-    assert torch.allclose(loss, theirs, rtol=rounding, atol=0)
-    assert torch.allclose(grad, batch["logprobs"].grad, rtol=rounding, atol=1e-15)
-    metrics = loss_and_metrics(batch, **options)[1]
-    assert metrics["kl"].item() == pytest.approx(their_metrics["kl"][0], rel=1e-12)
-    if level == "token" and loss_type == "cispo":
-        assert metrics["clip_high"].item() == pytest.approx(their_metrics["cispo_clip_ratio"][0]) != 0
-    elif level == "token" and loss_type != "sapo":
-        assert metrics["clip_low"].item() == pytest.approx(their_metrics["clip_ratio/low_mean"][0]) != 0
-        assert metrics["clip_high"].item() == pytest.approx(their_metrics["clip_ratio/high_mean"][0]) != 0
-
-
-@each_level
-def test_two_sided_clipping_matches_trl(level):
-    batch = random_batch(num_rollouts=8, seed=2)
-    batch["old_logprobs"] = batch["logprobs"].detach() + 2 * (batch["old_logprobs"] - batch["logprobs"].detach())
-    theirs, _ = trl_loss(batch, "dapo", level, delta=1.5)
-    theirs.backward()
-    loss, grad = loss_and_grad(batch, **options_of("dapo", level), delta=1.5)
-    assert torch.allclose(loss, theirs, rtol=1e-12, atol=0)
-    assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
-    assert loss != loss_and_grad(batch, **options_of("dapo", level))[0]
 
 
 # The sampler is not the trainer. Ratios of the old policy to the sampler: rollout 0 has 4 and 0.5, rollout 1 has 1.25.
@@ -421,6 +354,7 @@ def test_sampler_correction_by_hand(mode, weights):
     (a, b), (c, _) = weights
     assert loss.item() == pytest.approx(-(a * 2.4 + b * 1.0 - c * 1.5) / 3)
     assert metrics["sampler_ratio"].item() == pytest.approx((a + b + c) / 3)
+    assert metrics["sampler_ratio_max"].item() == pytest.approx(4.0 if mode.startswith("token") else 2.0)
     expected = sum(w - 1 - math.log(w) for w in (4.0, 0.5, 1.25)) / 3
     assert metrics["sampler_kl"].item() == pytest.approx(expected)
 
@@ -434,95 +368,3 @@ def test_sampler_correction_has_limits_of_its_own():
 
     assert ratio(max=None) == pytest.approx((4 + 0.5 + 1.25) / 3)
     assert ratio(max=1.2, min=0.8) == pytest.approx((1.2 + 0.8 + 1.2) / 3)
-
-
-@each_loss_type
-@pytest.mark.parametrize("mode", SAMPLER_MODES)
-def test_sampler_correction_matches_trl(mode, loss_type):
-    batch = random_batch(num_rollouts=8, seed=5)
-    gap = 0.8 * torch.randn(batch["loss_mask"].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    batch["old_logprobs"] = batch["old_logprobs"].detach()
-    # As TRL's _generate_and_score_completions computes it.
-    difference = gap * batch["loss_mask"]
-    ratio = (difference.sum(-1, keepdim=True) if mode.startswith("sequence") else difference).exp()
-    if mode.endswith("truncate"):
-        ratio = ratio.clamp(0.4, 1.8)
-    else:
-        ratio = ratio.masked_fill((ratio < 0.4) | (ratio > 1.8), 0.0)
-    theirs, _ = trl_loss(batch, loss_type, sampler_ratio=ratio)
-    theirs.backward()
-    options = options_of(loss_type) | {"importance_sampling_mode": mode}
-    options |= {"importance_sampling_clip_min": 0.4, "importance_sampling_clip_max": 1.8}
-    loss, grad = loss_and_grad(batch | {"sampler_logprobs": batch["old_logprobs"] - gap}, **options)
-    rounding = 1e-7 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
-    assert torch.allclose(loss, theirs, rtol=rounding, atol=0)
-    assert torch.allclose(grad, batch["logprobs"].grad, rtol=rounding, atol=1e-15)
-
-
-def test_sapo_ratio_that_overflows_has_gradient_0_and_not_nan():
-    batch = {
-        "logprobs": torch.zeros(1, 1),
-        "old_logprobs": torch.full((1, 1), -100.0),
-        "advantages": torch.ones(1),
-        "loss_mask": torch.ones(1, 1, dtype=torch.bool),
-    }
-    loss, grad = loss_and_grad(batch, loss_type="sapo")
-    assert loss.item() == -4.0 and grad.item() == 0
-
-
-@each_loss_type
-def test_micro_batches_match_trl_gradient_accumulation(loss_type):
-    batch = random_batch(num_rollouts=8, seed=3)
-    for part in (rows(batch, 0, 4), rows(batch, 4, 8)):
-        theirs, _ = trl_loss(part, loss_type, tokens_in_step=batch["loss_mask"].sum(), accumulation_steps=2)
-        rounding = 1e-6 if loss_type == "sapo" else 1e-12  # TRL's temperature is float32
-        if loss_type == "bnpo":  # TRL counts tokens per micro-batch and averages: the departure that losses.py names
-            ours = grpo_loss(**part, **options_of(loss_type)) / 2
-        else:
-            ours = grpo_loss(**part, **options_of(loss_type), **totals(batch, loss_type))
-        assert torch.allclose(ours, theirs, rtol=rounding, atol=0)
-
-
-@each_level
-@each_loss_type
-def test_grpo_loss_matches_liger(loss_type, level):
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    if level == "sequence" and loss_type in ("cispo", "sapo"):
-        pytest.skip("liger-kernel has no ratios of sequences for it")
-    batch = random_batch(dtype=torch.float32, seed=4)
-    generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(6, 7, 5, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 5, generator=generator, requires_grad=True)
-    tokens = torch.randint(11, (6, 7), generator=generator)
-    logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # [N, C]
-    shift = logprobs.detach() - batch["logprobs"].detach()
-    batch |= {"logprobs": logprobs, "old_logprobs": batch["old_logprobs"] + shift}
-    batch |= {"ref_logprobs": batch["ref_logprobs"] + shift}
-
-    loss, metrics = loss_and_metrics(batch, **options_of(loss_type, level))
-    grads = torch.autograd.grad(loss, [hidden, weight])
-    fused = LigerFusedLinearGRPOLoss(
-        beta=OPTIONS["beta"],
-        compiled=False,
-        epsilon_low=OPTIONS["epsilon"],
-        epsilon_high=options_of(loss_type)["epsilon_high"],
-        loss_type=loss_type,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        importance_sampling_level=level,
-    )
-    theirs, (their_kl, their_clip) = fused(
-        hidden,
-        weight,
-        tokens,
-        batch["loss_mask"].float(),
-        batch["advantages"],
-        ref_per_token_logps=batch["ref_logprobs"],
-        old_per_token_logps=batch["old_logprobs"],
-    )
-    their_grads = torch.autograd.grad(theirs, [hidden, weight])
-    assert torch.allclose(loss, theirs, rtol=1e-6, atol=1e-7)
-    assert torch.allclose(metrics["kl"], their_kl, rtol=1e-6, atol=1e-7)
-    assert torch.allclose(metrics["clip_low"] + metrics["clip_high"], their_clip, rtol=1e-6)
-    for grad, theirs in zip(grads, their_grads, strict=True):
-        assert torch.allclose(grad, theirs, rtol=1e-5, atol=1e-7)

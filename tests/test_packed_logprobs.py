@@ -146,6 +146,41 @@ def test_packed_logprobs_return_entropy_and_temperature(max_tokens):
 
 
 @pytest.mark.parametrize("max_tokens", [WHOLE, OVERSIZED])
+@pytest.mark.parametrize("name", ["torchtune", "transformers_lora"])
+def test_packed_logprobs_entropy_gradient_matches_baseline(name, max_tokens):
+    (model, baseline), rollouts = make_model(name), make_rollouts()
+    weights, coef, total = loss_weights(rollouts), 0.3, rollouts.num_loss_tokens
+    baseline.zero_grad()
+    for n, sequence in enumerate(rollouts.sequences):
+        is_torchtune = isinstance(baseline, TransformerDecoder)
+        tokens, steps = sequence.tolist(), rollouts.loss_mask[n].nonzero().flatten()
+        logits = (
+            baseline.output(baseline_hidden(baseline, tokens)) if is_torchtune else baseline(sequence[None]).logits[0]
+        )
+        at = rollouts.prompt_lens[n] + steps
+        scores = logits[at - 1].log_softmax(-1)  # [steps, V]
+        own = scores.gather(-1, sequence[at, None])[:, 0]
+        ((own * weights[n, steps]).sum() - coef * torch.special.entr(scores.exp()).sum() / total).backward()
+    expected = gradients(baseline)
+    model.zero_grad()
+    for batch, *scored in packed_logprobs(
+        model, rollouts, max_tokens=max_tokens, return_entropy=True, entropy_grad=True
+    ):
+        logprobs, entropies = scored
+        loss = (logprobs * weights[batch.indices, : logprobs.shape[1]]).sum() - coef * entropies.sum() / total
+        loss.backward()
+    assert largest_error(gradients(model), expected) < 1e-12
+
+
+def test_packed_logprobs_entropy_backward_after_the_loop_moved_on_raises():
+    (model, _), rollouts = make_model("torchtune"), make_rollouts()
+    options = {"max_tokens": OVERSIZED, "return_entropy": True, "entropy_grad": True}
+    for entropies in [entropies for *_, entropies in packed_logprobs(model, rollouts, **options)]:
+        with pytest.raises(RuntimeError, match=r"backward\(\) must be called inside the loop over packed_logprobs"):
+            entropies.sum().backward()
+
+
+@pytest.mark.parametrize("max_tokens", [WHOLE, OVERSIZED])
 @pytest.mark.parametrize("name", ["torchtune", "transformers"])
 def test_packed_logprobs_no_grad_scores_the_same(name, max_tokens):
     (model, _), rollouts = make_model(name), make_rollouts()

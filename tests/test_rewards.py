@@ -106,6 +106,15 @@ def test_docs_examples_run_from_the_working_directory(tmp_path, monkeypatch):
     assert doctest.DocTestRunner().run(parsed).failed == 0
 
 
+def test_trls_soft_overlong_punishment_is_that_of_dapo():
+    options = {"max_completion_len": 10, "soft_punish_cache": 4, "weight": 0.5}
+    rewards = build_rewards({"overlong": {"_component_": "trl.rewards.get_soft_overlong_punishment", **options}})
+    (scores,) = score(rewards, [group_of(["x" * length for length in (1, 6, 7, 8, 10, 11)])])
+    # DAPO, arXiv 2503.14476, eq. 13: 0 up to 10 - 4 tokens, -1 from 10 on, a line between.
+    assert scores.values["overlong"].tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+    assert scores.total.tolist() == [0.0, 0.0, -0.125, -0.25, -0.5, -0.5]
+
+
 # Scoring.
 
 

@@ -1,16 +1,15 @@
-"""Rollouts: constructors, derived fields and selection; group advantages by hand (in test_fuzz.py by a loop)."""
+"""Rollouts: constructors, derived fields and selection."""
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from flexpg.rollouts import Rollouts, ScaleRewards, group_advantages
+from flexpg.advantages import group_advantages
+from flexpg.rollouts import Rollouts
 
 NAN = math.nan
-each_scale = pytest.mark.parametrize("scale_rewards", get_args(ScaleRewards))
 
 
 def tokens(*ids):
@@ -241,41 +240,12 @@ def test_select_drops_prompts_without_rollouts():
         Rollouts(**fields()).select(torch.tensor([True, False, True, True]))
 
 
-# Group advantages
-
-
-def advantages_of(rewards, group_ids, *options):
-    """Compute advantages of rewards [N] in groups of any ids."""
-    rollouts = Rollouts([tokens(1)], [tokens(1)] * len(rewards), torch.zeros_like(group_ids), rewards)
-    return group_advantages(rollouts, *options, group_ids=group_ids)
-
-
-def test_group_advantages_by_hand():
-    # Group 0 has 1, 0, 0, 1: mean 0.5, unbiased variance 4 * 0.25 / 3, std 0.57735. Group 1 is a single 5: std 0.
-    # The batch 1, 5, 0, 0, 1: mean 1.4, variance (0.16 + 12.96 + 1.96 + 1.96 + 0.16) / 4 = 4.3, std 2.07364.
-    completions = [[[2], [2], [2], [2]], [[2]]]
-    rollouts = Rollouts.from_groups([[1], [1]], completions, [[1.0, 0, 0, 1], [5.0]]).select([0, 4, 1, 2, 3])
-    centered = torch.tensor([0.5, 0, -0.5, -0.5, 0.5])
-    assert torch.equal(group_advantages(rollouts, "none"), centered)
-    assert torch.allclose(group_advantages(rollouts), centered / (math.sqrt(1 / 3) + 1e-4))
-    assert torch.allclose(group_advantages(rollouts, "batch"), centered / (math.sqrt(4.3) + 1e-4))
-    with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none, got 'std'"):
-        group_advantages(rollouts, "std")
-
-
-def test_group_advantages_group_ids_compare_rollouts_of_different_prompts():
-    rollouts = Rollouts.from_groups([[1], [1, 2], [3]], [[[4]], [[4]], [[4]]], [[1.0], [0.0], [7.0]])
-    assert group_advantages(rollouts, "none").tolist() == [0.0, 0.0, 0.0]
-    assert group_advantages(rollouts, "none", group_ids=tokens(5, 5, 9)).tolist() == [0.5, -0.5, 0.0]
-
-
-@each_scale
-def test_group_advantages_equal_rewards_are_exactly_zero(scale_rewards):
-    # The mean of seven times 0.7 is not 0.7 in float32: the departure from TRL that rollouts.py names.
-    assert not advantages_of(torch.full((7,), 0.7), torch.zeros(7, dtype=torch.int64), scale_rewards).any()
-    assert advantages_of(torch.tensor([3.0, 1.0]), torch.tensor([1, 0]), scale_rewards).tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_group_advantages_keep_the_dtype_of_the_rewards(dtype):
-    assert advantages_of(torch.ones(2, dtype=dtype), torch.tensor([0, 0])).dtype == dtype
+def test_keep_in_loss_empties_the_loss_masks_of_other_rollouts():
+    full = Rollouts(**fields(loss_mask=LOSS_MASK, old_logprobs=logprobs()))
+    kept = full.keep_in_loss(torch.tensor([False, True, True, True]))
+    assert torch.equal(kept.loss_mask, LOSS_MASK & torch.tensor([[False], [True], [True], [True]]))
+    assert torch.equal(kept.rewards, full.rewards) and kept.completions == full.completions
+    assert torch.equal(group_advantages(kept), group_advantages(full))  # its reward still counts
+    for counts in (torch.tensor([0, 2]), torch.ones(3, dtype=torch.bool), torch.ones_like(LOSS_MASK)):
+        with pytest.raises(ValueError, match=r"counts must be bool \[4\], got"):
+            full.keep_in_loss(counts)

@@ -144,6 +144,7 @@ def packed_logprobs(
     max_tokens: int | None = ...,
     temperature: float = ...,
     return_entropy: Literal[True],
+    entropy_grad: bool = ...,
     autocast_dtype: torch.dtype | None = ...,
 ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]: ...
 
@@ -155,6 +156,7 @@ def packed_logprobs(
     max_tokens: int | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
     autocast_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[Any, ...]]:
     """Iterate over micro-batches and the log-probabilities of their completion tokens, each prefix encoded once.
@@ -178,7 +180,9 @@ def packed_logprobs(
         rollouts: The step's rollouts, on the model's device; or micro-batches of this rank, as `pack` returned them.
         max_tokens: Tokens of a packed sequence; None if `rollouts` are micro-batches.
         temperature: Divides the logits.
-        return_entropy: Also yield entropies [n, C], in nats and without gradient.
+        return_entropy: Also yield entropies [n, C], in nats.
+        entropy_grad: Whether entropies have a gradient, for an entropy bonus; the backward then needs more memory for
+            each chunk of logits.
         autocast_dtype: Run the forwards under torch.autocast with this dtype; None to leave autocast unchanged.
 
     Yields:
@@ -195,7 +199,8 @@ def packed_logprobs(
     if isinstance(rollouts, Rollouts):
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
-    return _packed_logprobs(model, rollouts, temperature, return_entropy, partial(autocast, model, autocast_dtype))
+    context = partial(autocast, model, autocast_dtype)
+    return _packed_logprobs(model, rollouts, temperature, return_entropy, entropy_grad, context)
 
 
 def sample(
@@ -245,7 +250,12 @@ def sample(
 
 
 def _packed_logprobs(
-    model: nn.Module, batches: Sequence[MicroBatch], temperature: float, return_entropy: bool, context: Any
+    model: nn.Module,
+    batches: Sequence[MicroBatch],
+    temperature: float,
+    return_entropy: bool,
+    entropy_grad: bool,
+    context: Any,
 ) -> Iterator[tuple[Any, ...]]:
     integration = integration_for(model)
 
@@ -255,7 +265,7 @@ def _packed_logprobs(
         layer, lens, mask = integration.output(model), batch.rollouts.prompt_lens, batch.loss_mask
         options: Any = {"prompt_lens": lens, "loss_mask": mask, "temperature": temperature}
         if return_entropy:
-            return token_logprobs(hidden, layer, batch.tree, **options, return_entropy=True)
+            return token_logprobs(hidden, layer, batch.tree, **options, return_entropy=True, entropy_grad=entropy_grad)
         return (token_logprobs(hidden, layer, batch.tree, **options),)
 
     for batch in batches:
@@ -272,8 +282,9 @@ def _packed_logprobs(
                 turns += [turn] if batch.cached_tokens else []
                 with context():
                     logprobs, *entropies = run_as_forward(model, partial(score, batch, prefix))
-                if logprobs.requires_grad:
-                    logprobs.register_hook(turn.check)
+                for values in (logprobs, *entropies):
+                    if values.requires_grad:
+                        values.register_hook(turn.check)
                 try:
                     yield batch, logprobs, *entropies
                 except GeneratorExit:
@@ -296,7 +307,7 @@ class _Turn:
     has_gradient = False
 
     def check(self, grad: Tensor) -> None:
-        """Raise if it is over; a hook on the log-probabilities."""
+        """Raise if it is over; a hook on the log-probabilities and entropies."""
         self.has_gradient = True
         if self.is_over:
             raise RuntimeError(

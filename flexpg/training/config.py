@@ -22,8 +22,8 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from flexpg.advantages import ScaleRewards
 from flexpg.losses import ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
-from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import SamplingParams
 from flexpg.training.errors import one_line
 
@@ -52,6 +52,11 @@ class LossConfig:
     delta: float | None = None  # the largest ratio of bad rollouts
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    entropy_coef: float = 0.0  # above 0 rewards entropy
     beta: float = 0.0  # above 0 needs a reference: a frozen copy of the model, or with LoRA the model without adapters
     importance_sampling_level: ImportanceSamplingLevel = "token"
     importance_sampling_mode: ImportanceSamplingMode = "sequence_mask"  # these three correct for another sampler
@@ -99,6 +104,8 @@ class GRPOConfig:
 
     # Update
     scale_rewards: ScaleRewards = "group"
+    mask_truncated_completions: bool = False  # leave truncated completions out of the loss; their rewards count
+    kl_in_reward: float = 0.0  # this times the KL divergence from the reference is subtracted from rewards
     loss: Any = field(default_factory=LossConfig)  # or {_component_: my.loss, ...}, called as grpo_loss is
     optimizer: Component = field(
         default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-6, "weight_decay": 0.0}
@@ -287,6 +294,8 @@ def _check_values(cfg: Any) -> None:
             f"async_steps must be 0 or 1 and max_resamplings at least 0, got {cfg.async_steps} and "
             f"{cfg.max_resamplings}"
         )
+    if cfg.kl_in_reward < 0:
+        raise ValueError(f"kl_in_reward must be at least 0, got {cfg.kl_in_reward}")
     if cfg.sampler and (cfg.sampling.top_k is not None or cfg.sampling.top_p < 1):
         raise ValueError(
             "sampling.top_k and sampling.top_p must not be set with a sampler: its log-probabilities would be those of "
@@ -295,6 +304,8 @@ def _check_values(cfg: Any) -> None:
     sampling_params(cfg, [])
     one = torch.ones(1, 1)
     try:
-        build_loss(cfg)(one, one[0], one.bool(), total_tokens=1, total_rollouts=1, ref_logprobs=one)
+        options = {"total_tokens": 1, "total_rollouts": 1, "ref_logprobs": one, "entropies": one}
+        options |= {"sampler_logprobs": one} if cfg.sampler else {}
+        build_loss(cfg)(one, one[0], one.bool(), **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"loss: {error}") from None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from flexpg.rollouts import Rollouts, ScaleRewards, group_advantages
+from flexpg.advantages import ScaleRewards, group_advantages, rewards_minus_kl
+from flexpg.rollouts import Rollouts
 from flexpg.sampling import Samples
+from flexpg.training.distributed import World
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,3 +140,20 @@ def episode_advantages(step: StepRollouts, scale_rewards: ScaleRewards) -> Tenso
     first = is_first.nonzero()[:, 0]  # [episodes]
     own = group_advantages(step.rollouts.select(first), scale_rewards, group_ids=step.problem[first])
     return own[step.episode]
+
+
+def episode_kl(step: StepRollouts, world: World) -> Tensor:
+    """Return the KL divergence of each episode from the reference policy, the sum over its turns.
+
+    Args:
+        step: The rollouts; old and reference log-probabilities are 0 for those of other ranks.
+        world: The ranks.
+
+    Returns:
+        [episodes] float, on all ranks.
+    """
+    zeros = torch.zeros_like(step.rollouts.rewards)
+    own = -rewards_minus_kl(replace(step.rollouts, rewards=zeros), beta=1.0)  # [N]
+    summed = world.all_reduce_sum({str(n): value for n, value in enumerate(own.tolist())})
+    kl = zeros.new_zeros(int(step.episode.max()) + 1)
+    return kl.index_add(0, step.episode, zeros.new_tensor(list(summed.values())))

@@ -44,7 +44,10 @@ def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dic
 
 
 def has_spread(rewards: Tensor) -> Tensor:
-    """Return [problems] bool, False where all rewards [problems, G] of a problem are equal."""
+    """Return [problems] bool, False where all rewards [problems, G] of a problem are equal, so that advantages are 0.
+
+    Dynamic sampling replaces these: DAPO, arXiv 2503.14476, section 3.2.
+    """
     return (rewards != rewards[:, :1]).any(1)
 
 

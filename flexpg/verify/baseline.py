@@ -18,6 +18,7 @@ def baseline_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute log-probabilities without sharing: every sequence in full, through the model's own attention.
@@ -29,6 +30,7 @@ def baseline_logprobs(
         rollouts: Rollouts on the model's device.
         temperature: Divides the logits.
         return_entropy: Also return entropies.
+        entropy_grad: Whether entropies have a gradient.
         autocast_dtype: Run the forward under torch.autocast with this dtype.
 
     Returns:
@@ -47,6 +49,7 @@ def baseline_logprobs(
             integration.output(model),
             temperature=temperature,
             return_entropy=return_entropy,
+            entropy_grad=entropy_grad,
         )
         return tuple(x.new_zeros(rollouts.loss_mask.shape).index_put((row, step), x) for x in flat)
 
