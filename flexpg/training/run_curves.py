@@ -118,7 +118,7 @@ def _svg(figure: Figure, axes: Axes, *, has_legend: bool) -> str:
     axes.tick_params(colors=TEXT, labelsize=9)
     axes.grid(color=TEXT, alpha=0.15)
     axes.set_xlabel("step", color=TEXT, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if has_legend:
         columns = int(figure.get_figwidth() // 2.5)
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=TEXT)

@@ -167,10 +167,10 @@ def _escape(text: object) -> str:
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Return a table whose first column are names; with a head the others are numbers."""
-    cell = "<td class=number>" if head else "<td><code>"
+    left, right = ("<td class=number>", "</td>") if head else ("<td><code>", "</code></td>")
     lines = [f"<tr>{''.join(f'<th>{_escape(title)}</th>' for title in head)}</tr>"] if head else []
     lines += [
-        f"<tr><td>{_escape(name)}</td>{''.join(f'{cell}{_escape(value)}</td>' for value in values)}</tr>"
+        f"<tr><td>{_escape(name)}</td>{''.join(f'{left}{_escape(value)}{right}' for value in values)}</tr>"
         for name, *values in rows
     ]
     return f"<div class=card><table>{''.join(lines)}</table></div>"
