@@ -139,7 +139,7 @@ def test_seconds_are_stacked_in_proportion():
     assert any("weights to the engine" in curve.svg for curve in draw_curves([engine], {}))
 
 
-def test_samples_of_five_steps_from_first_to_last_are_shown_with_long_texts_cut(tmp_path):
+def test_report_shows_samples_of_five_steps_with_long_texts_cut(tmp_path):
     log = SamplesLog(tmp_path / "samples.jsonl", 0)
     for step in range(1, 31):
         log.write([sample(step, f"\nstart{'x' * 9000}end")], None)

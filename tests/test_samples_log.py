@@ -19,7 +19,7 @@ from flexpg.training.tasks import ByteTokenizer, Problem
 
 TOKENIZER = ByteTokenizer()
 SAMPLE = Sample(3, "Add.\n2+2=", "4", "#### 4", {"correct": 1.0, "style": None}, 1.0, 0.7, 7, False)
-# Line ends that are none in JSON, a fence of Markdown, a lone surrogate, which UTF-8 cannot store.
+# Line separators that do not end a line of JSON, a fence of Markdown, a lone surrogate, which UTF-8 cannot store.
 NASTY = replace(SAMPLE, step=4, completion="a\u2028b\x85c\r\nd\n```\n\ud800 \x00 \u00e9 <b>", is_truncated=True)
 
 
@@ -77,7 +77,7 @@ def test_resumed_run_repeats_no_samples_and_drops_a_line_that_was_cut_off(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-def test_format_samples_shortens_prompts_at_the_start_and_completions_in_the_middle():
+def test_format_samples_shortens_long_prompts_and_completions():
     long = replace(SAMPLE, prompt="x" * 500 + "2+2=", completion="so" + "y" * 500 + "#### 4", is_truncated=True)
     prompt, best, worst = format_samples([long, SAMPLE]).splitlines()[:3]
     assert prompt.startswith("step    3  '...xxx") and prompt.endswith("xx2+2='") and len(prompt) < 100
