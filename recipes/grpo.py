@@ -65,6 +65,7 @@ from flexpg.training.episodes import (
 from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.metrics import (
     MIN_SPEEDUP,
+    best_step,
     cost_metrics,
     episode_metrics,
     flop_ratio,
@@ -79,6 +80,8 @@ from flexpg.training.models import build_model, library_of
 from flexpg.training.prompts import completion_group, tokenize_problems
 from flexpg.training.reward_calls import Log, Run, TrainerState
 from flexpg.training.rewards import Scores, build_rewards, reward_metrics, score
+from flexpg.training.run_report import write_report
+from flexpg.training.samples_log import SamplesLog, best_and_worst, format_samples
 from flexpg.training.tasks import Problem
 from flexpg.tree import PrefixTree
 from flexpg.verify import baseline_logprobs, gradient_norms
@@ -86,6 +89,7 @@ from flexpg.verify import baseline_logprobs, gradient_norms
 # Options that must not change between a checkpoint and the run that resumes from it.
 SAME_ON_RESUME = ("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems")
 SAME_ON_RESUME += ("test_problems", "prompt_format", "model", "optimizer", "lr_scheduler")
+SAME_ON_EVAL = ("model", "optimizer", "lr_scheduler")  # what a checkpoint is loaded into
 # How far an engine's log-probabilities may be from the trainer's on average, by the dtype of the computation.
 ENGINE_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}
 NO_SAMPLES = Samples([], torch.zeros(0, 0), torch.zeros(0, dtype=torch.bool))
@@ -125,6 +129,7 @@ class GRPORecipe(FTRecipeInterface):
         self.prompts_per_minibatch = per_minibatch
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
+        self.reward_s = 0.0  # of the current step
         self.stop_signal = 0  # the number of a signal that asks to stop
         utils.get_logger().addFilter(lambda record: record.levelno >= logging.WARNING)  # torchtune's progress messages
         # torchtune's RMSNorm computes in float32; torch warns where its weight, frozen or not, is bf16.
@@ -163,10 +168,14 @@ class GRPORecipe(FTRecipeInterface):
         earlier = checkpoints(self.checkpoint_dir)
         if len(set(world.all_gather([str(earlier[-1:])]))) > 1:
             raise ValueError(f"output_dir must be a folder that all ranks share, got {self.output_dir}")
-        if earlier and not cfg.resume:
+        if cfg.eval_only and cfg.resume and not earlier:
+            raise ValueError(
+                f"resume must be false with eval_only, got true without a checkpoint in {self.checkpoint_dir}"
+            )
+        if earlier and not (cfg.resume or cfg.eval_only):
             raise ValueError(f"output_dir holds {earlier[-1]} of an earlier run; set resume=true or another output_dir")
         saved = self.library.weights_folder(cfg) / "epoch_0"
-        if world.is_first and saved.exists() and not earlier:
+        if world.is_first and saved.exists() and not (earlier or cfg.eval_only):
             print(f"the trained weights in {saved} will be replaced at the end of this run")
 
         self.source, weights = self.library.load_weights(cfg, self.model) if world.is_first else (None, {})
@@ -183,7 +192,7 @@ class GRPORecipe(FTRecipeInterface):
         self.needs_reference = cfg.loss.get("beta", 0.0) > 0 or cfg.kl_in_reward > 0
         self.entropy_grad = cfg.loss.get("entropy_coef", 0.0) != 0
         self.reference = None  # with LoRA, the reference is the model without its adapters
-        if self.needs_reference and not self.is_lora:
+        if self.needs_reference and not (self.is_lora or cfg.eval_only):
             reference = build_model(cfg, self.dtype, self.dtype).requires_grad_(False)
             reference = self.library.materialize(reference, weights, world, seed=cfg.seed, compile=cfg.compile)
             self.reference = flexpg.enable(reference)
@@ -192,7 +201,7 @@ class GRPORecipe(FTRecipeInterface):
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer)
 
         self.steps_done, self.history, self.accuracies = 0, [], {}
-        if earlier:
+        if cfg.resume and earlier:
             self.resume(earlier[-1])
         self.engine = component(cfg, "sampler") if cfg.sampler else None  # None: flexpg.sample, from the model itself
         self.background = ThreadPoolExecutor(1, "flexpg sampling")
@@ -200,19 +209,23 @@ class GRPORecipe(FTRecipeInterface):
             raise ValueError("async_steps needs a sampler that is a server: the model itself is training meanwhile")
         if self.engine:
             self.sync() if self.steps_done else self.check_engine()
+        is_profiled = cfg.profiler.get("enabled", False) and not cfg.eval_only
+        self.profiler = component(cfg, "profiler")[0] if is_profiled else training.DummyProfiler()
         if world.is_first:
             if cfg.resume and not earlier:
                 print(f"no checkpoint in {self.checkpoint_dir}, starting from scratch")
-            elif earlier:
+            elif cfg.resume:
                 print(f"resuming after step {self.steps_done}")
             self.metric_logger = component(cfg, "metric_logger")
-            self.metric_logger.log_config(cfg)
+            if not cfg.eval_only:
+                self.metric_logger.log_config(cfg)
+                self.samples_log = SamplesLog(self.output_dir / "samples.jsonl", self.steps_done)
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint of the same run."""
         progress, options = read_progress(checkpoint), OmegaConf.to_container(self.cfg)
         for name, value in progress["options"].items():
-            if options[name] != value:
+            if options[name] != value and (name in SAME_ON_EVAL or not self.cfg.eval_only):
                 raise ValueError(
                     f"{name} must be {value} to resume from {checkpoint}, got {options[name]}; use that, or start from "
                     "scratch with another output_dir"
@@ -237,11 +250,13 @@ class GRPORecipe(FTRecipeInterface):
         is_checked = not cfg.self_check
         pending: Future[list[list[Episode]]] | None = None
         is_silent = None if self.world.is_first else True  # None: silent unless stderr is a terminal
+        self.profiler.start()
         for step in tqdm(range(self.steps_done + 1, cfg.num_steps + 1), desc="GRPO", disable=is_silent):
             if self.should_stop():
                 break
             started = synchronized_time(self.world.device)
             problems = self.choose_problems(step)
+            self.reward_s = 0.0
             with self.saved_on_error():
                 groups = pending.result() if pending else self.generate(problems, f"step {step}")
                 data, metrics = self.score(step, problems, groups)
@@ -262,12 +277,14 @@ class GRPORecipe(FTRecipeInterface):
                 data = replace(data, rollouts=replace(data.rollouts, rewards=rewards))
                 metrics["reward_kl"] = kl.mean().item()
             advantages = episode_advantages(data, cfg.scale_rewards)
+            self.log_samples(step, data, advantages)
             metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
             metrics["lr"] = training.get_lr(self.optimizer)
             self.lr_scheduler.step()
             finished = synchronized_time(self.world.device)
-            seconds = {"sample_s": sampled - started, "logprobs_s": scored - sampled - self_check_s}
-            seconds |= {"train_s": finished - scored, "self_check_s": self_check_s}
+            seconds = {"sample_s": sampled - started - self.reward_s, "reward_s": self.reward_s}
+            seconds |= {"logprobs_s": scored - sampled - self_check_s, "self_check_s": self_check_s}
+            seconds |= {"train_s": finished - scored}
 
             self.steps_done = step
             if self.engine:
@@ -278,10 +295,13 @@ class GRPORecipe(FTRecipeInterface):
             self.log(metrics | seconds)
             if step % cfg.eval_every_n_steps == 0 or step == cfg.num_steps:
                 self.evaluate()
-            if cfg.checkpoint_every_n_steps and step % cfg.checkpoint_every_n_steps == 0:
+            is_best = cfg.keep_best_checkpoint and best_step(self.accuracies) == step
+            if is_best or (cfg.checkpoint_every_n_steps and step % cfg.checkpoint_every_n_steps == 0):
                 self.save_progress(self.checkpoint_dir)
             if step == 1 and self.world.is_first:
                 self.plot(data)
+            self.profiler.step()
+        self.profiler.stop()
         if not self.is_finished():
             self.save_progress(self.checkpoint_dir)
 
@@ -309,6 +329,7 @@ class GRPORecipe(FTRecipeInterface):
             for n, (number, group, own_scores) in zip(flat, new, strict=False):
                 if has_spread(own_scores.total[None]):
                     problems[n], groups[n], scores[n] = number, group, own_scores
+        self.scored = list(zip(problems, groups, scores, strict=True))  # for log_samples
         rewards = torch.stack([own.total for own in scores])  # [problems, G]
         data = build_rollouts(groups, rewards, self.world.device, with_logprobs=self.engine is not None)
         if self.cfg.mask_truncated_completions:
@@ -330,7 +351,9 @@ class GRPORecipe(FTRecipeInterface):
             )
             for n, group in zip(shard, own, strict=True)
         ]
+        started = synchronized_time(self.world.device)
         scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(own)
+        self.reward_s += synchronized_time(self.world.device) - started
         if self.environment:
             scores = [with_environment(scored, group) for scored, group in zip(scores, own, strict=True)]
         cpu = [[episode.cpu() for episode in group] for group in own]
@@ -515,6 +538,21 @@ class GRPORecipe(FTRecipeInterface):
         if self.world.is_first:
             self.metric_logger.log_dict(self.history[-1], step=self.steps_done)
 
+    def log_samples(self, step: int, data: StepRollouts, advantages: Tensor) -> None:
+        """Show the best and the worst episode of two problems at step 1 and every `log_samples_every_n_steps` steps."""
+        every, size = self.cfg.log_samples_every_n_steps, self.cfg.group_size
+        if not (self.world.is_first and every and (step == 1 or step % every == 0)):
+            return
+        is_first_turn = data.episode.diff(prepend=data.episode.new_tensor([-1])) > 0
+        by_problem = advantages[is_first_turn].view(-1, size).tolist()
+        samples = [
+            sample
+            for (number, episodes, scores), own in zip(self.scored[:2], by_problem, strict=False)
+            for sample in best_and_worst(step, self.problems[number], episodes, scores, own, self.tokenizer)
+        ]
+        self.samples_log.write(samples, self.metric_logger)
+        tqdm.write(format_samples(samples))
+
     def evaluate(self) -> None:
         """Compute the mean `test_reward` of the most likely completion of every test problem."""
         own = self.world.shard(range(len(self.test_prompts)))
@@ -590,8 +628,9 @@ class GRPORecipe(FTRecipeInterface):
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "options": {name: OmegaConf.to_container(self.cfg)[name] for name in SAME_ON_RESUME},
         }
-        keep = self.cfg.keep_last_n_checkpoints
-        save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world)
+        keep, best = self.cfg.keep_last_n_checkpoints, best_step(self.accuracies)
+        best = best if self.cfg.keep_best_checkpoint else None
+        save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world, best)
 
     def save_checkpoint(self) -> None:
         """Save the trained weights in the format that they were loaded from."""
@@ -611,6 +650,11 @@ class GRPORecipe(FTRecipeInterface):
             plot_reward(rewards, self.accuracies).savefig(self.output_dir / "reward.png", dpi=200)
             print(f"{'plots':<20}{self.output_dir}/{{reward,mask,savings}}.png")
             print(f"{'weights':<20}{self.library.weights_folder(self.cfg)}/epoch_0")
+
+    def write_report(self) -> None:
+        """Write report.html, of a finished or of a stopped run."""
+        if self.world.is_first:
+            print(f"{'report':<20}{write_report(self.output_dir, self.cfg, self.history, self.accuracies)}")
 
     def cleanup(self) -> None:
         """Close the log and leave the process group."""
@@ -730,6 +774,9 @@ def recipe_main(cfg: GRPOConfig) -> None:
         recipe.setup()
     except SETUP_ERRORS as error:
         sys.exit(f"error: {one_line(error)}")
+    if cfg.eval_only:
+        recipe.evaluate()
+        return recipe.cleanup()
     try:
         recipe.train()
         if recipe.is_finished():
@@ -740,6 +787,7 @@ def recipe_main(cfg: GRPOConfig) -> None:
         recipe.report()
     elif recipe.world.is_first:
         print(f"stopped after step {recipe.steps_done} of {cfg.num_steps}; resume=true continues from there")
+    recipe.write_report()
     recipe.cleanup()
     if not recipe.is_finished():
         sys.exit(128 + recipe.stop_signal)

@@ -105,6 +105,20 @@ def test_only_the_newest_checkpoints_are_kept_and_none_is_written_twice(tmp_path
         assert read_progress(path) == {"step": step, "loss": 0.1 + 0.2, "name": "ü"}
 
 
+def test_best_checkpoint_is_kept_besides_the_newest_and_named_in_a_file(tmp_path):
+    model, optimizer = linear_model(seed=0)
+    kept = {}
+    for step, best in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5), (7, None)):  # 0 was not saved
+        save_checkpoint(tmp_path, step, model, optimizer, {}, 1, SINGLE, best)
+        named = (tmp_path / "best.txt").read_text() if (tmp_path / "best.txt").exists() else ""
+        kept[step] = [int(path.name.removeprefix("step_")) for path in checkpoints(tmp_path)], named
+    second, fifth = "step_000002\n", "step_000005\n"
+    assert kept == {
+        **{1: ([1], ""), 2: ([2], second), 3: ([2, 3], second), 4: ([2, 4], second)},
+        **{5: ([5], fifth), 6: ([5, 6], fifth), 7: ([7], fifth)},  # without the option, nothing is kept or named
+    }
+
+
 def test_frozen_parameters_are_neither_saved_nor_changed(tmp_path):
     pairs = [sharded_model("llama3_2_lora", seed, SINGLE) for seed in (0, 1)]
     (model, optimizer), (other, other_optimizer) = pairs

@@ -70,6 +70,7 @@ OPTION_ERRORS = [
     ("model._component_=null", "model must have a _component_, got {'_component_': None, "),
     ("num_steps=0", "num_steps must be at least 1, got 0"),
     ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints at least 1, got 0 and 0"),
+    ("log_samples_every_n_steps=-1", "log_samples_every_n_steps must be at least 0 (0 for never), got -1"),
     ("group_size=1", "group_size must be at least 2, got 1: a group of one has no advantage"),
     ("clip_grad_norm=-1", "clip_grad_norm must be positive (.inf for no clipping), got -1.0"),
     ("sampling.temperature=0", "sampling.temperature must be positive for rollouts, got 0.0"),

@@ -15,6 +15,7 @@ from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 from flexpg.training.episodes import Episode, Turn
 from flexpg.training.metrics import (
+    best_step,
     cost_metrics,
     episode_metrics,
     flop_ratio,
@@ -50,6 +51,7 @@ def test_episode_metrics_are_means_over_episodes_and_groups():
             "groups_without_spread": 2 / 3,
             "completion_tokens": 28 / 6,
             "truncated": 1 / 6,
+            "sampled_tokens": 28,
             "turns": 7 / 6,
         }
     )
@@ -160,22 +162,24 @@ def test_peak_memory_grows_by_what_is_allocated_and_stays(device):
 
 
 def step_metrics(reward: float, tokens: float, seconds: list[float], counts: list[float], peak: float):
-    names = ("sample_s", "logprobs_s", "train_s", "tokens_baseline", "tokens_prompts_once", "tokens_encoded")
+    names = ("sample_s", "reward_s", "logprobs_s", "train_s")
+    names += ("tokens_baseline", "tokens_prompts_once", "tokens_encoded", "sampled_tokens_per_s")
     values = dict(zip(names, [*seconds, *counts], strict=True))
     return {"reward": reward, "completion_tokens": tokens, "peak_memory_gib": peak} | values
 
 
 def test_summary_has_every_evaluation_mean_costs_and_the_highest_peak():
     history = [
-        step_metrics(0.25, 20.0, [1.0, 0.5, 2.0], [3000.0, 1200.0, 1000.0], 1.5),
-        step_metrics(0.75, 30.0, [3.0, 1.5, 4.0], [5000.0, 1300.0, 600.0], 1.25),
+        step_metrics(0.25, 20.0, [1.0, 0.25, 0.5, 2.0], [3000.0, 1200.0, 1000.0, 400.0], 1.5),
+        step_metrics(0.75, 30.0, [3.0, 0.75, 1.5, 4.0], [5000.0, 1300.0, 600.0, 3200.0], 1.25),
     ]
     assert format_summary(history, {0: 0.1, 2: 0.6, 1: 0.9}).splitlines() == [
         "  step   held-out accuracy   reward   completion tokens",
         "     0               0.100",
         "     1               0.900    0.250                20.0",
         "     2               0.600    0.750                30.0",
-        "seconds per step    6.00: sampling and rewards 2.00, old and reference log-probabilities 1.00, update 3.00",
+        "seconds per step    6.50: sampling 2.00, rewards 0.50, old and reference log-probabilities 1.00, update 3.00",
+        "sampling            1,800 completion tokens per second",
         "tokens per step     4,000 with every prompt once per completion (baseline)",
         "                    1,250 with every prompt once (3.2x fewer)",
         "                    800 encoded in this run (5.0x fewer)",
@@ -183,10 +187,19 @@ def test_summary_has_every_evaluation_mean_costs_and_the_highest_peak():
     ]
     last = format_summary(history, {0: 0.1, 2: 0.6}).splitlines()[2]
     assert last == "     2               0.600    0.500                25.0"  # means over both steps
+    synced = format_summary([metrics | {"sync_s": 0.5} for metrics in history], {})
+    assert "7.00: sampling 2.00, rewards 0.50, weights to the engine 0.50, old" in synced
 
 
 def test_rates_are_ratios_of_sums():
-    sums = {"tokens_baseline": 1000, "tokens_encoded": 250, "padding": 50}
-    seconds = {"sample_s": 3.0, "logprobs_s": 1.0, "train_s": 1.0}
+    sums = {"tokens_baseline": 1000, "tokens_encoded": 250, "padding": 50, "sampled_tokens": 600}
+    seconds = {"sample_s": 3.0, "reward_s": 0.5, "logprobs_s": 0.5, "train_s": 1.0, "self_check_s": 9.0}
     expected = {"sample_fraction": 0.6, "token_ratio": 4.0, "tokens_per_s": 200.0, "padding_fraction": 50 / 300}
+    expected["sampled_tokens_per_s"] = 200.0
     assert rates(sums | seconds) == pytest.approx(expected)
+    assert rates(sums | seconds | {"sync_s": 5.0})["tokens_per_s"] == 100.0
+
+
+def test_best_step_is_the_first_with_the_highest_accuracy():
+    assert best_step({30: 0.75, 0: 0.25, 20: 0.75, 10: 0.5}) == 20
+    assert best_step({}) is None

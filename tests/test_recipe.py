@@ -332,6 +332,7 @@ def test_tune_run_trains_plots_and_saves_a_model_that_transformers_loads(tmp_pat
     assert not [line for line in done.stderr.splitlines() if "torchao" not in line], done.stderr
     for plot in ("reward.png", "mask.png", "savings.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 2
     assert "Step 2 | reward:" in next((tmp_path / "logs").iterdir()).read_text()
     saved = tmp_path / "epoch_0"
     names = ",".join(file.name for file in saved.glob("*.safetensors"))

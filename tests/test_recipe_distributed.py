@@ -205,4 +205,5 @@ def test_signal_saves_a_checkpoint_and_exits_with_its_status(tmp_path, number, e
     step = newest(tmp_path)
     assert step >= 1
     assert f"stopped after step {step} of 1000; resume=true continues from there" in printed.read_text()
+    assert f"stopped after step {step} of 1000" in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "epoch_0").exists()  # weights are written at the end of a run

@@ -32,6 +32,7 @@ from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
 
 STATE, PROGRESS, FILES = "state.pt", "progress.json", "files.json"
+BEST = "best.txt"
 
 
 class CheckpointError(ValueError):
@@ -39,7 +40,14 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: Any, keep_last: int, world: World
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Any,
+    keep_last: int,
+    world: World,
+    best_step: int | None = None,
 ) -> None:
     """Write `folder`/step_N unless it exists, then delete all but the newest `keep_last`; all ranks call it.
 
@@ -51,6 +59,7 @@ def save_checkpoint(
         progress: Whatever else is needed to resume, as JSON.
         keep_last: Number of checkpoints to keep, at least 1.
         world: The ranks.
+        best_step: The step of another checkpoint to keep, if it exists; `folder`/best.txt will have its name.
 
     Raises:
         CheckpointError: If it could not be written (earlier checkpoints are untouched), or older ones not deleted. On
@@ -87,8 +96,10 @@ def save_checkpoint(
     try:
         with world.raise_on_all_ranks(OSError):
             if world.is_first:
+                best = _mark_best(folder, best_step)
                 for old in checkpoints(folder)[:-keep_last]:
-                    shutil.rmtree(old.rename(old.with_suffix(".deleted")))
+                    if old != best:
+                        shutil.rmtree(old.rename(old.with_suffix(".deleted")))
     except ValueError as error:
         raise CheckpointError(f"{final} is saved, but an older checkpoint cannot be deleted: {error}") from error
 
@@ -161,6 +172,17 @@ def differences(saved: Mapping[str, Sequence[int]], needed: Mapping[str, Sequenc
             if name in saved and list(saved[name]) != list(shape)
         ),
     ]
+
+
+def _mark_best(folder: Path, step: int | None) -> Path | None:
+    """Write the name of the best checkpoint to a file, atomically, and return its path, None if it does not exist."""
+    best = None if step is None else folder / f"step_{step:06d}"
+    if best is None or not best.exists():
+        return None
+    unfinished = folder / f".{BEST}"
+    unfinished.write_text(f"{best.name}\n")
+    unfinished.replace(folder / BEST)
+    return best
 
 
 def _options(world: World, *, load: bool = False) -> StateDictOptions:

@@ -120,18 +120,28 @@ class GRPOConfig:
     eval_every_n_steps: int = 20
     checkpoint_every_n_steps: int = 0  # 0 for no checkpoints
     keep_last_n_checkpoints: int = 2
+    keep_best_checkpoint: bool = False  # also save at every evaluation that is the best so far, and keep the best one
     resume: bool = False  # from the newest checkpoint in output_dir, or from scratch if there is none
+    eval_only: bool = False  # evaluate the weights, or with `resume` the newest checkpoint, once, and end
+    log_samples_every_n_steps: int = 10  # and at step 1: rollouts of two problems to read; 0 for never
     metric_logger: Component = field(
         default_factory=lambda: {
             "_component_": "torchtune.training.metric_logging.DiskLogger",
             "log_dir": "${output_dir}/logs",
         }
     )
+    profiler: Component = field(
+        default_factory=lambda: {
+            "_component_": "torchtune.training.setup_torch_profiler",
+            "enabled": False,
+            "output_dir": "${output_dir}/profiler",
+        }
+    )
 
 
 COMPONENTS = (
     *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "test_reward"),
-    *("optimizer", "lr_scheduler", "metric_logger", "sampler", "environment"),
+    *("optimizer", "lr_scheduler", "metric_logger", "sampler", "environment", "profiler"),
 )
 
 
@@ -282,6 +292,10 @@ def _check_values(cfg: Any) -> None:
         raise ValueError(
             f"checkpoint_every_n_steps must be at least 0 and keep_last_n_checkpoints at least 1, got "
             f"{cfg.checkpoint_every_n_steps} and {cfg.keep_last_n_checkpoints}"
+        )
+    if cfg.log_samples_every_n_steps < 0:
+        raise ValueError(
+            f"log_samples_every_n_steps must be at least 0 (0 for never), got {cfg.log_samples_every_n_steps}"
         )
     if not cfg.clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm must be positive (.inf for no clipping), got {cfg.clip_grad_norm}")

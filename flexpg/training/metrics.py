@@ -18,6 +18,14 @@ from flexpg.tree import padded_length
 
 # Sharing that saves less than this is not used: packed sequences have costs of their own (masks, merging).
 MIN_SPEEDUP = 1.05
+# The seconds of a step, by what they were spent on.
+SECONDS = {
+    "sample_s": "sampling",
+    "reward_s": "rewards",
+    "sync_s": "weights to the engine",
+    "logprobs_s": "old and reference log-probabilities",
+    "train_s": "update",
+}
 
 
 def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dict[str, float]:
@@ -30,7 +38,8 @@ def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dic
     Returns:
         "reward", "turns" and "completion_tokens" (of all turns), means over episodes; "reward_std", the mean over
         groups of their standard deviation; "groups_without_spread", the share of groups whose rewards are equal, which
-        have no gradient; "truncated", the share of episodes that the sampler's limit truncated.
+        have no gradient; "truncated", the share of episodes that the sampler's limit truncated; "sampled_tokens",
+        those of all completions.
     """
     episodes = [episode for group in groups for episode in group]
     return {
@@ -40,6 +49,7 @@ def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dic
         "completion_tokens": sum(len(turn.completion) for own in episodes for turn in own.turns) / len(episodes),
         "truncated": sum(not own.is_finished for own in episodes) / len(episodes),
         "turns": sum(len(own.turns) for own in episodes) / len(episodes),
+        "sampled_tokens": sum(len(turn.completion) for own in episodes for turn in own.turns),
     }
 
 
@@ -107,14 +117,16 @@ def rates(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return shares and ratios of a step's sums.
 
     Args:
-        metrics: With `cost_metrics` and the seconds "sample_s", "logprobs_s" and "train_s".
+        metrics: With `cost_metrics`, "sampled_tokens", and those of `SECONDS` that the run has.
 
     Returns:
-        "sample_fraction" of the seconds; "token_ratio", how many times fewer tokens were encoded than by the baseline;
-        "tokens_per_s", baseline tokens per second of the step; "padding_fraction" of what was encoded.
+        "sample_fraction" of the seconds; "sampled_tokens_per_s" of sampling; "token_ratio", how many times fewer tokens
+        were encoded than by the baseline; "tokens_per_s", baseline tokens per second of the step; "padding_fraction" of
+        what was encoded.
     """
-    total = metrics["sample_s"] + metrics["logprobs_s"] + metrics["train_s"]
+    total = sum(metrics.get(name, 0.0) for name in SECONDS)
     return {
+        "sampled_tokens_per_s": metrics["sampled_tokens"] / metrics["sample_s"],
         "sample_fraction": metrics["sample_s"] / total,
         "token_ratio": metrics["tokens_baseline"] / metrics["tokens_encoded"],
         "tokens_per_s": metrics["tokens_baseline"] / total,
@@ -135,6 +147,18 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def best_step(accuracies: Mapping[int, float]) -> int | None:
+    """Return the step of the highest accuracy, the first of several, None if there is none.
+
+    >>> best_step({0: 0.25, 10: 0.5, 20: 0.75, 30: 0.75})
+    20
+
+    Args:
+        accuracies: Held-out accuracy by completed steps.
+    """
+    return min(accuracies, key=lambda step: (-accuracies[step], step), default=None)
 
 
 def format_eval(history: Sequence[Mapping[str, float]], accuracies: Mapping[int, float]) -> str:
@@ -162,7 +186,8 @@ def format_summary(history: Sequence[Mapping[str, float]], accuracies: Mapping[i
     """
 
     def mean(name: str) -> float:
-        return sum(metrics[name] for metrics in history) / len(history)
+        values = [metrics[name] for metrics in history if name in metrics]  # earlier versions had fewer
+        return sum(values) / max(len(values), 1)
 
     lines = [f"{'step':>6}{'held-out accuracy':>20}{'reward':>9}{'completion tokens':>20}"]
     before = 0
@@ -173,11 +198,12 @@ def format_summary(history: Sequence[Mapping[str, float]], accuracies: Mapping[i
             line += f"{reward:>9.3f}{tokens:>20.1f}"
         lines.append(line)
         before = step
-    sample, logprobs, train = (mean(name) for name in ("sample_s", "logprobs_s", "train_s"))
+    seconds = {label: mean(name) for name, label in SECONDS.items() if name in history[-1]}
     baseline, once, encoded = (mean(f"tokens_{name}") for name in ("baseline", "prompts_once", "encoded"))
     rows = {
-        "seconds per step": f"{sample + logprobs + train:.2f}: sampling and rewards {sample:.2f}, old and reference "
-        f"log-probabilities {logprobs:.2f}, update {train:.2f}",
+        "seconds per step": f"{sum(seconds.values()):.2f}: "
+        + ", ".join(f"{label} {value:.2f}" for label, value in seconds.items()),
+        "sampling": f"{mean('sampled_tokens_per_s'):,.0f} completion tokens per second",
         "tokens per step": f"{baseline:,.0f} with every prompt once per completion (baseline)",
         " ": f"{once:,.0f} with every prompt once ({baseline / once:.1f}x fewer)",
         "  ": f"{encoded:,.0f} encoded in this run ({baseline / encoded:.1f}x fewer)",

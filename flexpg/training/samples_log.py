@@ -1,0 +1,179 @@
+"""Samples of a run to read: the best and the worst episode of a few problems, as text with rewards.
+
+They go to the terminal, to a file of JSON lines, and to W&B or TensorBoard if one of these is the metric logger.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchtune.training.metric_logging import TensorBoardLogger, WandBLogger
+
+from flexpg.training.episodes import Episode
+from flexpg.training.prompts import completion_text
+from flexpg.training.rewards import Scores
+from flexpg.training.tasks.problem import Problem
+
+PROMPT_CHARS, COMPLETION_CHARS = 70, 90  # of a sample in the terminal
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One episode as text.
+
+    Attributes:
+        step: The step that it was sampled in.
+        prompt: Of the problem, before the prompt format is applied.
+        answer: Of the problem.
+        completion: What follows the prompt, without the last stop token; of several turns, all of them.
+        rewards: The value of each reward before weighting; None where it does not apply.
+        reward: The weighted sum.
+        advantage: What it is trained with.
+        completion_tokens: Tokens that were sampled, with stop tokens.
+        is_truncated: Whether a limit on tokens ended it.
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    completion: str
+    rewards: dict[str, float | None]
+    reward: float
+    advantage: float
+    completion_tokens: int
+    is_truncated: bool
+
+
+def best_and_worst(
+    step: int,
+    problem: Problem,
+    episodes: Sequence[Episode],
+    scores: Scores,
+    advantages: Sequence[float],
+    tokenizer: Any,
+) -> list[Sample]:
+    """Return the episodes of a problem with the highest and the lowest reward, in this order.
+
+    Args:
+        step: The step.
+        problem: The problem.
+        episodes: G episodes, at least two.
+        scores: Their rewards.
+        advantages: What each of them is trained with.
+        tokenizer: A torchtune tokenizer, or one with its methods.
+    """
+    rewards = scores.total.tolist()
+    order = sorted(range(len(episodes)), key=lambda n: -rewards[n])
+    return [
+        Sample(
+            step=step,
+            prompt=problem.prompt,
+            answer=problem.answer,
+            completion=_episode_text(tokenizer, episodes[n]),
+            rewards={name: _number(values[n]) for name, values in scores.values.items()},
+            reward=rewards[n],
+            advantage=advantages[n],
+            completion_tokens=sum(len(turn.completion) for turn in episodes[n].turns),
+            is_truncated=not episodes[n].is_finished,
+        )
+        for n in (order[0], order[-1])
+    ]
+
+
+class SamplesLog:
+    """The file of a run's samples, one JSON object on each line.
+
+    Args:
+        path: The file; samples of steps that a resumed run repeats are removed, and a line that was cut off.
+        steps_done: Completed steps.
+    """
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        self.path = path
+        kept = [sample for sample in read_samples(path) if sample.step <= steps_done]
+        if path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text("".join(map(_line, kept)), encoding="utf-8")
+            os.replace(unfinished, path)
+
+    def write(self, samples: Sequence[Sample], metric_logger: Any) -> None:
+        """Append samples of a step to the file, and pass them to the metric logger if it takes text."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, samples)))
+        step, rows = samples[0].step, [asdict(sample) for sample in samples]
+        if isinstance(metric_logger, WandBLogger):
+            wandb = metric_logger._wandb  # the module; torchtune's loggers have methods for numbers only
+            cells = [[_cell(value) for value in row.values()] for row in rows]
+            wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=cells), "global_step": step})
+        elif isinstance(metric_logger, TensorBoardLogger):
+            metric_logger._writer.add_text("samples", "\n\n---\n\n".join(map(_markdown, samples)), step)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return the samples in a file, none if it does not exist; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:  # other line ends than \n may be in a text
+        return [Sample(**json.loads(line)) for line in file if line.endswith("\n")]
+
+
+def format_samples(samples: Sequence[Sample]) -> str:
+    r"""Return samples for a terminal: the end of each prompt, and one line per completion.
+
+    >>> print(format_samples([Sample(3, "Add.\n2+2=", "4", "#### 4", {"correct": 1.0}, 1.0, 0.7, 7, False)]))
+    step    3  'Add.\n2+2='
+      reward 1.000 (correct 1)  advantage +0.70  7 tokens  '#### 4'
+    """
+    lines = []
+    for (step, prompt), own in groupby(samples, key=lambda sample: (sample.step, sample.prompt)):
+        tail = prompt if len(prompt) <= PROMPT_CHARS else f"...{prompt[-PROMPT_CHARS:]}"
+        lines.append(f"step {step:>4}  {tail!r}")
+        lines += [f"  {format_rewards(sample)}  {_shorten(sample.completion)!r}" for sample in own]
+    return "\n".join(lines)
+
+
+def format_rewards(sample: Sample) -> str:
+    """Return the rewards, the advantage and the length of a sample in one line."""
+    values = ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in sample.rewards.items())
+    length = f"{sample.completion_tokens:,} tokens{', truncated' if sample.is_truncated else ''}"
+    return f"reward {sample.reward:.3f} ({values})  advantage {sample.advantage:+.2f}  {length}"
+
+
+def _shorten(text: str) -> str:
+    """Return a text without its middle if it is long; answers are at the end."""
+    half = COMPLETION_CHARS // 2
+    return text if len(text) <= COMPLETION_CHARS else f"{text[:half]} ... {text[-half:]}"
+
+
+def _episode_text(tokenizer: Any, episode: Episode) -> str:
+    """Return the text after the first prompt: the completion, or all turns with what the environment answered."""
+    first, last = episode.turns[0], episode.turns[-1]
+    return completion_text(tokenizer, [*last.prompt[len(first.prompt) :].tolist(), *last.completion.tolist()])
+
+
+def _number(value: Tensor) -> float | None:
+    return None if math.isnan(number := value.item()) else number
+
+
+def _line(sample: Sample) -> str:
+    return json.dumps(asdict(sample)) + "\n"
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as a column of one type: rewards that do not apply would make a column of several."""
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _markdown(sample: Sample) -> str:
+    """Return a sample as Markdown, with its texts as code, which nothing in them can end."""
+    parts = (sample.prompt, f"answer: {sample.answer}", format_rewards(sample), sample.completion)
+    return "\n\n".join("\n".join(f"    {line}" for line in part.splitlines()) for part in parts)
