@@ -319,8 +319,8 @@ def _add_from_torchtune(commands: argparse._SubParsersAction[argparse.ArgumentPa
     parser = commands.add_parser(
         "from-torchtune",
         help="translate a configuration of torchtune's GRPO recipes",
-        description="Write a configuration of torchtune's sync or async GRPO recipe as one of recipes/grpo.py. Comments "
-        "say which keys are not needed, and notes which ones to look at (see docs/coming_from_torchtune.md).",
+        description="Write a configuration of torchtune's sync or async GRPO recipe as one of recipes/grpo.py; notes "
+        "say what to look at (see docs/coming_from_torchtune.md).",
     )
     add = parser.add_argument
     add("file", metavar="THEIRS.yaml", type=Path, help="configuration of torchtune's recipe")
