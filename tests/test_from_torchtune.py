@@ -277,6 +277,14 @@ def test_from_torchtune_command_writes_the_yaml_and_prints_notes(tmp_path, monke
     assert load_config(OmegaConf.load("ours.yaml")).prompts_per_step == 2
 
 
+def test_translated_example_of_the_docs_is_the_one_shown(tmp_path):
+    page = (ROOT / "docs/coming_from_torchtune.md").read_text()
+    theirs, ours = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[:2]
+    text = translated(tmp_path, theirs, ranks=4).yaml("Translated.")
+    first, last = ours.splitlines()[0], ours.splitlines()[-1]
+    assert text[text.index(first) : text.index(last) + len(last)] == ours.strip()
+
+
 # Losses: torchtune's formulas, in its own terms.
 
 
