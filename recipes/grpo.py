@@ -22,7 +22,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,41 +37,57 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
 import flexpg
-from flexpg import MicroBatch, Rollouts, group_advantages, grpo_loss, pack, packed_logprobs, self_check
+from flexpg import MicroBatch, Rollouts, pack, packed_logprobs, self_check
 from flexpg.analysis.plots import plot_mask, plot_reward, plot_savings
 from flexpg.sampling import Samples
 from flexpg.training.checkpoints import CheckpointError, checkpoints, load_checkpoint, read_progress, save_checkpoint
 from flexpg.training.config import (
     SETUP_ERRORS,
     GRPOConfig,
+    build_loss,
     component,
     device_and_dtypes,
     parse_config,
     sampling_params,
 )
+from flexpg.training.dialogues import sample_dialogues
 from flexpg.training.distributed import World
+from flexpg.training.engines import check_engine
+from flexpg.training.environments import build_environment
+from flexpg.training.episodes import (
+    Episode,
+    StepRollouts,
+    build_rollouts,
+    episode_advantages,
+    single_turn_episodes,
+)
 from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.metrics import (
     MIN_SPEEDUP,
     cost_metrics,
+    episode_metrics,
     flop_ratio,
     format_eval,
     format_summary,
+    has_spread,
     peak_memory_gib,
     rates,
-    rollout_metrics,
     synchronized_time,
 )
 from flexpg.training.models import build_model, library_of
 from flexpg.training.prompts import completion_group, tokenize_problems
-from flexpg.training.reward_calls import Run, TrainerState
-from flexpg.training.rewards import build_rewards, reward_metrics, score
+from flexpg.training.reward_calls import Log, Run, TrainerState
+from flexpg.training.rewards import Scores, build_rewards, reward_metrics, score
+from flexpg.training.tasks import Problem
 from flexpg.tree import PrefixTree
 from flexpg.verify import baseline_logprobs, gradient_norms
 
 # Options that must not change between a checkpoint and the run that resumes from it.
 SAME_ON_RESUME = ("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems")
 SAME_ON_RESUME += ("test_problems", "prompt_format", "model", "optimizer", "lr_scheduler")
+# How far an engine's log-probabilities may be from the trainer's on average, by the dtype of the computation.
+ENGINE_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}
+NO_SAMPLES = Samples([], torch.zeros(0, 0), torch.zeros(0, dtype=torch.bool))
 
 
 @dataclass
@@ -79,11 +96,13 @@ class PackedStep:
 
     Attributes:
         minibatches: For each mini-batch, the micro-batches of this rank.
+        rows: For each mini-batch, the numbers of its rollouts.
         is_shared: Whether shared prefixes are encoded once.
         cost: Metrics of all ranks.
     """
 
     minibatches: list[list[MicroBatch]]
+    rows: list[Tensor]
     is_shared: bool
     cost: dict[str, float]
 
@@ -102,7 +121,7 @@ class GRPORecipe(FTRecipeInterface):
                 f"prompts_per_step must be a multiple of minibatches, with at least one prompt per rank in each, got "
                 f"{cfg.prompts_per_step} in {cfg.minibatches} on {self.world.size} ranks"
             )
-        self.rollouts_per_minibatch = per_minibatch * cfg.group_size
+        self.prompts_per_minibatch = per_minibatch
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.stop_signal = 0  # the number of a signal that asks to stop
@@ -118,8 +137,11 @@ class GRPORecipe(FTRecipeInterface):
         self.tokenizer = component(cfg, "tokenizer")
         self.sampling = sampling_params(cfg, self.tokenizer.stop_tokens)
         self.problems, self.test_problems = component(cfg, "train_problems"), component(cfg, "test_problems")
-        self.rewards = build_rewards(cfg.rewards, self.problems)
-        self.test_reward = build_rewards({"test_reward": cfg.test_reward}, self.test_problems)
+        self.environment = build_environment(cfg.environment) if cfg.environment else None
+        self.rewards = build_rewards(cfg.rewards, self.problems) if cfg.rewards else []
+        self.test_reward = []  # the environment's reward
+        if cfg.test_reward:
+            self.test_reward = build_rewards({"test_reward": cfg.test_reward}, self.test_problems)
         self.model = build_model(cfg, self.dtype, self.param_dtype)
         self.library = library_of(self.model)  # torchtune or transformers
         self.is_lora = self.library.has_adapters(self.model)
@@ -131,6 +153,12 @@ class GRPORecipe(FTRecipeInterface):
                 ("test_problems", self.test_problems, world.size),
             )
         )
+        if self.environment:
+            budget = min(cfg.max_tokens, cfg.max_cache_tokens)
+            self.max_length = self.environment.max_length or budget
+            if self.max_length > budget:
+                raise ValueError(f"environment.max_length must be at most {budget}, got {self.max_length}")
+            self.library.check_fits(self.model, 0, self.max_length)
         earlier = checkpoints(self.checkpoint_dir)
         if len(set(world.all_gather([str(earlier[-1:])]))) > 1:
             raise ValueError(f"output_dir must be a folder that all ranks share, got {self.output_dir}")
@@ -150,8 +178,10 @@ class GRPORecipe(FTRecipeInterface):
             activation_checkpointing=cfg.activation_checkpointing,
         )
         flexpg.enable(self.model)
+        self.loss = build_loss(cfg)
+        self.beta = cfg.loss.get("beta", 0.0)
         self.reference = None  # with LoRA, the reference is the model without its adapters
-        if cfg.loss.beta > 0 and not self.is_lora:
+        if self.beta > 0 and not self.is_lora:
             reference = build_model(cfg, self.dtype, self.dtype).requires_grad_(False)
             reference = self.library.materialize(reference, weights, world, seed=cfg.seed, compile=cfg.compile)
             self.reference = flexpg.enable(reference)
@@ -162,6 +192,12 @@ class GRPORecipe(FTRecipeInterface):
         self.steps_done, self.history, self.accuracies = 0, [], {}
         if earlier:
             self.resume(earlier[-1])
+        self.engine = component(cfg, "sampler") if cfg.sampler else None  # None: flexpg.sample, from the model itself
+        self.background = ThreadPoolExecutor(1, "flexpg sampling")
+        if cfg.async_steps and not (self.engine and self.engine.is_shared):
+            raise ValueError("async_steps needs a sampler that is a server: the model itself is training meanwhile")
+        if self.engine:
+            self.sync() if self.steps_done else self.check_engine()
         if world.is_first:
             if cfg.resume and not earlier:
                 print(f"no checkpoint in {self.checkpoint_dir}, starting from scratch")
@@ -197,24 +233,29 @@ class GRPORecipe(FTRecipeInterface):
         if not self.steps_done:
             self.evaluate()
         is_checked = not cfg.self_check
+        pending: Future[list[list[Episode]]] | None = None
         is_silent = None if self.world.is_first else True  # None: silent unless stderr is a terminal
         for step in tqdm(range(self.steps_done + 1, cfg.num_steps + 1), desc="GRPO", disable=is_silent):
             if self.should_stop():
                 break
             started = synchronized_time(self.world.device)
-            samples, chosen = self.generate(step)
-            rollouts, metrics = self.score(samples, chosen)
+            problems = self.choose_problems(step)
+            with self.saved_on_error():
+                groups = pending.result() if pending else self.generate(problems, f"step {step}")
+                data, metrics = self.score(step, problems, groups)
             sampled = synchronized_time(self.world.device)
-            packed = self.pack(rollouts)
+            packed = self.pack(data)
             self_check_s = 0.0
             if packed.is_shared and not is_checked:
                 self_check_s, is_checked = self.check_sharing(packed), True
-            rollouts, packed = self.score_policies(rollouts, packed)  # old and reference log-probabilities
+            data, packed = self.score_policies(data, packed)  # old and reference log-probabilities
             scored = synchronized_time(self.world.device)
             if self.should_stop():
                 break
-            advantages = group_advantages(rollouts, cfg.scale_rewards)
-            metrics |= packed.cost | self.update(step, rollouts, packed, advantages)
+            if cfg.async_steps and step < cfg.num_steps:  # sample the next step while this one trains
+                pending = self.background.submit(self.generate, self.choose_problems(step + 1), f"step {step + 1}")
+            advantages = episode_advantages(data, cfg.scale_rewards)
+            metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
             metrics["lr"] = training.get_lr(self.optimizer)
             self.lr_scheduler.step()
             finished = synchronized_time(self.world.device)
@@ -222,53 +263,74 @@ class GRPORecipe(FTRecipeInterface):
             seconds |= {"train_s": finished - scored, "self_check_s": self_check_s}
 
             self.steps_done = step
+            if self.engine:
+                wait([pending] if pending else [])  # its episodes are of one version of the weights
+                with self.saved_on_error(metrics | seconds):
+                    self.sync()
+                seconds["sync_s"] = synchronized_time(self.world.device) - finished
             self.log(metrics | seconds)
             if step % cfg.eval_every_n_steps == 0 or step == cfg.num_steps:
                 self.evaluate()
             if cfg.checkpoint_every_n_steps and step % cfg.checkpoint_every_n_steps == 0:
                 self.save_progress(self.checkpoint_dir)
             if step == 1 and self.world.is_first:
-                self.plot(rollouts)
+                self.plot(data)
         if not self.is_finished():
             self.save_progress(self.checkpoint_dir)
 
-    def generate(self, step: int) -> tuple[Samples, list[int]]:
-        """Sample a group of completions for each problem of the step; every rank samples its share of the problems.
+    def generate(self, problems: list[int], purpose: str) -> list[list[Episode]]:
+        """Sample a group of episodes for this rank's share of some problems; the purpose determines the seeds."""
+        own = self.world.shard(range(len(problems)))
+        seeds = [self.seed(f"samples {n} of {purpose}") for n in own]
+        chosen = [problems[n] for n in own]
+        prompts = [self.prompts[n] for n in chosen]
+        return self.episodes([self.problems[n] for n in chosen], prompts, self.cfg.group_size, seeds)
 
-        Returns:
-            This rank's samples, and the numbers of the step's problems.
-        """
-        chosen = self.choose_problems(step)
-        own = self.world.shard(range(len(chosen)))
-        seeds = [self.seed(f"samples {n} of step {step}") for n in own]
-        return self.sample([self.prompts[chosen[n]] for n in own], self.cfg.group_size, seeds), chosen
+    def score(self, step: int, problems: list[int], own: list[list[Episode]]) -> tuple[StepRollouts, dict[str, float]]:
+        """Compute rewards, replace groups without spread if asked to, and build the step's rollouts, with metrics."""
+        groups, scores = self.rewarded(problems, own)
+        resampled = 0
+        for attempt in range(1, self.cfg.max_resamplings + 1):  # DAPO's dynamic sampling
+            spread = [bool(has_spread(own.total[None])) for own in scores]
+            replacements = self.replacements(problems, spread.count(False), f"resampling {attempt} of step {step}")
+            if not replacements:
+                break
+            resampled += len(replacements)
+            sampled = self.generate(replacements, f"resampling {attempt} of step {step}")
+            flat = [n for n, has_some in enumerate(spread) if not has_some]
+            new = zip(replacements, *self.rewarded(replacements, sampled), strict=True)
+            for n, (number, group, own_scores) in zip(flat, new, strict=False):
+                if has_spread(own_scores.total[None]):
+                    problems[n], groups[n], scores[n] = number, group, own_scores
+        rewards = torch.stack([own.total for own in scores])  # [problems, G]
+        data = build_rollouts(groups, rewards, self.world.device, with_logprobs=self.engine is not None)
+        metrics = episode_metrics(groups, rewards) | reward_metrics(scores)
+        return data, metrics | ({"groups_resampled": resampled} if self.cfg.max_resamplings else {})
 
-    def score(self, samples: Samples, chosen: list[int]) -> tuple[Rollouts, dict[str, float]]:
-        """Compute the rewards of this rank's samples and gather the rollouts of all ranks, with their metrics."""
-        size = self.cfg.group_size
-        own = self.world.shard(range(len(chosen)))
-        completions = [samples.completions[i * size : (i + 1) * size] for i in range(len(own))]
-        groups = [
-            completion_group(self.tokenizer, self.problems[chosen[n]], tokens, first=n * size)
-            for n, tokens in zip(own, completions, strict=True)
+    def rewarded(self, problems: list[int], own: list[list[Episode]]) -> tuple[list[list[Episode]], list[Scores]]:
+        """Return the episodes of all ranks, in the order of the problems, and their rewards."""
+        shard, size = self.world.shard(range(len(problems))), self.cfg.group_size
+        completions = [
+            completion_group(
+                self.tokenizer,
+                self.problems[problems[n]],
+                [episode.turns[-1].completion for episode in group],
+                first=n * size,
+            )
+            for n, group in zip(shard, own, strict=True)
         ]
-        scores = score(self.rewards, groups, self.reward_context())
-        finished = samples.is_finished.cpu().split(size)
-        cpu = [[tokens.cpu() for tokens in group] for group in completions]
-        # Of all ranks, in the order of the problems.
-        gathered = self.world.all_gather(list(zip(cpu, finished, scores, strict=True)))
-        rollouts = Rollouts.from_groups(
-            prompts=[self.prompts[problem] for problem in chosen],
-            completions=[[tokens.to(self.world.device) for tokens in group] for group, _, _ in gathered],
-            rewards=torch.stack([scores.total for _, _, scores in gathered]),
-        )
-        metrics = rollout_metrics(rollouts, torch.cat([is_finished for _, is_finished, _ in gathered]))
-        return rollouts, metrics | reward_metrics([scores for _, _, scores in gathered])
+        scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(own)
+        if self.environment:
+            scores = [with_environment(scored, group) for scored, group in zip(scores, own, strict=True)]
+        cpu = [[episode.cpu() for episode in group] for group in own]
+        gathered = self.world.all_gather(list(zip(cpu, scores, strict=True)))
+        return [group for group, _ in gathered], [scored for _, scored in gathered]
 
-    def pack(self, rollouts: Rollouts) -> PackedStep:
+    def pack(self, data: StepRollouts) -> PackedStep:
         """Cut the step into mini-batches, and these into micro-batches for every rank."""
-        cfg, world = self.cfg, self.world
-        rows = torch.arange(len(rollouts), device=world.device).split(self.rollouts_per_minibatch)
+        cfg, world, rollouts = self.cfg, self.world, data.rollouts
+        minibatch = data.problem // self.prompts_per_minibatch  # [N]
+        rows = [(minibatch == n).nonzero()[:, 0] for n in range(cfg.minibatches)]
         packed = [pack(rollouts, cfg.max_tokens, world_size=world.size, indices=own) for own in rows]
         is_shared = bool(cfg.sharing)
         if cfg.sharing == "auto":
@@ -278,7 +340,7 @@ class GRPORecipe(FTRecipeInterface):
         keep_padding = cfg.compile or world.device.type != "cpu"
         cost = cost_metrics(packed, is_shared, self.shape, keep_padding)
         own = [[batch for batch in minibatch if batch.rank == world.rank] for minibatch in packed]
-        return PackedStep(own, is_shared, cost)
+        return PackedStep(own, rows, is_shared, cost)
 
     def check_sharing(self, packed: PackedStep) -> float:
         """Verify that sharing is exact on these rollouts, and return the seconds that this took."""
@@ -294,57 +356,49 @@ class GRPORecipe(FTRecipeInterface):
         return result.seconds
 
     @torch.no_grad()
-    def score_policies(self, rollouts: Rollouts, packed: PackedStep) -> tuple[Rollouts, PackedStep]:
+    def score_policies(self, data: StepRollouts, packed: PackedStep) -> tuple[StepRollouts, PackedStep]:
         """Add the old and the reference log-probabilities of this rank's rollouts, where the loss needs them."""
         cfg, tables = self.cfg, {}
         if cfg.num_iterations * cfg.minibatches > 1:  # otherwise the old policy is the current one
-            tables["old_logprobs"] = self.logprob_table(self.model, rollouts, packed)
-        if cfg.loss.beta > 0 and self.is_lora:
+            tables["old_logprobs"] = self.logprob_table(self.model, data.rollouts, packed)
+        if self.beta > 0 and self.is_lora:
             with self.library.without_adapters(self.model):
-                tables["ref_logprobs"] = self.logprob_table(self.model, rollouts, packed)
-        elif cfg.loss.beta > 0:
-            tables["ref_logprobs"] = self.logprob_table(self.reference, rollouts, packed)
+                tables["ref_logprobs"] = self.logprob_table(self.model, data.rollouts, packed)
+        elif self.beta > 0:
+            tables["ref_logprobs"] = self.logprob_table(self.reference, data.rollouts, packed)
         if not tables:
-            return rollouts, packed
-        rollouts = replace(rollouts, **tables)
-        return rollouts, self.pack(rollouts)
+            return data, packed
+        data = replace(data, rollouts=replace(data.rollouts, **tables))
+        return data, self.pack(data)
 
     def update(self, step: int, rollouts: Rollouts, packed: PackedStep, advantages: Tensor) -> dict[str, float]:
         """Train on the step's rollouts, and return metrics averaged over the optimizer steps."""
         updates = []
         for _ in range(self.cfg.num_iterations):
-            for n, batches in enumerate(packed.minibatches):
-                rows = slice(n * self.rollouts_per_minibatch, (n + 1) * self.rollouts_per_minibatch)
-                total_tokens = int(rollouts.loss_mask[rows].sum())
-                updates.append(self.optimizer_step(step, batches, packed.is_shared, advantages, total_tokens))
+            for rows, batches in zip(packed.rows, packed.minibatches, strict=True):
+                totals = int(rollouts.loss_mask[rows].sum()), len(rows)
+                updates.append(self.optimizer_step(step, batches, packed.is_shared, advantages, totals))
         return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
 
     def optimizer_step(
-        self, step: int, batches: list[MicroBatch], is_shared: bool, advantages: Tensor, total_tokens: int
+        self, step: int, batches: list[MicroBatch], is_shared: bool, advantages: Tensor, totals: tuple[int, int]
     ) -> dict[str, float]:
         """Take one optimizer step; the losses of all micro-batches on all ranks sum to the mini-batch's loss."""
         cfg, sums, seen = self.cfg, {"loss": 0.0}, []
+        total_tokens, total_rollouts = totals
         self.optimizer.zero_grad()
         with self.memory_hint("max_tokens", "or set activation_checkpointing=true"):
             for batch, logprobs, entropies in self.logprobs(self.model, batches, is_shared):
                 metrics: dict[str, Tensor] = {}
-                loss = grpo_loss(
+                loss = self.loss(
                     logprobs,
                     advantages[batch.indices],
                     batch.loss_mask,
                     total_tokens=total_tokens,
-                    total_rollouts=self.rollouts_per_minibatch,
+                    total_rollouts=total_rollouts,
                     old_logprobs=batch.old_logprobs,
                     ref_logprobs=batch.ref_logprobs,
-                    beta=cfg.loss.beta,
-                    epsilon=cfg.loss.epsilon,
-                    epsilon_high=cfg.loss.epsilon_high,
-                    delta=cfg.loss.delta,
-                    loss_type=cfg.loss.loss_type,
-                    importance_sampling_level=cfg.loss.importance_sampling_level,
-                    sapo_temperature_pos=cfg.loss.sapo_temperature_pos,
-                    sapo_temperature_neg=cfg.loss.sapo_temperature_neg,
-                    max_completion_length=cfg.sampling.max_new_tokens,
+                    sampler_logprobs=batch.sampler_logprobs,
                     metrics=metrics,
                 )
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
@@ -384,8 +438,38 @@ class GRPORecipe(FTRecipeInterface):
                         table[batch.indices, : logprobs.shape[1]] = logprobs.float()
         return table
 
+    def episodes(
+        self, problems: list[Problem], prompts: list[Tensor], group_size: int, seeds: list[int] | None
+    ) -> list[list[Episode]]:
+        """Sample episodes of some problems; with `seeds=None` the most likely ones."""
+        if self.environment is None:
+            return single_turn_episodes(prompts, self.sample(prompts, group_size, seeds))
+
+        def sample(prompts: list[Tensor], group_size: int, own: list[int]) -> Samples:
+            return self.sample(prompts, group_size, own if seeds else None)
+
+        return sample_dialogues(
+            self.environment,
+            sample,
+            self.tokenizer,
+            problems,
+            prompts,
+            group_size,
+            seeds or [0] * len(prompts),
+            prompt_format=self.cfg.prompt_format,
+            max_prompt=self.max_length - self.sampling.max_new_tokens,
+            # Under FSDP the ranks gather the weights together whenever one of them samples.
+            on_any_rank=bool if self.engine else lambda value: self.world.all_reduce_max(value) > 0,
+        )
+
     def sample(self, prompts: list[Tensor], group_size: int, seeds: list[int] | None) -> Samples:
         """Sample completions; with `seeds=None` the most likely ones."""
+        sampling = self.sampling if seeds else replace(self.sampling, temperature=0.0)
+        if self.engine:
+            return self.engine.sample(prompts, group_size, sampling, seeds) if prompts else NO_SAMPLES
+        if not prompts:  # of this rank; the others may need its part of the weights
+            self.sample([self.prompts[0][:1]], 1, None)
+            return NO_SAMPLES
         # FSDP interrupts graphs, so the decoding step is compiled on one GPU only.
         compiled = self.cfg.compile and self.world.size == 1 and self.world.device.type == "cuda"
         with self.memory_hint("max_cache_tokens"):
@@ -393,7 +477,7 @@ class GRPORecipe(FTRecipeInterface):
                 self.model,
                 prompts,
                 group_size,
-                self.sampling if seeds else replace(self.sampling, temperature=0.0),
+                sampling,
                 seed=seeds,
                 max_cache_tokens=self.cfg.max_cache_tokens,
                 compiled=compiled,
@@ -412,17 +496,68 @@ class GRPORecipe(FTRecipeInterface):
     def evaluate(self) -> None:
         """Compute the mean `test_reward` of the most likely completion of every test problem."""
         own = self.world.shard(range(len(self.test_prompts)))
-        samples = self.sample([self.test_prompts[n] for n in own], 1, None)
-        groups = [
-            completion_group(self.tokenizer, self.test_problems[n], [tokens], first=n)
-            for n, tokens in zip(own, samples.completions, strict=True)
-        ]
-        scores = score(self.test_reward, groups, self.reward_context())
-        rewards = self.world.all_gather([own.total.item() for own in scores])
+        problems = [self.test_problems[n] for n in own]
+        groups = self.episodes(problems, [self.test_prompts[n] for n in own], 1, None)
+        if self.test_reward:
+            completions = [
+                completion_group(self.tokenizer, problem, [episode.turns[-1].completion], first=n)
+                for n, problem, (episode,) in zip(own, problems, groups, strict=True)
+            ]
+            scores = score(self.test_reward, completions, self.reward_context())
+            rewards = [scored.total.item() for scored in scores]
+        else:
+            rewards = [episode.reward for (episode,) in groups]
+        rewards = self.world.all_gather(rewards)
         self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
             self.metric_logger.log("held_out_accuracy", self.accuracies[self.steps_done], step=self.steps_done)
             tqdm.write(format_eval(self.history, self.accuracies))
+
+    def sync(self) -> None:
+        """Load the current weights into the engine, and compare its log-probabilities with the trainer's."""
+        folder = self.output_dir / "engine"
+        self.library.export_weights(self.model, self.cfg, self.source, self.world, folder, self.dtype)
+        self.world.barrier()
+        with self.world.raise_on_all_ranks(OSError, RuntimeError, ValueError):
+            if self.world.is_first or not self.engine.is_shared:
+                self.engine.load_weights(folder / "epoch_0", self.steps_done)
+                if self.engine.version != self.steps_done:
+                    raise RuntimeError(f"the sampler must have version {self.steps_done}, got {self.engine.version}")
+        self.check_engine()
+
+    @torch.no_grad()
+    def check_engine(self) -> None:
+        """Raise if the engine does not sample from the weights that are trained."""
+
+        def logprobs_of(rollouts: Rollouts) -> Tensor:
+            packed = pack(rollouts, self.cfg.max_tokens)
+            return next(logprobs for _, logprobs, _ in self.logprobs(self.model, packed, is_shared=True))
+
+        gap = check_engine(self.engine, self.prompts[0], self.sampling, logprobs_of)
+        gap = self.world.all_reduce_max(gap if math.isfinite(gap) else math.inf)
+        if gap > ENGINE_TOLERANCE[self.dtype]:
+            raise RuntimeError(
+                f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from "
+                f"the trainer's on average after step {self.steps_done} (limit {ENGINE_TOLERANCE[self.dtype]}); check "
+                "that its checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
+            )
+
+    @contextmanager
+    def saved_on_error(self, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Save progress if sampling fails, because of an engine or an environment; in a single process only.
+
+        Args:
+            metrics: Of the step that is done, if they are not yet logged.
+        """
+        try:
+            yield
+        except Exception:
+            if self.world.size == 1:
+                if metrics:
+                    self.log(metrics)
+                self.save_progress(self.checkpoint_dir)
+                print(f"error: the run is saved after step {self.steps_done}; resume=true continues from there")
+            raise
 
     def save_progress(self, folder: Path) -> None:
         """Save what `resume` needs, atomically."""
@@ -440,11 +575,11 @@ class GRPORecipe(FTRecipeInterface):
         """Save the trained weights in the format that they were loaded from."""
         self.library.save_weights(self.model, self.cfg, self.source, self.world)
 
-    def plot(self, rollouts: Rollouts) -> None:
-        """Plot the mask of the first groups, and what sharing saves."""
+    def plot(self, data: StepRollouts) -> None:
+        """Plot the mask of the first problems, and what sharing saves."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        plot_mask(first_groups(rollouts, 2)).savefig(self.output_dir / "mask.png", dpi=200)
-        plot_savings(rollouts).savefig(self.output_dir / "savings.png", dpi=200)
+        plot_mask(first_problems(data, 2)).savefig(self.output_dir / "mask.png", dpi=200)
+        plot_savings(data.rollouts).savefig(self.output_dir / "savings.png", dpi=200)
 
     def report(self) -> None:
         """Print what was learned and what sharing saved, and plot the reward."""
@@ -459,9 +594,18 @@ class GRPORecipe(FTRecipeInterface):
         """Close the log and leave the process group."""
         if self.world.is_first:
             self.metric_logger.close()
+        self.background.shutdown(wait=False, cancel_futures=True)
+        if self.engine:
+            self.engine.close()
         self.world.shutdown()
 
     # ---- Details -----------------------------------------------------------------------------------------------------
+
+    def replacements(self, problems: list[int], count: int, purpose: str) -> list[int]:
+        """Return the numbers of at most `count` other problems."""
+        generator = torch.Generator().manual_seed(self.seed(purpose))
+        order = torch.randperm(len(self.problems), generator=generator).tolist()
+        return [number for number in order if number not in problems][:count]
 
     def choose_problems(self, step: int) -> list[int]:
         """Return the numbers of the step's problems: all of them in random order, then again in another order."""
@@ -537,12 +681,23 @@ class GRPORecipe(FTRecipeInterface):
         )
 
 
-def first_groups(rollouts: Rollouts, count: int) -> PrefixTree:
-    """Return the tree of the first groups with completions not merged, so that a plot of its mask shows them all."""
+def first_problems(data: StepRollouts, count: int) -> PrefixTree:
+    """Return the tree of the first problems; completions of one turn are not merged, so that a plot shows them all."""
+    rollouts = data.rollouts.select((data.problem < count).nonzero()[:, 0])
+    if rollouts.num_groups > count:  # several turns
+        return rollouts.tree
     completions: list[list[Tensor]] = [[] for _ in rollouts.prompts]
     for completion, group in zip(rollouts.completions, rollouts.group_ids.tolist(), strict=True):
         completions[group].append(completion)
-    return PrefixTree.from_groups(rollouts.prompts[:count], completions[:count])
+    return PrefixTree.from_groups(rollouts.prompts, completions)
+
+
+def with_environment(scores: Scores | None, episodes: list[Episode]) -> Scores:
+    """Return the rewards of a group, with those of the environment added."""
+    own = torch.tensor([episode.reward for episode in episodes])
+    if scores is None:
+        return Scores(own, {"environment": own}, Log())
+    return Scores(scores.total + own, scores.values | {"environment": own}, scores.log)
 
 
 @parse_config

@@ -13,13 +13,15 @@ from flexpg.analysis.flops import ModelShape
 from flexpg.micro_batches import MicroBatch
 from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
+from flexpg.training.episodes import Episode, Turn
 from flexpg.training.metrics import (
     cost_metrics,
+    episode_metrics,
     flop_ratio,
     format_summary,
+    has_spread,
     peak_memory_gib,
     rates,
-    rollout_metrics,
 )
 
 SHAPE = ModelShape(2, 8, 2, 1, 4, 16, vocab_size=10, layer_weights=600)
@@ -34,19 +36,24 @@ def costs(minibatches: list[list[MicroBatch]], is_shared: bool = True, keep_padd
     return cost_metrics(minibatches, is_shared, SHAPE, keep_padding)
 
 
-def test_rollout_metrics_are_means_over_rollouts_and_groups():
-    completions = [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
-    rollouts = make_rollouts([[9]] * 3, completions, [1, 0, 0, 1, 2], [3.0, 2.0, 2.0, 1.0, 5.0])
-    metrics = rollout_metrics(rollouts, torch.tensor([True, False, True, True, True]))
-    assert metrics == pytest.approx(
+def test_episode_metrics_are_means_over_episodes_and_groups():
+    def episode(*lengths: int, is_finished: bool = True) -> Episode:
+        turns = [Turn(torch.ones(9), torch.ones(length), torch.zeros(length), is_finished) for length in lengths]
+        return Episode(turns, is_finished=is_finished)
+
+    groups = [[episode(1), episode(2, 3)], [episode(4), episode(5, is_finished=False)], [episode(6), episode(7)]]
+    rewards = torch.tensor([[3.0, 1.0], [2.0, 2.0], [5.0, 5.0]])
+    assert episode_metrics(groups, rewards) == pytest.approx(
         {
-            "reward": 13 / 5,
-            "reward_std": 2**0.5 / 3,  # 0 in groups 0 and 2; that of 3 and 1 is unbiased
+            "reward": 18 / 6,
+            "reward_std": 2**0.5 / 3,  # that of 3 and 1 is unbiased
             "groups_without_spread": 2 / 3,
-            "completion_tokens": 3.0,
-            "truncated": 0.2,
+            "completion_tokens": 28 / 6,
+            "truncated": 1 / 6,
+            "turns": 7 / 6,
         }
     )
+    assert has_spread(rewards).tolist() == [True, False, False]
 
 
 # Groups 0 and 1 have prompts of 5 and 3 tokens; 0 has completions of 2 and 4 that start alike, 1 has one of 6.

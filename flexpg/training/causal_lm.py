@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,18 @@ class CheckpointTokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of the ids, without special tokens."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def decode_all(self, token_ids: list[int]) -> str:
+        """Return the text of the ids, special tokens included."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of messages and of the beginning of the next answer, by the checkpoint's chat template."""
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **self.template_options
+        )
         return text
 
     def chat_prompt(self, text: str) -> list[int]:

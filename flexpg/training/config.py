@@ -9,18 +9,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from flexpg.losses import ImportanceSamplingLevel, LossType, grpo_loss
+from flexpg.losses import ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
 from flexpg.rollouts import ScaleRewards
 from flexpg.sampling import SamplingParams
 from flexpg.training.errors import one_line
@@ -52,6 +54,9 @@ class LossConfig:
     sapo_temperature_neg: float = 1.05
     beta: float = 0.0  # above 0 needs a reference: a frozen copy of the model, or with LoRA the model without adapters
     importance_sampling_level: ImportanceSamplingLevel = "token"
+    importance_sampling_mode: ImportanceSamplingMode = "sequence_mask"  # these three correct for another sampler
+    importance_sampling_clip_min: float | None = None
+    importance_sampling_clip_max: float | None = 3.0
 
 
 @dataclass
@@ -65,8 +70,9 @@ class GRPOConfig:
     train_problems: Component = MISSING  # returns a list of flexpg.training.tasks.Problem
     test_problems: Component = MISSING
     prompt_format: Literal["plain", "bos", "chat"] = "chat"
-    rewards: dict[str, Component] = MISSING  # name: {_component_: function or class, weight: 1.0, other arguments}
-    test_reward: Component = MISSING  # its mean over test_problems is the held-out accuracy
+    rewards: dict[str, Component] = field(default_factory=dict)  # name: {_component_: ..., weight: 1.0, arguments}
+    test_reward: Component | None = None  # its mean over test_problems is the held-out accuracy
+    environment: Component | None = None  # answers between turns, and gives rewards of its own; see docs/agents.md
 
     # Devices and precision
     device: str = "cuda"
@@ -83,6 +89,9 @@ class GRPOConfig:
     num_iterations: int = 1
     minibatches: int = 1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampler: Component | None = None  # None: from the model itself; or an engine, flexpg.integrations.vllm.engine
+    async_steps: int = 0  # 1: a server samples the next step while this one trains, from weights one update older
+    max_resamplings: int = 0  # how often groups whose rewards are equal are replaced by other problems' (DAPO)
     max_cache_tokens: int = 65536  # tokens whose keys and values are stored at a time while sampling
     max_tokens: int = 16384  # of a micro-batch of one rank; micro-batches accumulate gradients exactly
     sharing: Literal["auto", True, False] = "auto"  # encode prompts once; "auto": if the cost model says that it pays
@@ -90,7 +99,7 @@ class GRPOConfig:
 
     # Update
     scale_rewards: ScaleRewards = "group"
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: Any = field(default_factory=LossConfig)  # or {_component_: my.loss, ...}, called as grpo_loss is
     optimizer: Component = field(
         default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-6, "weight_decay": 0.0}
     )
@@ -115,7 +124,7 @@ class GRPOConfig:
 
 COMPONENTS = (
     *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "test_reward"),
-    *("optimizer", "lr_scheduler", "metric_logger"),
+    *("optimizer", "lr_scheduler", "metric_logger", "sampler", "environment"),
 )
 
 
@@ -175,7 +184,7 @@ def load_config(given: DictConfig) -> Any:
     for name, value in options.items():  # OmegaConf's errors would not name these options
         if name in (*COMPONENTS, "rewards", "sampling", "loss") and isinstance(value, list | int | float):
             raise ValueError(f"{name} must be a mapping, got {value}")
-    for name in COMPONENTS:
+    for name in (*COMPONENTS, "loss"):
         if isinstance(given.get(name), str):  # `optimizer=torch.optim.SGD` on the command line
             given[name] = {"_component_": given[name]}
         if OmegaConf.is_dict(given.get(name)) and "_component_" in given[name]:
@@ -219,6 +228,21 @@ def sampling_params(cfg: Any, stop_tokens: list[int]) -> SamplingParams:
     return SamplingParams(**cfg.sampling, stop_tokens=stop_tokens)
 
 
+def build_loss(cfg: Any) -> Callable[..., Tensor]:
+    """Return the loss of a configuration, with its options.
+
+    Raises:
+        ValueError: If its component cannot be imported.
+    """
+    options = dict(cfg.loss)
+    if "_component_" not in options:
+        return partial(grpo_loss, **options, max_completion_length=cfg.sampling.max_new_tokens)
+    try:
+        return partial(_get_component_from_path(options.pop("_component_")), **options)
+    except InstantiationError as error:
+        raise ValueError(f"loss: {one_line(error)}") from error
+
+
 def device_and_dtypes(cfg: Any) -> tuple[torch.device, torch.dtype, torch.dtype]:
     """Return this rank's device, the dtype of the computation and that of trained parameters.
 
@@ -256,9 +280,21 @@ def _check_values(cfg: Any) -> None:
         raise ValueError(f"clip_grad_norm must be positive (.inf for no clipping), got {cfg.clip_grad_norm}")
     if not cfg.sampling.temperature > 0:
         raise ValueError(f"sampling.temperature must be positive for rollouts, got {cfg.sampling.temperature}")
+    if not (cfg.rewards or cfg.environment) or not (cfg.test_reward or cfg.environment):
+        raise ValueError("rewards and test_reward must be set, unless there is an environment")
+    if cfg.async_steps not in (0, 1) or cfg.max_resamplings < 0:
+        raise ValueError(
+            f"async_steps must be 0 or 1 and max_resamplings at least 0, got {cfg.async_steps} and "
+            f"{cfg.max_resamplings}"
+        )
+    if cfg.sampler and (cfg.sampling.top_k is not None or cfg.sampling.top_p < 1):
+        raise ValueError(
+            "sampling.top_k and sampling.top_p must not be set with a sampler: its log-probabilities would be those of "
+            "another distribution than the trainer's"
+        )
     sampling_params(cfg, [])
     one = torch.ones(1, 1)
     try:
-        grpo_loss(one, one[0], one.bool(), ref_logprobs=one, max_completion_length=1, **cfg.loss)
-    except ValueError as error:
+        build_loss(cfg)(one, one[0], one.bool(), total_tokens=1, total_rollouts=1, ref_logprobs=one)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"loss: {error}") from None

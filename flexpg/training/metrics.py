@@ -13,33 +13,39 @@ from torch import Tensor
 from flexpg.analysis.flops import ModelShape, update_flops
 from flexpg.analysis.work import baseline_work, encoded_work, prompts_once_work, recomputed_tokens, total_work
 from flexpg.micro_batches import MicroBatch, by_cache
-from flexpg.rollouts import Rollouts
+from flexpg.training.episodes import Episode
 from flexpg.tree import padded_length
 
 # Sharing that saves less than this is not used: packed sequences have costs of their own (masks, merging).
 MIN_SPEEDUP = 1.05
 
 
-def rollout_metrics(rollouts: Rollouts, is_finished: Tensor) -> dict[str, float]:
-    """Return rewards and lengths of a step's rollouts.
+def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dict[str, float]:
+    """Return rewards and lengths of a step's episodes.
 
     Args:
-        rollouts: The rollouts of the whole step.
-        is_finished: [N] bool, False where the sampler's limit truncated a completion.
+        groups: For each problem its G episodes.
+        rewards: [problems, G] float, the reward of each.
 
     Returns:
-        "reward" and "completion_tokens", means over rollouts; "reward_std", the mean over groups of their standard
-        deviation; "groups_without_spread", the share of groups whose rewards are equal, which have no gradient;
-        "truncated", the share of truncated completions.
+        "reward", "turns" and "completion_tokens" (of all turns), means over episodes; "reward_std", the mean over
+        groups of their standard deviation; "groups_without_spread", the share of groups whose rewards are equal, which
+        have no gradient; "truncated", the share of episodes that the sampler's limit truncated.
     """
-    groups = [rollouts.rewards[rollouts.group_ids == group] for group in range(rollouts.num_groups)]
+    episodes = [episode for group in groups for episode in group]
     return {
-        "reward": rollouts.rewards.mean().item(),
-        "reward_std": sum(rewards.std(correction=min(1, len(rewards) - 1)).item() for rewards in groups) / len(groups),
-        "groups_without_spread": sum(bool((rewards == rewards[0]).all()) for rewards in groups) / len(groups),
-        "completion_tokens": rollouts.completion_lens.float().mean().item(),
-        "truncated": (~is_finished).float().mean().item(),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(1).mean().item(),
+        "groups_without_spread": (~has_spread(rewards)).float().mean().item(),
+        "completion_tokens": sum(len(turn.completion) for own in episodes for turn in own.turns) / len(episodes),
+        "truncated": sum(not own.is_finished for own in episodes) / len(episodes),
+        "turns": sum(len(own.turns) for own in episodes) / len(episodes),
     }
+
+
+def has_spread(rewards: Tensor) -> Tensor:
+    """Return [problems] bool, False where all rewards [problems, G] of a problem are equal."""
+    return (rewards != rewards[:, :1]).any(1)
 
 
 def cost_metrics(

@@ -66,6 +66,9 @@ class Library(Protocol):
     def save_weights(self, model: Any, cfg: Any, source: Any, world: World) -> None:
         """Save the weights in the format that they were loaded from; all ranks call it."""
 
+    def export_weights(self, model: Any, cfg: Any, source: Any, world: World, folder: Path, dtype: torch.dtype) -> None:
+        """Write the weights, adapters merged, into `folder`/epoch_0 for an inference engine; all ranks call it."""
+
 
 def build_model(cfg: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> nn.Module:
     """Build the configured model on the meta device, without memory or weights, which `materialize` provides.

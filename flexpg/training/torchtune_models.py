@@ -40,6 +40,7 @@ from flexpg.training.models import BROADCAST, GATHER, write_weights
 
 __all__ = [
     "check_fits",
+    "export_weights",
     "has_adapters",
     "load_weights",
     "materialize",
@@ -177,20 +178,49 @@ def save_weights(model: TransformerDecoder, cfg: Any, checkpointer: Any, world: 
     if not world.is_first:
         return
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
-    weights = {name: value.to(trained) for name, value in gathered.items() if isinstance(value, Tensor)}
     lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
 
     def write(folder: Path) -> None:
-        own = weights
         if lora is not None:
+            weights = {name: value.to(trained) for name, value in gathered.items() if isinstance(value, Tensor)}
             _save_adapters(weights, lora, model.head_dim, cfg, folder / "adapter")
-            own = {name: value.clone() for name, value in weights.items()}  # on a CPU, merging would change the model
-            own = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
-        checkpointer._output_dir = folder  # another checkpointer would have to load the weights first
-        checkpointer.save_checkpoint({training.MODEL_KEY: own}, epoch=0)
-        _set_dtype_in_config(folder / "epoch_0" / "config.json", trained)
+        _write_model(gathered, lora, checkpointer, folder, trained)
 
     write_weights(weights_folder(cfg), write)
+
+
+def export_weights(
+    model: TransformerDecoder, cfg: Any, checkpointer: Any, world: World, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write the weights, adapters merged, into `folder`/epoch_0 for an inference engine; all ranks call it.
+
+    Args:
+        model: On one device or sharded.
+        cfg: The configuration.
+        checkpointer: The one that loaded the weights.
+        world: The ranks.
+        folder: Of this run; earlier weights in it are replaced.
+        dtype: Of the weights.
+    """
+    gathered = get_model_state_dict(model, options=GATHER)  # on rank 0
+    if world.is_first:
+        lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
+        _write_model(gathered, lora, checkpointer, folder, dtype)
+
+
+def _write_model(
+    gathered: dict[str, Any], lora: LoRALinear | None, checkpointer: Any, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write the model of a state dict into `folder`/epoch_0, adapters merged into it."""
+    # Copies: on a CPU, merging would change the model.
+    own = {
+        name: value.to(dtype, copy=lora is not None) for name, value in gathered.items() if isinstance(value, Tensor)
+    }
+    if lora is not None:
+        own = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
+    checkpointer._output_dir = folder  # another checkpointer would have to load the weights first
+    checkpointer.save_checkpoint({training.MODEL_KEY: own}, epoch=0)
+    _set_dtype_in_config(folder / "epoch_0" / "config.json", dtype)
 
 
 def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: Any, folder: Path) -> None:

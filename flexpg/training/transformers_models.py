@@ -27,6 +27,7 @@ from flexpg.training.models import BROADCAST, GATHER, write_weights
 
 __all__ = [
     "check_fits",
+    "export_weights",
     "has_adapters",
     "load_weights",
     "materialize",
@@ -197,15 +198,41 @@ def save_weights(model: nn.Module, cfg: Any, source: None, world: World) -> None
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
 
     def write(folder: Path) -> None:
-        path = cfg.model.path
-        saved: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=trained)
-        if lora := cfg.model.get("lora"):
-            saved = with_adapters(saved, lora)
-        saved.load_state_dict({name: value.to(trained) for name, value in gathered.items()})
-        if lora:
+        saved = _loaded(gathered, cfg, trained)
+        if has_adapters(saved):
             saved.save_pretrained(folder / "adapter" / "epoch_0")
             saved = saved.merge_and_unload()
         saved.save_pretrained(folder / "epoch_0")
-        AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
+        AutoTokenizer.from_pretrained(cfg.model.path).save_pretrained(folder / "epoch_0")
 
     write_weights(weights_folder(cfg), write)
+
+
+def export_weights(model: nn.Module, cfg: Any, source: None, world: World, folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights, adapters merged, into `folder`/epoch_0 for an inference engine; all ranks call it.
+
+    Rank 0 reads the checkpoint for it again, and has its model in memory meanwhile.
+
+    Args:
+        model: On one device or sharded.
+        cfg: The configuration.
+        source: None.
+        world: The ranks.
+        folder: Of this run; earlier weights in it are replaced.
+        dtype: Of the weights.
+    """
+    gathered: dict[str, Any] = get_model_state_dict(model, options=GATHER)  # on rank 0
+    if world.is_first:
+        saved = _loaded(gathered, cfg, dtype)
+        saved = saved.merge_and_unload() if has_adapters(saved) else saved
+        saved.save_pretrained(folder / "epoch_0")
+
+
+def _loaded(weights: dict[str, Any], cfg: Any, dtype: torch.dtype) -> Any:
+    """Return the configured model with weights of its state dict, on the CPU."""
+    path = cfg.model.path
+    loaded: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=dtype)
+    if lora := cfg.model.get("lora"):
+        loaded = with_adapters(loaded, lora)
+    loaded.load_state_dict({name: value.to(dtype) for name, value in weights.items()})
+    return loaded

@@ -1,0 +1,156 @@
+"""Episodes of several turns: the model samples, its environment answers, until one of them ends the episode."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flexpg.sampling import Samples
+from flexpg.training.environments import EnvironmentConfig, Message, Step, answers
+from flexpg.training.episodes import Episode, Turn, sampled_turns
+from flexpg.training.prompts import completion_text
+from flexpg.training.tasks.problem import Problem
+
+Sampler = Callable[[list[Tensor], int, list[int]], Samples]
+
+
+@dataclass(eq=False)
+class Dialogue:
+    """An episode while it is sampled.
+
+    Attributes:
+        prompt: [P] int64, what the model sees next.
+        messages: The conversation so far.
+        step: The environment of this episode.
+        turns: The model's turns so far.
+        reward: The environment's reward so far.
+        is_over: Whether it has ended.
+        is_cut: Whether a limit ended it.
+    """
+
+    prompt: Tensor
+    messages: list[Message]
+    step: Step
+    turns: list[Turn] = field(default_factory=list)
+    reward: float = 0.0
+    is_over: bool = False
+    is_cut: bool = False
+
+
+def sample_dialogues(
+    environment: EnvironmentConfig,
+    sample: Sampler,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    prompts: Sequence[Tensor],
+    group_size: int,
+    seeds: Sequence[int],
+    *,
+    prompt_format: Literal["plain", "bos", "chat"],
+    max_prompt: int,
+    on_any_rank: Callable[[bool], bool],
+) -> list[list[Episode]]:
+    """Sample episodes of some problems.
+
+    An episode ends if the environment answers with no message, after its `max_turns`, if a turn is truncated, or if the
+    next prompt would be too long; the last two are not finished.
+
+    Args:
+        environment: What answers.
+        sample: (prompts, group size, a seed per prompt) -> samples.
+        tokenizer: Of the prompts.
+        problems: P problems.
+        prompts: Their tokens.
+        group_size: G episodes of each.
+        seeds: One per problem.
+        prompt_format: How messages become tokens, see `next_prompt`.
+        max_prompt: Tokens of the longest prompt.
+        on_any_rank: Returns whether something is true on any rank, where all ranks have to sample as often as one
+            another; the identity elsewhere.
+
+    Returns:
+        For each problem its episodes.
+    """
+    dialogues = [
+        Dialogue(prompt, [{"role": "user", "content": problem.prompt}], environment.begin(problem))
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for _ in range(group_size)
+    ]
+    sampled = sample(list(prompts), group_size, list(seeds))
+    _extend(dialogues, sampled_turns(prompts, sampled), environment, tokenizer, prompt_format, max_prompt)
+    for turn in range(2, environment.max_turns + 1):
+        going_on = [n for n, own in enumerate(dialogues) if not own.is_over]
+        if not on_any_rank(bool(going_on)):
+            break
+        own_prompts = [dialogues[n].prompt for n in going_on]
+        own_seeds = [_seed(seeds[n // group_size], turn, n % group_size) for n in going_on]
+        turns = sampled_turns(own_prompts, sample(own_prompts, 1, own_seeds))
+        _extend([dialogues[n] for n in going_on], turns, environment, tokenizer, prompt_format, max_prompt)
+    episodes = [Episode(own.turns, own.reward, is_finished=not own.is_cut) for own in dialogues]
+    return [episodes[n : n + group_size] for n in range(0, len(episodes), group_size)]
+
+
+def next_prompt(
+    tokenizer: Any, seen: Tensor, messages: Sequence[Message], new: int, prompt_format: Literal["plain", "bos", "chat"]
+) -> Tensor:
+    """Return the tokens that the model sees after an environment's answer.
+
+    Tokens of earlier turns are kept as they were sampled, unless the chat template writes these turns otherwise once
+    later messages follow, as templates do that leave out earlier reasoning. Then the conversation is encoded again.
+
+    Args:
+        tokenizer: A `CheckpointTokenizer`; for "plain" and "bos" any that has its `encode`.
+        seen: [T] int64, the last prompt and what was sampled after it.
+        messages: The conversation.
+        new: How many messages at its end the model has not seen.
+        prompt_format: "plain" and "bos" append the content of the new messages; "chat" uses the chat template.
+
+    Returns:
+        [P] int64.
+
+    Raises:
+        ValueError: If the format is "chat" and the tokenizer has no chat template.
+    """
+    if prompt_format != "chat":
+        added = tokenizer.encode("".join(own["content"] for own in messages[-new:]), add_bos=False, add_eos=False)
+        return torch.cat([seen, seen.new_tensor(added)])
+    text, before = tokenizer.chat_text(messages), tokenizer.decode_all(seen.tolist())
+    if text.startswith(before):
+        return torch.cat([seen, seen.new_tensor(tokenizer.encode(text[len(before) :]))])
+    return seen.new_tensor(tokenizer.encode(text))
+
+
+def _extend(
+    dialogues: Sequence[Dialogue],
+    turns: Sequence[Turn],
+    environment: EnvironmentConfig,
+    tokenizer: Any,
+    prompt_format: Literal["plain", "bos", "chat"],
+    max_prompt: int,
+) -> None:
+    """Add a turn of the model to each dialogue, and the environment's answer to those that go on."""
+    for dialogue, turn in zip(dialogues, turns, strict=True):
+        text = completion_text(tokenizer, turn.completion.tolist())
+        dialogue.turns.append(turn)
+        dialogue.messages.append({"role": "assistant", "content": text})
+        dialogue.is_cut = dialogue.is_over = not turn.is_finished
+    # A turn that was cut off is answered too, because it has a reward.
+    given = answers([own.step for own in dialogues], [own.messages for own in dialogues], environment.timeout_s)
+    for dialogue, (messages, reward) in zip(dialogues, given, strict=True):
+        dialogue.reward += reward
+        dialogue.messages += messages
+        dialogue.is_over |= not messages or len(dialogue.turns) == environment.max_turns
+        if not dialogue.is_over:
+            last = dialogue.turns[-1]
+            seen = torch.cat([last.prompt, last.completion])
+            dialogue.prompt = next_prompt(tokenizer, seen, dialogue.messages, len(messages), prompt_format)
+            dialogue.is_cut = dialogue.is_over = len(dialogue.prompt) > max_prompt
+
+
+def _seed(seed: int, turn: int, sample: int) -> int:
+    return random.Random(f"{seed} turn {turn} of {sample}").getrandbits(63)

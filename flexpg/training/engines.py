@@ -1,0 +1,80 @@
+"""Inference engines that sample for a recipe instead of the model in training, and the check of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from flexpg.rollouts import Rollouts
+from flexpg.sampling import Samples, SamplingParams
+
+
+class Engine(Protocol):
+    """What a recipe needs of an inference engine; `flexpg.integrations.vllm.engine` creates one.
+
+    Attributes:
+        is_shared: Whether one engine, such as a server, samples for all ranks, so that only rank 0 loads weights into
+            it. Otherwise every rank has its own.
+        version: The version of the weights that it samples from, 0 before `load_weights`.
+    """
+
+    is_shared: bool
+    version: int
+
+    def sample(
+        self,
+        prompts: Sequence[Tensor],
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[int] | None,
+    ) -> Samples:
+        """Sample completions of every prompt, as `flexpg.sample` does.
+
+        Args:
+            prompts: P tensors of token ids, 1-D int64.
+            group_size: G, completions per prompt.
+            params: How tokens are sampled; log-probabilities are those at its temperature, without top-k and top-p.
+            seeds: One per prompt; None if the temperature is 0.
+        """
+
+    def load_weights(self, folder: Path, version: int) -> None:
+        """Replace the weights, and drop everything that was computed from the old ones.
+
+        Args:
+            folder: Safetensors in the format of the checkpoint that the engine was created from.
+            version: What `version` is from now on.
+
+        Raises:
+            RuntimeError: If they were not loaded.
+        """
+
+    def close(self) -> None:
+        """Release the engine."""
+
+
+def check_engine(
+    engine: Engine, prompt: Tensor, params: SamplingParams, logprobs_of: Callable[[Rollouts], Tensor]
+) -> float:
+    """Return how far an engine's log-probabilities are from the trainer's, after weights were loaded.
+
+    Wrong weights show in them, and so do another precision, another tokenizer and another checkpoint. The same weights
+    of one step before do not, if the update was small; `Engine.version` shows these.
+
+    Args:
+        engine: The engine.
+        prompt: [P] int64.
+        params: How tokens are sampled; the completion has at most 8.
+        logprobs_of: Returns the trainer's log-probabilities of a rollout, [1, C], at the temperature of `params`.
+
+    Returns:
+        The mean absolute difference over the tokens of one completion.
+    """
+    params = replace(params, max_new_tokens=min(params.max_new_tokens, 8))
+    samples = engine.sample([prompt], 1, params, [0])
+    rollouts = Rollouts.from_groups([prompt], [samples.completions], rewards=[[0.0]])
+    own = logprobs_of(rollouts)[0].cpu().double()
+    return (own - samples.logprobs[0].cpu().double()).abs().mean().item()

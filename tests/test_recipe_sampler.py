@@ -1,0 +1,85 @@
+"""recipes/grpo.py with an inference engine, asynchronous sampling, resampled groups, and losses of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_runs import SMALL, flat, make, train
+from torch import Tensor
+
+from flexpg import grpo_loss
+
+pytestmark = pytest.mark.slow
+
+CONFIG = "recipes/configs/tiny_transformers_cpu.yaml"
+OPTIONS = (*SMALL, "num_steps=3", "optimizer.lr=0.001", "test_problems.size=2", "group_size=3")
+ENGINE = ("sampler._component_=engines.CheckpointEngine", "sampler.path=recipes/assets/tiny")
+SEEN = ("reward", "loss", "grad_norm", "entropy", "completion_tokens", "tokens_encoded")
+
+
+def run(output_dir: Path, *options: str):
+    return train(make(output_dir, *OPTIONS, *options, config=CONFIG))
+
+
+@pytest.mark.parametrize("lora", [(), ("model.lora.r=4", "model.lora.target_modules=all-linear")])
+def test_run_with_engine_equals_the_run_that_samples_itself(tmp_path, lora):
+    ours, theirs = run(tmp_path / "engine", *ENGINE, *lora), run(tmp_path / "own", *lora)
+    for own, other in zip(ours.history, theirs.history, strict=True):
+        for name in SEEN:
+            assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+        assert own["sampler_ratio"] == pytest.approx(1.0, abs=1e-4) and own["sampler_kl"] < 1e-8
+        assert own["sync_s"] > 0
+    torch.testing.assert_close(flat(ours.trained), flat(theirs.trained), rtol=1e-4, atol=1e-5)
+    # Each version: the check of its log-probabilities, held-out accuracy before and after, and the step's samples.
+    assert ours.engine.log == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+    ours.cleanup()
+    assert ours.engine.is_closed
+
+
+def test_async_run_trains_on_samples_of_the_weights_before(tmp_path):
+    recipe = run(tmp_path, *ENGINE, "async_steps=1", "loss.importance_sampling_mode=token_truncate")
+    assert recipe.engine.log == [0, 0, 0, 0, 1, 1, 2, 3, 3]  # step 2 from version 0, step 3 from version 1
+    first, *later = (entry["sampler_kl"] for entry in recipe.history)
+    assert first < 1e-8 and min(later) > 1e-6
+    assert recipe.history[1]["sampler_ratio"] != pytest.approx(1.0, abs=1e-4)
+
+
+def test_engine_with_other_weights_raises_runtime_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"must sample from the weights that are trained.* after step 1"):
+        run(tmp_path, "sampler._component_=engines.StaleEngine", ENGINE[1], "optimizer.lr=0.01")
+
+
+def test_broken_engine_saves_progress_and_resumes_to_the_same_steps(tmp_path, capsys):
+    whole = run(tmp_path / "whole", *ENGINE)
+    broken = ("sampler._component_=engines.BrokenEngine", ENGINE[1], "sampler.broken_call=5")
+    with pytest.raises(ConnectionError, match="does not answer"):
+        run(tmp_path / "broken", *broken)
+    assert "saved after step 2; resume=true continues" in capsys.readouterr().out
+    resumed = run(tmp_path / "broken", *ENGINE, "resume=true")
+    assert [entry["loss"] for entry in resumed.history] == pytest.approx([entry["loss"] for entry in whole.history])
+    torch.testing.assert_close(flat(resumed.trained), flat(whole.trained), rtol=0, atol=1e-6)
+
+
+def test_resampled_groups_have_spread(tmp_path):
+    before, after = (run(tmp_path / n, f"max_resamplings={n}", "prompts_per_step=4").history for n in ("0", "2"))
+    assert "groups_resampled" not in before[0]
+    assert sum(entry["groups_without_spread"] for entry in before) > sum(
+        entry["groups_without_spread"] for entry in after
+    )
+    for entry, other in zip(before[:1], after[:1], strict=True):
+        assert entry["groups_without_spread"] * 4 <= other["groups_resampled"] <= 2 * 4
+
+
+def doubled(logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *, factor: float, **options: object) -> Tensor:
+    return factor * grpo_loss(logprobs, advantages, loss_mask, **options)
+
+
+def test_loss_component_replaces_grpo_loss(tmp_path):
+    own = ("loss._component_=test_recipe_sampler.doubled", "loss.factor=2.0")
+    first, second = run(tmp_path / "own", *own, "num_steps=1"), run(tmp_path / "other", "num_steps=1")
+    assert first.history[0]["loss"] == pytest.approx(2 * second.history[0]["loss"])
+    assert first.history[0]["grad_norm"] == pytest.approx(2 * second.history[0]["grad_norm"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"loss: .*factor"):
+        make(tmp_path / "wrong", *OPTIONS, own[0], config=CONFIG)
