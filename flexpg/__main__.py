@@ -88,6 +88,25 @@ def copy_recipes(args: argparse.Namespace) -> None:
         print(to)
 
 
+def translate_torchtune(args: argparse.Namespace) -> None:
+    """Write a configuration of torchtune's GRPO recipes as one of recipes/grpo.py, and print what to look at."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    with _extra("recipes"):
+        from flexpg.training.from_torchtune import translate
+    found = translate(args.file, args.ranks)
+    command = f"flexpg from-torchtune {args.file.name}" + (f" --ranks {args.ranks}" if args.ranks else "")
+    text = found.yaml(f"Translated by `{command}` from a configuration of torchtune's GRPO.")
+    if args.out is None:
+        print(text, end="")
+    elif args.out.exists() and args.out.read_text(encoding="utf-8") != text and not args.force:
+        raise FileExistsError(f"files exist and differ: {args.out}; --force overwrites them")
+    else:
+        args.out.write_text(text, encoding="utf-8")
+        print(f"wrote {args.out}")
+    for name, note in found.notes.items():
+        print(f"note: {name}: {note}", file=sys.stderr)
+
+
 def print_report(args: argparse.Namespace) -> None:
     """Print what sharing saves in an update over the rollouts, and plot it."""
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its C++ extensions, which a report does not need
@@ -296,6 +315,21 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=run)
 
 
+def _add_from_torchtune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "from-torchtune",
+        help="translate a configuration of torchtune's GRPO recipes",
+        description="Write a configuration of torchtune's sync or async GRPO recipe as one of recipes/grpo.py; notes "
+        "say what to look at (see docs/coming_from_torchtune.md).",
+    )
+    add = parser.add_argument
+    add("file", metavar="THEIRS.yaml", type=Path, help="configuration of torchtune's recipe")
+    add("-o", "--out", metavar="OURS.yaml", type=Path, help="file to write (default: standard output)")
+    add("--ranks", metavar="N", type=_positive, help="processes of torchtune's sync recipe (default: 1)")
+    add("--force", action="store_true", help="overwrite a file that differs")
+    parser.set_defaults(run=translate_torchtune)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; without one, print the help."""
     parser = argparse.ArgumentParser(prog="flexpg", description="Recipes and reports of flexpg.")
@@ -310,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cp.add_argument("--force", action="store_true", help="overwrite files that differ")
     cp.set_defaults(run=copy_recipes)
     _add_report(commands)
+    _add_from_torchtune(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def problems(
     subset: str | None = None,
     size: int | None = None,
     skip: int = 0,
+    partition: str | None = None,
     shots: int = 0,
     shot_template: str | None = None,
     shots_source: str | None = None,
@@ -40,6 +42,8 @@ def problems(
         subset: Of a folder or a dataset on the hub that has several.
         size: Number of problems at most; None for all.
         skip: Rows to leave out before the first question.
+        partition: Rows to take, before `skip` and `shots` count: those of `partition_numbers`, as torchtune's
+            `gsm8k_dataset` takes them; None for all.
         shots: Few-shot examples, the first rows of their data. If these are also the data of the questions, they are
             not asked: `skip` counts from the row after them.
         shot_template: Of a few-shot example; None for the prompt, a space, the answer and an empty line.
@@ -48,7 +52,8 @@ def problems(
 
     Raises:
         FileNotFoundError: If `source` looks like a path and does not exist.
-        ValueError: If data cannot be loaded, a row does not fill a template, or there are too few rows.
+        ValueError: If data cannot be loaded, a row does not fill a template, there are too few rows, or `partition` has
+            another form.
 
     >>> import tempfile
     >>> file = tempfile.NamedTemporaryFile("w", suffix=".jsonl")
@@ -60,6 +65,7 @@ def problems(
     asked_from = (source, split)
     shown_from = (shots_source or source, shots_split or (split if shots_source is None else "train"))
     rows = _rows(*asked_from, subset)
+    rows = [rows[n] for n in partition_numbers(len(rows), partition)]
     examples = (rows if shown_from == asked_from or not shots else _rows(*shown_from, subset))[:shots]
     start = skip + (shots if shown_from == asked_from else 0)
     asked = rows[start:][:size]
@@ -70,6 +76,28 @@ def problems(
         )
     context = "".join(_shot(f"{shown_from[0]}, row {n}", row, template, answer, shot_template) for n, row in examples)
     return [_problem(f"{source}, row {n}", row, template, answer, context) for n, row in asked]
+
+
+def partition_numbers(count: int, partition: str | None) -> list[int]:
+    """Return the numbers, from 0, of the rows that belong to a partition.
+
+    Args:
+        count: Number of rows.
+        partition: "1-9/10" for those whose number modulo 10 is 1 to 9; None for all.
+
+    Raises:
+        ValueError: If `partition` has another form.
+
+    >>> partition_numbers(12, "8-9/10"), partition_numbers(2, None)
+    ([8, 9], [0, 1])
+    """
+    if partition is None:
+        return list(range(count))
+    found = re.fullmatch(r"(\d+)-(\d+)/(\d+)", partition)
+    first, last, total = map(int, found.groups()) if found else (0, 0, 0)
+    if not first <= last < total:
+        raise ValueError(f"partition must be FIRST-LAST/TOTAL with FIRST <= LAST < TOTAL, got {partition!r}")
+    return [n for n in range(count) if first <= n % total <= last]
 
 
 def _problem(where: str, row: Mapping[str, Any], template: str, answer: Template, context: str) -> Problem:

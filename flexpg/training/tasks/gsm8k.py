@@ -15,6 +15,7 @@ def gsm8k(
     subset: str | None = "main",
     size: int | None = None,
     skip: int = 0,
+    partition: str | None = None,
     shots: int = 8,
     template: str = "Question: {question}\nAnswer:",
     shots_source: str | None = None,
@@ -30,6 +31,7 @@ def gsm8k(
         subset: "main", as on the hub; None for a folder without subsets.
         size: Number of problems at most; None for all.
         skip: Rows to leave out before the first question.
+        partition: Rows to take, such as "1-9/10"; None for all.
         shots: Few-shot examples, the first rows of their data; 8 are more than 2,000 bytes.
         template: Of the prompt; a few-shot example is the prompt, a space, the row's whole answer and an empty line.
         shots_source: Data of the few-shot examples; None for `source`.
@@ -47,6 +49,7 @@ def gsm8k(
         subset=subset,
         size=size,
         skip=skip,
+        partition=partition,
         shots=shots,
         shot_template=template + " {answer}\n\n",
         shots_source=shots_source,
