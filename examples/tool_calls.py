@@ -1,9 +1,9 @@
 """Teach a model of 0.1M parameters to use two tools: `python examples/tool_calls.py` (CPU, about a minute).
 
-The task and its environment are in `flexpg.training.tasks.shop`. First the model imitates conversations of a teacher who
-often calls the wrong tool and often misreads the answer, then recipes/grpo.py trains it with its own conversations,
-by recipes/configs/tiny_tools_cpu.yaml. Every turn is a rollout of its own, whose prompt is what the model saw; the
-prefix tree encodes the common history of all turns and all episodes once.
+The task and its environment are in `flexpg.training.tasks.shop`. First the model imitates the conversations of a
+teacher who often calls the wrong tool and often misreads the answer. Then recipes/grpo.py trains it on its own
+conversations, by recipes/configs/tiny_tools_cpu.yaml. Every turn is a rollout of its own, whose prompt is what the
+model saw; the prefix tree encodes the common history of all turns and all episodes once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import flexpg
 from flexpg.conversations import Conversation, conversation_rollouts
