@@ -61,7 +61,7 @@ from flexpg.training.metrics import (
     rollout_metrics,
     synchronized_time,
 )
-from flexpg.training.models import build_model, library_of
+from flexpg.training.models import build_model, library_of, replace_weights
 from flexpg.training.prompts import completion_group, tokenize_problems
 from flexpg.training.reward_calls import Run, TrainerState
 from flexpg.training.rewards import build_rewards, reward_metrics, score
@@ -433,12 +433,24 @@ class GRPORecipe(FTRecipeInterface):
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "options": {name: OmegaConf.to_container(self.cfg)[name] for name in SAME_ON_RESUME},
         }
-        keep = self.cfg.keep_last_n_checkpoints
-        save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world)
+        save_checkpoint(
+            folder,
+            self.steps_done,
+            self.model,
+            self.optimizer,
+            progress,
+            self.cfg.keep_last_n_checkpoints,
+            self.world,
+            self.save_weights if self.cfg.save_weights == "every_checkpoint" else None,
+        )
 
     def save_checkpoint(self) -> None:
-        """Save the trained weights in the format that they were loaded from."""
-        self.library.save_weights(self.model, self.cfg, self.source, self.world)
+        """Save the trained weights in the format that they were loaded from, over those of an earlier run."""
+        replace_weights(self.library.weights_folder(self.cfg), self.save_weights, self.world)
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the trained weights in the format that they were loaded from."""
+        self.library.save_weights(self.model, self.cfg, self.source, self.world, folder)
 
     def plot(self, rollouts: Rollouts) -> None:
         """Plot the mask of the first groups, and what sharing saves."""

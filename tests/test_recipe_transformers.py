@@ -69,19 +69,23 @@ def test_shared_run_equals_the_baseline_run(tmp_path, name):
 
 
 def test_lora_run_trains_and_saves_adapters_only(tmp_path):
-    recipe = run(tmp_path, *LORA, "loss.beta=0.1", "optimizer.lr=0.01", "num_iterations=2")
+    saving = ("save_weights=every_checkpoint", "checkpoint_every_n_steps=1", "keep_last_n_checkpoints=1")
+    recipe = run(tmp_path, *LORA, *saving, "loss.beta=0.1", "optimizer.lr=0.01", "num_iterations=2")
     assert recipe.history[1]["kl"] > 0
     recipe.save_checkpoint()
-    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_0")
-    ids = torch.arange(30)[None]
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    ids, base = torch.arange(30)[None], AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     with torch.no_grad():
         before = base(ids).logits
         own = recipe.model.eval()(ids).logits
-        torch.testing.assert_close(merged(ids).logits, own, rtol=0, atol=1e-4)
         assert (own - before).abs().max() > 0.05
-        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter/epoch_0")
-        torch.testing.assert_close(adapted(ids).logits, own, rtol=0, atol=1e-5)
+        for folder in (tmp_path, checkpoint):
+            merged = AutoModelForCausalLM.from_pretrained(folder / "epoch_0")
+            torch.testing.assert_close(merged(ids).logits, own, rtol=0, atol=1e-4)
+            adapted = peft.PeftModel.from_pretrained(base, folder / "adapter/epoch_0")
+            torch.testing.assert_close(adapted(ids).logits, own, rtol=0, atol=1e-5)
+            base = adapted.unload()
+            assert AutoTokenizer.from_pretrained(folder / "epoch_0").encode("1+1") == [49, 43, 49]
         with recipe.library.without_adapters(recipe.model):
             torch.testing.assert_close(recipe.model(ids).logits, before)
 

@@ -1,8 +1,8 @@
 """Atomic, checksummed training checkpoints.
 
 A checkpoint is written to a temporary folder and renamed, so a folder named step_... is complete. Rank 0 writes the
-whole state, which any world size can load. files.json holds the checksum of every other file, and tensors are read with
-`torch.load(weights_only=True)`, so loading a checkpoint never executes code.
+whole state, which any world size can load. files.json holds the checksum of every file that is loaded, and tensors are
+read with `torch.load(weights_only=True)`, so loading a checkpoint never executes code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,6 +32,7 @@ from torch.optim import Optimizer
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
 
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # RuntimeError is torch.save's for a full disk
 STATE, PROGRESS, FILES = "state.pt", "progress.json", "files.json"
 
 
@@ -39,7 +41,14 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: Any, keep_last: int, world: World
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Any,
+    keep_last: int,
+    world: World,
+    save_weights: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `folder`/step_N unless it exists, then delete all but the newest `keep_last`; all ranks call it.
 
@@ -51,6 +60,8 @@ def save_checkpoint(
         progress: Whatever else is needed to resume, as JSON.
         keep_last: Number of checkpoints to keep, at least 1.
         world: The ranks.
+        save_weights: Writes weights in another format into the checkpoint's folder; all ranks call it. It raises
+            ValueError on all ranks. These files have no checksum, because they are not loaded to resume.
 
     Raises:
         CheckpointError: If it could not be written (earlier checkpoints are untouched), or older ones not deleted. On
@@ -68,12 +79,19 @@ def save_checkpoint(
         "groups": [{**group, "params": len(group["params"])} for group in optimizer.param_groups],
     }
     try:
-        with world.raise_on_all_ranks(OSError, RuntimeError):  # RuntimeError is torch.save's for a full disk
+        with world.raise_on_all_ranks(*WRITE_ERRORS):
             if world.is_first:
                 for leftover in [*folder.glob("*.unfinished"), *folder.glob("*.deleted")]:
                     shutil.rmtree(leftover)
                 unfinished.mkdir(parents=True)
                 _write(unfinished, state, progress)
+        del state  # the weights below need the memory
+        if save_weights is not None:
+            save_weights(unfinished)
+        with world.raise_on_all_ranks(OSError):
+            if world.is_first:
+                for path in (unfinished, *unfinished.rglob("*")):
+                    _fsync(path)
                 unfinished.rename(final)
                 _fsync(folder)
     except ValueError as error:
@@ -178,8 +196,6 @@ def _write(folder: Path, state: dict[str, Any], progress: Any) -> None:
     (folder / PROGRESS).write_text(json.dumps(progress))
     checksums = {name: _checksum(folder / name) for name in (STATE, PROGRESS)}
     (folder / FILES).write_text(json.dumps(checksums))
-    for path in (folder / STATE, folder / PROGRESS, folder / FILES, folder):
-        _fsync(path)
 
 
 def _read(checkpoint: Path, trained: Mapping[str, Sequence[int]], groups: Sequence[int]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class GRPOConfig:
     eval_every_n_steps: int = 20
     checkpoint_every_n_steps: int = 0  # 0 for no checkpoints
     keep_last_n_checkpoints: int = 2
+    save_weights: Literal["end", "every_checkpoint"] = "end"  # when to save weights that from_pretrained loads
     resume: bool = False  # from the newest checkpoint in output_dir, or from scratch if there is none
     metric_logger: Component = field(
         default_factory=lambda: {

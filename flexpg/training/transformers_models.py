@@ -21,9 +21,9 @@ from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, unwrap
 from flexpg.integrations.transformers.composite import text_config, tower_modules
 from flexpg.training.causal_lm import with_adapters
-from flexpg.training.checkpoints import differences
+from flexpg.training.checkpoints import WRITE_ERRORS, differences
 from flexpg.training.distributed import World
-from flexpg.training.models import BROADCAST, GATHER, write_weights
+from flexpg.training.models import BROADCAST, GATHER
 
 __all__ = [
     "check_fits",
@@ -175,37 +175,46 @@ def weights_folder(cfg: Any) -> Path:
     return Path(cfg.output_dir)
 
 
-def save_weights(model: nn.Module, cfg: Any, source: None, world: World) -> None:
+def save_weights(model: nn.Module, cfg: Any, source: None, world: World, folder: Path) -> None:
     """Save the weights in the checkpoint's own format; all ranks call it.
 
-    `output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with its
-    tokenizer. `output_dir`/adapter/epoch_0 holds adapters for PEFT. Both are written to a temporary folder and renamed
-    over those of an earlier run.
+    `folder`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with its
+    tokenizer. `folder`/adapter/epoch_0 holds adapters for PEFT. Files are as large as transformers writes them, so a
+    large model is sharded.
+
+    Rank 0 needs main memory for the model twice: as it is gathered (frozen parameters in the dtype of the computation;
+    on one CPU the model itself), and as it is written, in the dtype of the trained parameters.
 
     Args:
         model: On one device or sharded.
         cfg: The configuration.
         source: None.
         world: The ranks.
+        folder: Need not exist.
 
     Raises:
-        CheckpointError: If they could not be written, on rank 0; what was there is untouched.
+        ValueError: If they could not be written, on all ranks.
     """
     gathered: dict[str, Any] = get_model_state_dict(model, options=GATHER)  # on rank 0
-    if not world.is_first:
-        return
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
+    with world.raise_on_all_ranks(*WRITE_ERRORS):
+        if world.is_first:
+            _write_weights(gathered, cfg, trained, folder)
 
-    def write(folder: Path) -> None:
-        path = cfg.model.path
-        saved: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=trained)
-        if lora := cfg.model.get("lora"):
-            saved = with_adapters(saved, lora)
-        saved.load_state_dict({name: value.to(trained) for name, value in gathered.items()})
-        if lora:
-            saved.save_pretrained(folder / "adapter" / "epoch_0")
-            saved = saved.merge_and_unload()
-        saved.save_pretrained(folder / "epoch_0")
-        AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
 
-    write_weights(weights_folder(cfg), write)
+def _write_weights(gathered: dict[str, Any], cfg: Any, dtype: torch.dtype, folder: Path) -> None:
+    path = cfg.model.path
+    saved: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=dtype)
+    if lora := cfg.model.get("lora"):
+        saved = with_adapters(saved, lora)
+    with torch.no_grad():
+        for (
+            name,
+            value,
+        ) in saved.state_dict().items():  # in place: `load_state_dict` of another dtype needs a third copy
+            value.copy_(gathered[name])
+    if lora:
+        saved.save_pretrained(folder / "adapter" / "epoch_0")
+        saved = saved.merge_and_unload()
+    saved.save_pretrained(folder / "epoch_0")
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
