@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
+from flexpg.analysis import transformers_shape
+from flexpg.analysis.flops import ModelShape
 from flexpg.analysis.transformers_files import auto_class, local_config
-from flexpg.analysis.transformers_shape import shape_of
 from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, unwrap
 from flexpg.integrations.transformers.composite import text_config, tower_modules
@@ -63,6 +64,11 @@ def without_adapters(model: Any) -> AbstractContextManager[None]:
     """Return a context in which the adapters are disabled."""
     context: AbstractContextManager[None] = model.disable_adapter() if has_adapters(model) else nullcontext()
     return context
+
+
+def shape_of(model: nn.Module) -> ModelShape:
+    """Return the shape for the cost model."""
+    return transformers_shape.shape_of(model, dora_as_lora=True)
 
 
 def check_fits(model: nn.Module, max_token: int, max_length: int) -> None:
