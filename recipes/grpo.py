@@ -215,7 +215,7 @@ class GRPORecipe(FTRecipeInterface):
                 break
             advantages = group_advantages(rollouts, cfg.scale_rewards)
             metrics |= packed.cost | self.update(step, rollouts, packed, advantages)
-            metrics["lr"] = training.get_lr(self.optimizer)
+            metrics["lr"] = float(training.get_lr(self.optimizer))  # a tensor in torchao's optimizers
             self.lr_scheduler.step()
             finished = synchronized_time(self.world.device)
             seconds = {"sample_s": sampled - started, "logprobs_s": scored - sampled - self_check_s}

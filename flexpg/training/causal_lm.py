@@ -21,6 +21,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from flexpg.training.quantization import quantize_layers
+
 # Options of `peft.LoraConfig` with which the model without adapters is the base model, and adapters can be merged.
 LORA_OPTIONS = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 LORA_OPTIONS += ("layers_to_transform", "layers_pattern", "target_parameters", "use_dora")
@@ -28,23 +30,30 @@ LORA_OPTIONS += ("fan_in_fan_out", "init_lora_weights")
 INIT_LORA_WEIGHTS = (True, False, "gaussian", "orthogonal")
 
 
-def model(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
+def model(path: str, lora: Mapping[str, Any] | None = None, quantization: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the model of a checkpoint, without its weights.
 
     Args:
         path: The folder of a transformers checkpoint, as `tune download` writes it. Of a model that takes images too,
             the language model is trained.
         lora: Options of `peft.LoraConfig`; None to train all parameters.
+        quantization: Options of `transformers.BitsAndBytesConfig`, to store frozen layers in 4 bits.
 
     Raises:
         FileNotFoundError: If the folder has no config.json.
-        ImportError: If PEFT is not installed, with `lora`.
+        ImportError: If PEFT is not installed, with `lora`, or bitsandbytes, with `quantization`.
         ValueError: If the recipe does not support one of the options.
     """
     from flexpg.analysis.transformers_files import auto_class, local_config
 
     config = local_config(Path(path))
     built: nn.Module = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    if quantization is not None:
+        if lora is None or lora.get("use_dora"):
+            raise ValueError(
+                "quantization needs lora without use_dora: nothing else can be trained above 4-bit weights"
+            )
+        quantize_layers(built, quantization)
     return built if lora is None else with_adapters(built, lora)
 
 

@@ -73,7 +73,7 @@ def save_checkpoint(
     unfinished = final.with_suffix(".unfinished")
     options = _options(world)
     state = {  # on rank 0; empty elsewhere
-        "model": get_model_state_dict(model, options=options),
+        "model": _trained_state(model, options),
         # An optimizer without state would be given one by a step of size zero, which would count as a step.
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else None,
         "groups": [{**group, "params": len(group["params"])} for group in optimizer.param_groups],
@@ -141,7 +141,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     Raises:
         CheckpointError: If the checkpoint belongs to another model or is damaged; on all ranks.
     """
-    own: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    own = _trained_state(model, StateDictOptions(ignore_frozen_params=True))
     trained = {name: list(weight.shape) for name, weight in own.items()}
     groups = [len(group["params"]) for group in optimizer.param_groups]
     state: dict[str, Any] = {"model": {}, "optimizer": {}, "groups": []}
@@ -179,6 +179,15 @@ def differences(saved: Mapping[str, Sequence[int]], needed: Mapping[str, Sequenc
             if name in saved and list(saved[name]) != list(shape)
         ),
     ]
+
+
+def _trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
+    """Return the state dict without frozen parameters, in which tied ones and parts like `weight.absmax` would remain."""
+    own = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in own if not parameter.requires_grad}
+    parts = tuple(f"{name}." for name in frozen)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if name not in frozen and not name.startswith(parts)}
 
 
 def _options(world: World, *, load: bool = False) -> StateDictOptions:

@@ -25,6 +25,7 @@ from flexpg.training.causal_lm import with_adapters
 from flexpg.training.checkpoints import WRITE_ERRORS, differences
 from flexpg.training.distributed import World
 from flexpg.training.models import BROADCAST, GATHER
+from flexpg.training.quantization import dequantized_state, quantize_weights, quantized_layers, take_weights
 
 __all__ = [
     "check_fits",
@@ -142,10 +143,13 @@ def materialize(
         The model.
 
     Raises:
-        ValueError: If `compile` is set.
+        ValueError: If `compile` is set, or a quantized model would be sharded.
     """
     if compile:
         raise ValueError("compile must be false for transformers models")
+    quantized = take_weights(model)
+    if quantized and world.size > 1:
+        raise ValueError(f"quantization needs a single process, got {world.size}: FSDP2 does not shard 4-bit weights")
     base: Any = unwrap(model)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     if activation_checkpointing:
@@ -156,12 +160,16 @@ def materialize(
         fully_shard(model)
     model.to_empty(device=world.device)
     base.tie_weights()  # the parameters of `to_empty` are new ones
-    weights = {name: value.to(dtypes.get(name, value.dtype)) for name, value in weights.items()}
+    if quantized:
+        quantize_weights(model, quantized, weights, world.device)
+    weights = {
+        name: value.to(dtypes.get(name, value.dtype)) for name, value in weights.items() if name not in quantized
+    }
     own = {name: value for name, value in weights.items() if name in dtypes}
     if world.size > 1:
         set_model_state_dict(model, dict(own), options=BROADCAST)
     else:
-        model.load_state_dict(own)
+        model.load_state_dict(own, strict=not quantized)  # which have more entries, and are loaded
     # Tables of RoPE and the like are not in the state dict.
     tables = world.all_gather([{name: value for name, value in weights.items() if name not in dtypes}])[0]
     for name, value in tables.items():
@@ -201,7 +209,11 @@ def save_weights(model: nn.Module, cfg: Any, source: None, world: World, folder:
     Raises:
         ValueError: If they could not be written, on all ranks.
     """
-    gathered: dict[str, Any] = get_model_state_dict(model, options=GATHER)  # on rank 0
+    gathered: dict[str, Any] = (
+        dequantized_state(model)
+        if quantized_layers(model)
+        else get_model_state_dict(model, options=GATHER)  # on rank 0
+    )
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
     with world.raise_on_all_ranks(*WRITE_ERRORS):
         if world.is_first:
