@@ -34,7 +34,7 @@ def quantize_layers(model: nn.Module, quantization: Mapping[str, Any]) -> None:
         ValueError: If the layers would not be in 4 bits.
     """
     try:
-        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}; model.quantization needs it, run: pip install bitsandbytes") from error
     from transformers import BitsAndBytesConfig

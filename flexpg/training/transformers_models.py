@@ -5,6 +5,7 @@ Checkpoints are read and written by transformers, adapters by PEFT; sharding and
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ __all__ = [
     "weights_folder",
     "without_adapters",
 ]
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def prepare(model: nn.Module) -> None:
@@ -236,3 +239,6 @@ def _write_weights(gathered: dict[str, Any], cfg: Any, dtype: torch.dtype, folde
         saved = saved.merge_and_unload()
     saved.save_pretrained(folder / "epoch_0")
     AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
+    for file in (Path(path) / name for name in PROCESSOR_FILES):  # of a model that takes images too
+        if file.exists():
+            shutil.copy(file, folder / "epoch_0")
