@@ -76,7 +76,7 @@ from flexpg.training.metrics import (
     rates,
     synchronized_time,
 )
-from flexpg.training.models import build_model, library_of
+from flexpg.training.models import build_model, library_of, replace_weights
 from flexpg.training.prompts import completion_group, tokenize_problems
 from flexpg.training.reward_calls import Log, Run, TrainerState
 from flexpg.training.rewards import Scores, build_rewards, reward_metrics, score
@@ -279,7 +279,7 @@ class GRPORecipe(FTRecipeInterface):
             advantages = episode_advantages(data, cfg.scale_rewards)
             self.log_samples(step, data, advantages)
             metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
-            metrics["lr"] = training.get_lr(self.optimizer)
+            metrics["lr"] = float(training.get_lr(self.optimizer))  # a tensor in torchao's optimizers
             self.lr_scheduler.step()
             finished = synchronized_time(self.world.device)
             seconds = {"sample_s": sampled - started - self.reward_s, "reward_s": self.reward_s}
@@ -576,7 +576,7 @@ class GRPORecipe(FTRecipeInterface):
     def sync(self) -> None:
         """Load the current weights into the engine, and compare its log-probabilities with the trainer's."""
         folder = self.output_dir / "engine"
-        self.library.export_weights(self.model, self.cfg, self.source, self.world, folder, self.dtype)
+        self.save_weights(folder)
         self.world.barrier()
         with self.world.raise_on_all_ranks(OSError, RuntimeError, ValueError):
             if self.world.is_first or not self.engine.is_shared:
@@ -628,13 +628,26 @@ class GRPORecipe(FTRecipeInterface):
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "options": {name: OmegaConf.to_container(self.cfg)[name] for name in SAME_ON_RESUME},
         }
-        keep, best = self.cfg.keep_last_n_checkpoints, best_step(self.accuracies)
-        best = best if self.cfg.keep_best_checkpoint else None
-        save_checkpoint(folder, self.steps_done, self.model, self.optimizer, progress, keep, self.world, best)
+        best = best_step(self.accuracies) if self.cfg.keep_best_checkpoint else None
+        save_checkpoint(
+            folder,
+            self.steps_done,
+            self.model,
+            self.optimizer,
+            progress,
+            self.cfg.keep_last_n_checkpoints,
+            self.world,
+            best_step=best,
+            save_weights=self.save_weights if self.cfg.save_weights == "every_checkpoint" else None,
+        )
 
     def save_checkpoint(self) -> None:
-        """Save the trained weights in the format that they were loaded from."""
-        self.library.save_weights(self.model, self.cfg, self.source, self.world)
+        """Save the trained weights in the format that they were loaded from, over those of an earlier run."""
+        replace_weights(self.library.weights_folder(self.cfg), self.save_weights, self.world)
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the trained weights in the format that they were loaded from."""
+        self.library.save_weights(self.model, self.cfg, self.source, self.world, folder)
 
     def plot(self, data: StepRollouts) -> None:
         """Plot the mask of the first problems, and what sharing saves."""

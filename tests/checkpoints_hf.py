@@ -57,6 +57,38 @@ PUBLISHED: dict[str, Any] = {
         sliding_window=512,
         max_position_embeddings=32_768,
     ),
+    "gemma3_4B_lora": transformers.Gemma3Config(
+        text_config={
+            "vocab_size": 262_208,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 1024,
+        },
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "image_size": 896,
+            "vision_use_head": False,
+        },
+    ),
+    "llama3_2_1B_transformers_full": transformers.LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        max_position_embeddings=131_072,
+    ),
     "gpt_oss_20b_lora": transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32),
 }
 

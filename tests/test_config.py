@@ -38,6 +38,8 @@ OF_TRANSFORMERS = {  # likewise; of Qwen3.5 0.8B with its vision tower, whose si
     "qwen3_4B_lora": 4_022_468_096,
     "qwen3_5_0_8B_full": None,
     "gemma3_1B_full": 999_885_952,
+    "gemma3_4B_lora": 4_300_079_472,
+    "llama3_2_1B_transformers_full": 1_235_814_400,
     "gpt_oss_20b_lora": 20_914_757_184,
 }
 GPU_CONFIGS = [*(f"{size}_{kind}" for size in PARAMETERS for kind in ("full", "lora")), *OF_TRANSFORMERS]

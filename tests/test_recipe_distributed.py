@@ -17,6 +17,7 @@ from processes import run_processes, start_command, wait_until
 from recipe_runs import DIFFERENT, LORA, SMALL, TINY, flat, make, nan_gradient, newest, train
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtune._cli import tune
+from transformers import AutoModelForCausalLM
 
 import recipes.grpo
 from flexpg.training.checkpoints import checkpoints
@@ -192,10 +193,12 @@ def test_run_killed_on_two_ranks_and_resumed_on_one_takes_the_same_steps(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("number", "every", "status"), [(signal.SIGTERM, 0, 143), (signal.SIGINT, 500, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "every", "status", "weights"),
+    [(signal.SIGTERM, 0, 143, "every_checkpoint"), (signal.SIGINT, 500, 130, "end")],
+    ids=["SIGTERM", "SIGINT"],
 )
-def test_signal_saves_a_checkpoint_and_exits_with_its_status(tmp_path, number, every, status):
-    options = ["--config", TINY, *OPTIONS, f"output_dir={tmp_path}", "num_steps=1000"]
+def test_signal_saves_a_checkpoint_and_exits_with_its_status(tmp_path, number, every, status, weights):
+    options = ["--config", TINY, *OPTIONS, f"output_dir={tmp_path}", "num_steps=1000", f"save_weights={weights}"]
     printed = tmp_path / "printed.txt"
     run = start_command(recipes.grpo.recipe_main, [*options, f"checkpoint_every_n_steps={every}"], printed)
     wait_until(lambda: any("loss:" in log.read_text() for log in tmp_path.glob("logs/*")), run, printed)
@@ -206,4 +209,11 @@ def test_signal_saves_a_checkpoint_and_exits_with_its_status(tmp_path, number, e
     assert step >= 1
     assert f"stopped after step {step} of 1000; resume=true continues from there" in printed.read_text()
     assert f"stopped after step {step} of 1000" in (tmp_path / "report.html").read_text()
-    assert not (tmp_path / "epoch_0").exists()  # weights are written at the end of a run
+    assert not (tmp_path / "epoch_0").exists()  # this is written at the end of a run
+    saved = checkpoints(tmp_path / "checkpoints")[-1] / "epoch_0"
+    if weights == "every_checkpoint":
+        trained = torch.load(saved.parent / "state.pt", weights_only=True)["model"]
+        embedding = AutoModelForCausalLM.from_pretrained(saved).get_input_embeddings().weight
+        assert torch.equal(embedding, trained["tok_embeddings.weight"])
+    else:
+        assert not saved.exists()

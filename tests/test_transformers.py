@@ -93,6 +93,20 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_sliding_window": ("gemma3", {}),
     "lora_frozen_sinks": ("gpt_oss", {}),
     "dora": ("llama", {"use_dora": True}),
+    "rank and alpha patterns": (
+        "llama",
+        {
+            "target_modules": r".*\.(q|up|down)_proj",
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"layers.0.mlp.up_proj": 3},
+            "use_rslora": True,
+            "lora_bias": True,
+        },
+    ),
+    "experts": (
+        "gpt_oss",
+        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "trainable_tokens": ("llama", {"trainable_token_indices": [3, 5, 8]}),
     "modules_to_save": ("llama", {"modules_to_save": ["lm_head"]}),

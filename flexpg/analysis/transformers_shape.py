@@ -27,7 +27,7 @@ from flexpg.integrations.transformers.composite import language_model, text_conf
 from flexpg.integrations.transformers.recurrent import is_recurrent, recurrent_modules
 
 
-def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
+def shape_of(model_or_config: nn.Module | PretrainedConfig, *, dora_as_lora: bool = False) -> ModelShape:
     """Read the shape from the model's layers; weights are not read.
 
     Parameters that do not require grad count as frozen, so the model may have PEFT's LoRA adapters. Of experts, the
@@ -36,6 +36,8 @@ def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
     Args:
         model_or_config: A causal language model on any device, plain or with one adapter; of a model that takes images
             too, the language model counts. Or a config, whose model is built on the meta device.
+        dora_as_lora: Accept DoRA and leave out what it adds to LoRA: norms of weights, once per forward and not per
+            token, so that ratios of work remain meaningful.
 
     Raises:
         TypeError: If prefixes cannot be shared in the architecture, or its layers are of an unknown kind.
@@ -43,7 +45,7 @@ def shape_of(model_or_config: nn.Module | PretrainedConfig) -> ModelShape:
             the config.
     """
     model = meta_model(model_or_config) if isinstance(model_or_config, PretrainedConfig) else model_or_config
-    _check_adapters(model)
+    _check_adapters(model, dora_as_lora)
     base = unwrap(model)
     check_architecture(base)
     config, name = text_config(base), type(base).__name__
@@ -188,10 +190,10 @@ def _with_recurrent_layers(shape: ModelShape, modules: Sequence[nn.Module], on_m
     )
 
 
-def _check_adapters(model: nn.Module) -> None:
+def _check_adapters(model: nn.Module, dora_as_lora: bool) -> None:
     """Refuse adapters whose work is not that of LoRA's two matrices."""
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     for name, config in adapters.items():
-        kind = "DoRA" if getattr(config, "use_dora", False) else config.peft_type.value
+        kind = "DoRA" if getattr(config, "use_dora", False) and not dora_as_lora else config.peft_type.value
         if kind != "LORA" or len(adapters) > 1:
             raise TypeError(f"the model must have one LORA adapter, got {kind} {name!r} of {len(adapters)}")

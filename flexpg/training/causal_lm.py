@@ -18,26 +18,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from flexpg.training.quantization import quantize_layers
 
-def model(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
+# Options of `peft.LoraConfig` with which the model without adapters is the base model, and adapters can be merged.
+LORA_OPTIONS = (
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+    ),
+    *("layers_to_transform", "layers_pattern", "target_parameters", "fan_in_fan_out", "init_lora_weights"),
+)
+INIT_LORA_WEIGHTS = (True, False, "gaussian", "orthogonal")
+
+
+def model(path: str, lora: Mapping[str, Any] | None = None, quantization: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the model of a checkpoint, without its weights.
 
     Args:
         path: The folder of a transformers checkpoint, as `tune download` writes it. Of a model that takes images too,
             the language model is trained.
         lora: Options of `peft.LoraConfig`; None to train all parameters.
+        quantization: Options of `transformers.BitsAndBytesConfig`, to store frozen layers in 4 bits.
 
     Raises:
         FileNotFoundError: If the folder has no config.json.
-        ImportError: If PEFT is not installed, with `lora`.
-        ValueError: If lora_dropout is not 0.
+        ImportError: If PEFT is not installed, with `lora`, or bitsandbytes, with `quantization`.
+        ValueError: If the recipe does not support one of the options.
     """
     from flexpg.analysis.transformers_files import auto_class, local_config
 
     config = local_config(Path(path))
     built: nn.Module = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    if quantization is not None:
+        if lora is None or lora.get("use_dora"):
+            raise ValueError(
+                "quantization needs lora without use_dora: nothing else can be trained above 4-bit weights"
+            )
+        quantize_layers(built, quantization)
     return built if lora is None else with_adapters(built, lora)
 
 
@@ -46,11 +72,11 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
 
     Args:
         model: The model.
-        lora: Options of `peft.LoraConfig`.
+        lora: Options of `peft.LoraConfig`, those of LORA_OPTIONS.
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If lora_dropout is not 0.
+        ValueError: If the recipe does not support one of the options.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -60,8 +86,28 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
         raise ValueError(
             f"lora.lora_dropout must be 0, got {lora['lora_dropout']}: it would differ between the copies of a prefix"
         )
+    options: Any = OmegaConf.to_container(lora) if isinstance(lora, DictConfig) else lora  # PEFT tests for lists
+    config, default = LoraConfig(task_type="CAUSAL_LM", **options), LoraConfig()
+    for name in options:
+        if name not in LORA_OPTIONS and (value := getattr(config, name)) != getattr(default, name):
+            raise ValueError(
+                f"lora.{name} must not be set, got {value}: adapters must be all that is trained, and be mergeable; "
+                f"the options are {', '.join(LORA_OPTIONS)}"
+            )
+    if config.init_lora_weights not in INIT_LORA_WEIGHTS:
+        raise ValueError(
+            f"lora.init_lora_weights must be one of {INIT_LORA_WEIGHTS}, got {config.init_lora_weights!r}: others "
+            "change the base model's weights"
+        )
     own: Any = model
-    adapted: nn.Module = get_peft_model(own, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
+    inputs, outputs = own.get_input_embeddings(), own.get_output_embeddings()
+    is_tied = outputs is not None and outputs.weight is inputs.weight
+    adapted: nn.Module = get_peft_model(own, config, autocast_adapter_dtype=False)
+    if is_tied and (own.get_input_embeddings() is not inputs or own.get_output_embeddings() is not outputs):
+        raise ValueError(
+            "lora.target_modules must not name the embeddings or the output layer of a model in which they are tied, "
+            f"got {config.target_modules}: merging adapters of one would change the other"
+        )
     return adapted
 
 

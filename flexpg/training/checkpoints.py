@@ -1,8 +1,8 @@
 """Atomic, checksummed training checkpoints.
 
 A checkpoint is written to a temporary folder and renamed, so a folder named step_... is complete. Rank 0 writes the
-whole state, which any world size can load. files.json holds the checksum of every other file, and tensors are read with
-`torch.load(weights_only=True)`, so loading a checkpoint never executes code.
+whole state, which any world size can load. files.json holds the checksum of every file that is loaded, and tensors are
+read with `torch.load(weights_only=True)`, so loading a checkpoint never executes code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,6 +32,7 @@ from torch.optim import Optimizer
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
 
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # RuntimeError is torch.save's for a full disk
 STATE, PROGRESS, FILES = "state.pt", "progress.json", "files.json"
 BEST = "best.txt"
 
@@ -48,6 +50,7 @@ def save_checkpoint(
     keep_last: int,
     world: World,
     best_step: int | None = None,
+    save_weights: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `folder`/step_N unless it exists, then delete all but the newest `keep_last`; all ranks call it.
 
@@ -60,6 +63,8 @@ def save_checkpoint(
         keep_last: Number of checkpoints to keep, at least 1.
         world: The ranks.
         best_step: The step of another checkpoint to keep, if it exists; `folder`/best.txt will have its name.
+        save_weights: Writes weights in another format into the checkpoint's folder; all ranks call it. It raises
+            ValueError on all ranks. These files have no checksum, because they are not loaded to resume.
 
     Raises:
         CheckpointError: If it could not be written (earlier checkpoints are untouched), or older ones not deleted. On
@@ -71,18 +76,25 @@ def save_checkpoint(
     unfinished = final.with_suffix(".unfinished")
     options = _options(world)
     state = {  # on rank 0; empty elsewhere
-        "model": get_model_state_dict(model, options=options),
+        "model": _trained_state(model, options),
         # An optimizer without state would be given one by a step of size zero, which would count as a step.
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else None,
         "groups": [{**group, "params": len(group["params"])} for group in optimizer.param_groups],
     }
     try:
-        with world.raise_on_all_ranks(OSError, RuntimeError):  # RuntimeError is torch.save's for a full disk
+        with world.raise_on_all_ranks(*WRITE_ERRORS):
             if world.is_first:
                 for leftover in [*folder.glob("*.unfinished"), *folder.glob("*.deleted")]:
                     shutil.rmtree(leftover)
                 unfinished.mkdir(parents=True)
                 _write(unfinished, state, progress)
+        del state  # the weights below need the memory
+        if save_weights is not None:
+            save_weights(unfinished)
+        with world.raise_on_all_ranks(OSError):
+            if world.is_first:
+                for path in (unfinished, *unfinished.rglob("*")):
+                    _fsync(path)
                 unfinished.rename(final)
                 _fsync(folder)
     except ValueError as error:
@@ -134,7 +146,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     Raises:
         CheckpointError: If the checkpoint belongs to another model or is damaged; on all ranks.
     """
-    own: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    own = _trained_state(model, StateDictOptions(ignore_frozen_params=True))
     trained = {name: list(weight.shape) for name, weight in own.items()}
     groups = [len(group["params"]) for group in optimizer.param_groups]
     state: dict[str, Any] = {"model": {}, "optimizer": {}, "groups": []}
@@ -185,6 +197,15 @@ def _mark_best(folder: Path, step: int | None) -> Path | None:
     return best
 
 
+def _trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
+    """Return the state of trained parameters only: torch would keep tied frozen ones, and parts like `weight.absmax`."""
+    own = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in own if not parameter.requires_grad}
+    parts = tuple(f"{name}." for name in frozen)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if name not in frozen and not name.startswith(parts)}
+
+
 def _options(world: World, *, load: bool = False) -> StateDictOptions:
     return StateDictOptions(
         full_state_dict=True,
@@ -200,8 +221,6 @@ def _write(folder: Path, state: dict[str, Any], progress: Any) -> None:
     (folder / PROGRESS).write_text(json.dumps(progress))
     checksums = {name: _checksum(folder / name) for name in (STATE, PROGRESS)}
     (folder / FILES).write_text(json.dumps(checksums))
-    for path in (folder / STATE, folder / PROGRESS, folder / FILES, folder):
-        _fsync(path)
 
 
 def _read(checkpoint: Path, trained: Mapping[str, Sequence[int]], groups: Sequence[int]) -> dict[str, Any]:

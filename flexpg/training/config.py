@@ -121,6 +121,7 @@ class GRPOConfig:
     checkpoint_every_n_steps: int = 0  # 0 for no checkpoints
     keep_last_n_checkpoints: int = 2
     keep_best_checkpoint: bool = False  # also save at every evaluation that is the best so far, and keep the best one
+    save_weights: Literal["end", "every_checkpoint"] = "end"  # when to save weights that from_pretrained loads
     resume: bool = False  # from the newest checkpoint in output_dir, or from scratch if there is none
     eval_only: bool = False  # evaluate the weights, or with `resume` the newest checkpoint, once, and end
     log_samples_every_n_steps: int = 10  # and at step 1: rollouts of two problems to read; 0 for never

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torchtune import training
@@ -20,7 +19,6 @@ from flexpg.analysis.flops import ModelShape
 from flexpg.training.checkpoints import CheckpointError
 from flexpg.training.config import component
 from flexpg.training.distributed import World
-from flexpg.training.errors import one_line
 
 # State dicts: whole on rank 0, and from there to all ranks.
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -63,11 +61,8 @@ class Library(Protocol):
     def weights_folder(self, cfg: Any) -> Path:
         """Return the folder in which `save_weights` creates epoch_0."""
 
-    def save_weights(self, model: Any, cfg: Any, source: Any, world: World) -> None:
-        """Save the weights in the format that they were loaded from; all ranks call it."""
-
-    def export_weights(self, model: Any, cfg: Any, source: Any, world: World, folder: Path, dtype: torch.dtype) -> None:
-        """Write the weights, adapters merged, into `folder`/epoch_0 for an inference engine; all ranks call it."""
+    def save_weights(self, model: Any, cfg: Any, source: Any, world: World, folder: Path) -> None:
+        """Write epoch_0, and adapter/epoch_0, in the format that the weights were loaded from; all ranks call it."""
 
 
 def build_model(cfg: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> nn.Module:
@@ -100,30 +95,35 @@ def library_of(model: nn.Module) -> Library:
     return library
 
 
-def write_weights(place: Path, write: Callable[[Path], None]) -> None:
-    """Write trained weights to a temporary folder, and rename its parts over those of an earlier run.
+def replace_weights(place: Path, save: Callable[[Path], None], world: World) -> None:
+    """Save trained weights to a temporary folder, and rename its parts over those of an earlier run.
 
     Args:
         place: The folder that gets epoch_0 and adapter/epoch_0.
-        write: Writes them into the folder that it is given.
+        save: Writes them into the folder that it is given, on rank 0; all ranks call it.
+        world: The ranks.
 
     Raises:
-        CheckpointError: If they could not be written; what was there is untouched.
+        CheckpointError: If they could not be written, on all ranks; what was there is untouched.
     """
     unfinished = place / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+    if world.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
     try:
-        write(unfinished)
-        for new in [*unfinished.glob("adapter/epoch_0"), *unfinished.glob("epoch_0")]:
-            final = place / new.relative_to(unfinished)
-            final.parent.mkdir(exist_ok=True)
-            if final.exists():
-                final.rename(new.with_name("replaced"))
-            new.rename(final)
-        shutil.rmtree(unfinished, ignore_errors=True)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError is torch.save's for a full disk
-        shutil.rmtree(unfinished, ignore_errors=True)
+        save(unfinished)
+        with world.raise_on_all_ranks(OSError):
+            if world.is_first:
+                for new in [*unfinished.glob("adapter/epoch_0"), *unfinished.glob("epoch_0")]:
+                    final = place / new.relative_to(unfinished)
+                    final.parent.mkdir(exist_ok=True)
+                    if final.exists():
+                        final.rename(new.with_name("replaced"))
+                    new.rename(final)
+    except ValueError as error:
         raise CheckpointError(
-            f"the trained weights could not be written to {place / 'epoch_0'}: {one_line(error)}; free disk space and "
-            "run again with resume=true"
+            f"the trained weights could not be written to {place / 'epoch_0'}: {error}; free disk space and run again "
+            "with resume=true"
         ) from error
+    finally:
+        if world.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)

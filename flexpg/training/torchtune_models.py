@@ -32,15 +32,14 @@ from torchtune.modules.peft import disable_adapter as without_adapters
 
 from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.integrations.torchtune import check_fits
-from flexpg.training.checkpoints import differences
+from flexpg.training.checkpoints import WRITE_ERRORS, differences
 from flexpg.training.config import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
-from flexpg.training.models import BROADCAST, GATHER, write_weights
+from flexpg.training.models import BROADCAST, GATHER
 
 __all__ = [
     "check_fits",
-    "export_weights",
     "has_adapters",
     "load_weights",
     "materialize",
@@ -158,69 +157,35 @@ def materialize(
     return model
 
 
-def save_weights(model: TransformerDecoder, cfg: Any, checkpointer: Any, world: World) -> None:
+def save_weights(model: TransformerDecoder, cfg: Any, checkpointer: Any, world: World, folder: Path) -> None:
     """Save the weights in the format that they were loaded from, for transformers and vLLM; all ranks call it.
 
-    `checkpointer.output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters,
-    which its config.json then names. `checkpointer.output_dir`/adapter/epoch_0 holds adapters for PEFT. Both are
-    written to a temporary folder and renamed over those of an earlier run.
+    `folder`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, which its
+    config.json then names. `folder`/adapter/epoch_0 holds adapters for PEFT.
 
     Args:
         model: On one device or sharded.
         cfg: The configuration.
         checkpointer: The one that loaded the weights.
         world: The ranks.
+        folder: Need not exist.
 
     Raises:
-        CheckpointError: If they could not be written, on rank 0; what was there is untouched.
+        ValueError: If they could not be written, on all ranks.
     """
     gathered = get_model_state_dict(model, options=GATHER)  # on rank 0
-    if not world.is_first:
-        return
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
     lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
-
-    def write(folder: Path) -> None:
-        if lora is not None:
+    with world.raise_on_all_ranks(*WRITE_ERRORS):
+        if world.is_first:
             weights = {name: value.to(trained) for name, value in gathered.items() if isinstance(value, Tensor)}
-            _save_adapters(weights, lora, model.head_dim, cfg, folder / "adapter")
-        _write_model(gathered, lora, checkpointer, folder, trained)
-
-    write_weights(weights_folder(cfg), write)
-
-
-def export_weights(
-    model: TransformerDecoder, cfg: Any, checkpointer: Any, world: World, folder: Path, dtype: torch.dtype
-) -> None:
-    """Write the weights, adapters merged, into `folder`/epoch_0 for an inference engine; all ranks call it.
-
-    Args:
-        model: On one device or sharded.
-        cfg: The configuration.
-        checkpointer: The one that loaded the weights.
-        world: The ranks.
-        folder: Of this run; earlier weights in it are replaced.
-        dtype: Of the weights.
-    """
-    gathered = get_model_state_dict(model, options=GATHER)  # on rank 0
-    if world.is_first:
-        lora = next((module for module in model.modules() if isinstance(module, LoRALinear)), None)
-        _write_model(gathered, lora, checkpointer, folder, dtype)
-
-
-def _write_model(
-    gathered: dict[str, Any], lora: LoRALinear | None, checkpointer: Any, folder: Path, dtype: torch.dtype
-) -> None:
-    """Write the model of a state dict into `folder`/epoch_0, adapters merged into it."""
-    # Copies: on a CPU, merging would change the model.
-    own = {
-        name: value.to(dtype, copy=lora is not None) for name, value in gathered.items() if isinstance(value, Tensor)
-    }
-    if lora is not None:
-        own = get_merged_lora_ckpt(own, lora.rank, lora.alpha)
-    checkpointer._output_dir = folder  # another checkpointer would have to load the weights first
-    checkpointer.save_checkpoint({training.MODEL_KEY: own}, epoch=0)
-    _set_dtype_in_config(folder / "epoch_0" / "config.json", dtype)
+            if lora is not None:
+                _save_adapters(weights, lora, model.head_dim, cfg, folder / "adapter")
+                weights = {name: value.clone() for name, value in weights.items()}  # on a CPU, they are the model's
+                weights = get_merged_lora_ckpt(weights, lora.rank, lora.alpha)
+            checkpointer._output_dir = folder  # another checkpointer would have to load the weights first
+            checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
+            _set_dtype_in_config(folder / "epoch_0" / "config.json", trained)
 
 
 def _save_adapters(weights: dict[str, Tensor], lora: LoRALinear, head_dim: int, cfg: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ Checkpoints are read and written by transformers, adapters by PEFT; sharding and
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,20 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
+from flexpg.analysis import transformers_shape
+from flexpg.analysis.flops import ModelShape
 from flexpg.analysis.transformers_files import auto_class, local_config
-from flexpg.analysis.transformers_shape import shape_of
 from flexpg.integrations.transformers import layers
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, unwrap
 from flexpg.integrations.transformers.composite import text_config, tower_modules
 from flexpg.training.causal_lm import with_adapters
-from flexpg.training.checkpoints import differences
+from flexpg.training.checkpoints import WRITE_ERRORS, differences
 from flexpg.training.distributed import World
-from flexpg.training.models import BROADCAST, GATHER, write_weights
+from flexpg.training.models import BROADCAST, GATHER
+from flexpg.training.quantization import dequantized_state, quantize_weights, quantized_layers, take_weights
 
 __all__ = [
     "check_fits",
-    "export_weights",
     "has_adapters",
     "load_weights",
     "materialize",
@@ -37,6 +39,8 @@ __all__ = [
     "weights_folder",
     "without_adapters",
 ]
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def prepare(model: nn.Module) -> None:
@@ -64,6 +68,11 @@ def without_adapters(model: Any) -> AbstractContextManager[None]:
     """Return a context in which the adapters are disabled."""
     context: AbstractContextManager[None] = model.disable_adapter() if has_adapters(model) else nullcontext()
     return context
+
+
+def shape_of(model: nn.Module) -> ModelShape:
+    """Return the shape for the cost model."""
+    return transformers_shape.shape_of(model, dora_as_lora=True)
 
 
 def check_fits(model: nn.Module, max_token: int, max_length: int) -> None:
@@ -137,10 +146,13 @@ def materialize(
         The model.
 
     Raises:
-        ValueError: If `compile` is set.
+        ValueError: If `compile` is set, or a quantized model would be sharded.
     """
     if compile:
         raise ValueError("compile must be false for transformers models")
+    quantized = take_weights(model)
+    if quantized and world.size > 1:
+        raise ValueError(f"quantization needs a single process, got {world.size}: FSDP2 does not shard 4-bit weights")
     base: Any = unwrap(model)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     if activation_checkpointing:
@@ -151,12 +163,16 @@ def materialize(
         fully_shard(model)
     model.to_empty(device=world.device)
     base.tie_weights()  # the parameters of `to_empty` are new ones
-    weights = {name: value.to(dtypes.get(name, value.dtype)) for name, value in weights.items()}
+    if quantized:
+        quantize_weights(model, quantized, weights, world.device)
+    weights = {
+        name: value.to(dtypes.get(name, value.dtype)) for name, value in weights.items() if name not in quantized
+    }
     own = {name: value for name, value in weights.items() if name in dtypes}
     if world.size > 1:
         set_model_state_dict(model, dict(own), options=BROADCAST)
     else:
-        model.load_state_dict(own)
+        model.load_state_dict(own, strict=not quantized)  # which have more entries, and are loaded
     # Tables of RoPE and the like are not in the state dict.
     tables = world.all_gather([{name: value for name, value in weights.items() if name not in dtypes}])[0]
     for name, value in tables.items():
@@ -176,63 +192,53 @@ def weights_folder(cfg: Any) -> Path:
     return Path(cfg.output_dir)
 
 
-def save_weights(model: nn.Module, cfg: Any, source: None, world: World) -> None:
+def save_weights(model: nn.Module, cfg: Any, source: None, world: World, folder: Path) -> None:
     """Save the weights in the checkpoint's own format; all ranks call it.
 
-    `output_dir`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with its
-    tokenizer. `output_dir`/adapter/epoch_0 holds adapters for PEFT. Both are written to a temporary folder and renamed
-    over those of an earlier run.
+    `folder`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with its
+    tokenizer. `folder`/adapter/epoch_0 holds adapters for PEFT. Files are as large as transformers writes them, so a
+    large model is sharded.
+
+    Rank 0 needs main memory for the model twice: as it is gathered (frozen parameters in the dtype of the computation;
+    on one CPU the model itself), and as it is written, in the dtype of the trained parameters.
 
     Args:
         model: On one device or sharded.
         cfg: The configuration.
         source: None.
         world: The ranks.
+        folder: Need not exist.
 
     Raises:
-        CheckpointError: If they could not be written, on rank 0; what was there is untouched.
+        ValueError: If they could not be written, on all ranks.
     """
-    gathered: dict[str, Any] = get_model_state_dict(model, options=GATHER)  # on rank 0
-    if not world.is_first:
-        return
+    gathered: dict[str, Any] = (
+        dequantized_state(model)
+        if quantized_layers(model)
+        else get_model_state_dict(model, options=GATHER)  # on rank 0
+    )
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
-
-    def write(folder: Path) -> None:
-        saved = _loaded(gathered, cfg, trained)
-        if has_adapters(saved):
-            saved.save_pretrained(folder / "adapter" / "epoch_0")
-            saved = saved.merge_and_unload()
-        saved.save_pretrained(folder / "epoch_0")
-        AutoTokenizer.from_pretrained(cfg.model.path).save_pretrained(folder / "epoch_0")
-
-    write_weights(weights_folder(cfg), write)
+    with world.raise_on_all_ranks(*WRITE_ERRORS):
+        if world.is_first:
+            _write_weights(gathered, cfg, trained, folder)
 
 
-def export_weights(model: nn.Module, cfg: Any, source: None, world: World, folder: Path, dtype: torch.dtype) -> None:
-    """Write the weights, adapters merged, into `folder`/epoch_0 for an inference engine; all ranks call it.
-
-    Rank 0 reads the checkpoint for it again, and has its model in memory meanwhile.
-
-    Args:
-        model: On one device or sharded.
-        cfg: The configuration.
-        source: None.
-        world: The ranks.
-        folder: Of this run; earlier weights in it are replaced.
-        dtype: Of the weights.
-    """
-    gathered: dict[str, Any] = get_model_state_dict(model, options=GATHER)  # on rank 0
-    if world.is_first:
-        saved = _loaded(gathered, cfg, dtype)
-        saved = saved.merge_and_unload() if has_adapters(saved) else saved
-        saved.save_pretrained(folder / "epoch_0")
-
-
-def _loaded(weights: dict[str, Any], cfg: Any, dtype: torch.dtype) -> Any:
-    """Return the configured model with weights of its state dict, on the CPU."""
+def _write_weights(gathered: dict[str, Any], cfg: Any, dtype: torch.dtype, folder: Path) -> None:
     path = cfg.model.path
-    loaded: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=dtype)
+    saved: Any = auto_class(local_config(Path(path))).from_pretrained(path, dtype=dtype)
     if lora := cfg.model.get("lora"):
-        loaded = with_adapters(loaded, lora)
-    loaded.load_state_dict({name: value.to(dtype) for name, value in weights.items()})
-    return loaded
+        saved = with_adapters(saved, lora)
+    with torch.no_grad():
+        for (
+            name,
+            value,
+        ) in saved.state_dict().items():  # in place: `load_state_dict` of another dtype needs a third copy
+            value.copy_(gathered[name])
+    if lora:
+        saved.save_pretrained(folder / "adapter" / "epoch_0")
+        saved = saved.merge_and_unload()
+    saved.save_pretrained(folder / "epoch_0")
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
+    for file in (Path(path) / name for name in PROCESSOR_FILES):  # of a model that takes images too
+        if file.exists():
+            shutil.copy(file, folder / "epoch_0")
