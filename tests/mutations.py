@@ -262,7 +262,7 @@ def run_all_tests(mutation: Mutation) -> bool:
     options = [
         "tests",
         "-m",
-        "not slow and not proof and not distributed",
+        "not slow and not proof and not distributed and not vllm",
         "--ignore=tests/test_mutations.py",
     ]
     ((_, outcome),) = outcomes([(mutation, options)], num_processes=1, timeout_s=SUITE_TIMEOUT_S)

@@ -31,7 +31,7 @@ ORDER = [  # a module imports only from those before it; a package that is liste
     *("conversations.transcripts", "conversations", "micro_batches", "packing"),
     *("logprobs", "loss_terms", "losses", "sample_cache", "sampling"),
     *("layer_hooks", "integrations.fsdp", "integrations"),
-    *("integrations.torchtune", "integrations.transformers", "integrations.trl"),
+    *("integrations.torchtune", "integrations.transformers", "integrations.trl", "integrations.vllm"),
     *("verify", "analysis", "training", "__main__"),
 ]
 DISPATCH = {("integrations", "integrations.torchtune"), ("integrations", "integrations.transformers")}  # at first use
@@ -40,6 +40,7 @@ FRAMEWORKS = {  # where each may be imported
     "torchtune": ("integrations.torchtune", "analysis.torchtune_shape", "training."),
     "transformers": ("integrations.transformers", "integrations.trl", "analysis.transformers_", *RECIPE_MODELS),
     "trl": ("integrations.trl",),
+    "vllm": ("integrations.vllm",),
     "peft": ("analysis.transformers_files", "training.causal_lm"),
 }
 
@@ -55,7 +56,7 @@ import flexpg.training.rewards, flexpg.training.tasks
 assert "torch._dynamo" not in sys.modules  # it takes longer than all of flexpg
 after = dict(os.environ), list(warnings.filters), list(logging.root.handlers), torch.random.get_rng_state().tolist()
 assert before == after
-optional = {"torchtune", "torchao", "transformers", "trl", "peft", "matplotlib", "rich", "datasets", "omegaconf"}
+optional = {"torchtune", "torchao", "transformers", "trl", "vllm", "peft", "matplotlib", "rich", "datasets", "omegaconf"}
 assert not optional & set(sys.modules), optional & set(sys.modules)
 assert "torch._inductor.compile_fx" not in sys.modules, "loaded the compiler"
 assert seconds < 1, seconds
