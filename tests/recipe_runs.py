@@ -10,6 +10,7 @@ Paths in configurations are relative to the repository, in which the tests run.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import zlib
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from torch import Tensor
 from flexpg import grpo_loss
 from flexpg.training.checkpoints import checkpoints
 from flexpg.training.config import load_config
-from flexpg.training.tasks import Problem
+from flexpg.training.tasks import Problem, arithmetic
 from recipes.grpo import GRPORecipe
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,13 @@ def spread_reward(completion: str, answer: str) -> float:
 def sums(size: int, **options: Any) -> list[Problem]:
     """Return problems whose data row has another column."""
     return [Problem(f"{n}+{n}:", f"{n}+{n}", {"solution": f"{2 * n}"}) for n in range(100, 100 + size)]
+
+
+def problems_of_rank_0(**options: Any) -> list[Problem]:
+    """Return problems, except on rank 1, which cannot read its file."""
+    if os.environ["RANK"] == "1":
+        open("/no/such/file.jsonl")
+    return arithmetic(**options)
 
 
 calls_of_group_reward: list[dict[str, Any]] = []

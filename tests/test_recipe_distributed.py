@@ -84,22 +84,27 @@ def test_ten_steps_of_lora_raise_accuracy_from_below_a_half_to_over_0_9(tmp_path
     assert accuracies[10] > 0.9
 
 
-def setup_error(rank: int, output_dir: Path, option: str) -> str:
-    with pytest.raises(SETUP_ERRORS) as error:
-        make(output_dir, *OPTIONS, option)
-    return str(error.value)
+def setup_errors(rank: int, output_dir: Path, options: list[str]) -> list[str]:
+    messages = []
+    for option in options:
+        with pytest.raises(SETUP_ERRORS) as error:
+            make(output_dir, *OPTIONS, option)
+        messages.append(str(error.value))
+    return messages
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("minibatches=8", "at least one prompt per rank in each, got 8 in 8 on 2 ranks"),
-        ("test_problems.size=1", "test_problems must have at least 2 problems, got 1"),
-    ],
-)
-def test_more_ranks_than_prompts_or_test_problems_are_refused(tmp_path, option, message):
-    first, second = run_processes(2, setup_error, tmp_path, option)
-    assert message in first and first == second
+SETUP_MISTAKES = {
+    "minibatches=8": "at least one prompt per rank in each, got 8 in 8 on 2 ranks",
+    "test_problems.size=1": "test_problems must have at least 2 problems, got 1",
+    "train_problems._component_=recipe_runs.problems_of_rank_0": "/no/such/file.jsonl",
+}
+
+
+def test_setup_error_is_raised_on_all_ranks(tmp_path):
+    first, second = run_processes(2, setup_errors, tmp_path, list(SETUP_MISTAKES))
+    assert first == second
+    for message, expected in zip(first, SETUP_MISTAKES.values(), strict=True):
+        assert expected in message
 
 
 def check_and_train(rank: int, output_dir: Path, option: str) -> Any:

@@ -156,8 +156,8 @@ REFERENCE = ("loss.beta=0.1", "activation_checkpointing=true")
     ("name", "world_size", "lora"),
     [
         pytest.param("qwen3_5", 4, (), id="qwen3_5-full"),
-        pytest.param("qwen3_5", 2, (*LORA, *REFERENCE), id="qwen3_5-lora"),
-        pytest.param("gpt_oss", 2, (), id="gpt_oss-full"),
+        pytest.param("qwen3_5", 2, (*LORA, *REFERENCE), id="qwen3_5-lora", marks=pytest.mark.proof),
+        pytest.param("gpt_oss", 2, (), id="gpt_oss-full", marks=pytest.mark.proof),
         pytest.param("gpt_oss", 4, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts"),
     ],
 )

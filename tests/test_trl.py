@@ -1,6 +1,6 @@
 """TRL's trainers: with shared prefixes they train as TRL's own do, which are the oracle of losses and parameters.
 
-Models compute in float64 throughout, so ten steps of training agree to many digits on any CPU; in float32 the optimizer
+Models compute in float64 throughout, so steps of training agree to many digits on any CPU; in float32 the optimizer
 would amplify rounding by an amount that depends on the CPU. A metric that is a mean over micro-batches depends on which
 rows share one, so with gradient accumulation its oracle is TRL's own trainer with the same rows in each micro-batch.
 """
@@ -549,7 +549,7 @@ GRPO_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "mask_truncated_completions": True,
             "evaluated": True,
             "eval_strategy": "steps",
-            "eval_steps": 5,
+            "eval_steps": 2,
         },
         ["completions/clipped_ratio", "eval_completions/clipped_ratio"],
     ),
@@ -681,7 +681,7 @@ def test_rloo_trains_as_trl(saved):
 
 
 DPO_CASES = {
-    "sigmoid_evaluated": {"loss_type": ["sigmoid"], "evaluated": True, "eval_strategy": "steps", "eval_steps": 5},
+    "sigmoid_evaluated": {"loss_type": ["sigmoid"], "evaluated": True, "eval_strategy": "steps", "eval_steps": 2},
     "sigmoid_and_bco_pair_weighted": {"loss_type": ["sigmoid", "bco_pair"], "use_weighting": True},
     "lora": {"loss_type": ["sigmoid"], "lora": True},
     "precomputed_reference": {"loss_type": ["sigmoid"], "precompute_ref_log_probs": True},
@@ -740,26 +740,24 @@ def unconverted(model: nn.Module) -> nn.Module:
     return model
 
 
-def train_sharded(rank: int, trainers: list[type], folder: str, variables: dict, settings: dict) -> list[Any]:
-    """Return the samples, the log and the parameters of each trainer, in one of several processes."""
+def train_sharded(rank: int, folder: str, variables: dict, cases: list[tuple[list[type], dict]]) -> list[list[Any]]:
+    """Return the samples, the log and the parameters of each case's trainers, in one of several processes."""
     os.environ.update(variables | {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""})
     # accelerate shards on accelerators only, and takes the CPU for one here.
     PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
     trl.trainer.utils._ChunkedLogProbFunction = Float64Head
-    results = []
-    for trainer_class in trainers:
-        run = train(trainer_class, folder, use_cpu=False, max_steps=3, beta=0.1, **settings)
-        trainer = run.trainer
-        assert trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        log = {name: run.logged(name) for name in ("loss", "grad_norm")}
-        results.append((run.batches, log, trainer.accelerator.get_state_dict(trainer.model_wrapped)))
-    return results
+    return [[sharded_results(trainer, folder, settings) for trainer in trainers] for trainers, settings in cases]
 
 
-def assert_sharded_train_alike(
-    trainers: list[type], folder: str, variables: dict, settings: dict, tolerance: float
-) -> None:
-    (expected, ours), _ = run_processes(2, train_sharded, trainers, folder, variables, settings)
+def sharded_results(trainer_class: type, folder: str, settings: dict) -> tuple[list, dict, dict]:
+    run = train(trainer_class, folder, use_cpu=False, max_steps=3, beta=0.1, **settings)
+    trainer = run.trainer
+    assert trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    log = {name: run.logged(name) for name in ("loss", "grad_norm")}
+    return run.batches, log, trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def assert_sharded_train_alike(ours: tuple, expected: tuple, tolerance: float) -> None:
     assert ours[0] == expected[0]
     for name, values in expected[1].items():
         assert len(values) == 3 and ours[1][name] == pytest.approx(values, rel=tolerance, abs=tolerance), name
@@ -781,10 +779,12 @@ SHARDED_CASES = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", SHARDED_CASES)
-def test_fsdp2_trains_as_trl(case, saved):
-    trainers, settings, tolerance = SHARDED_CASES[case]
-    assert_sharded_train_alike(trainers, saved("qwen2"), FSDP2, settings, tolerance)
+def test_fsdp2_trains_as_trl(saved):
+    """In one launch: importing TRL takes longer than to train."""
+    cases = [(trainers, settings) for trainers, settings, _ in SHARDED_CASES.values()]
+    results, _ = run_processes(2, train_sharded, saved("qwen2"), FSDP2, cases, timeout_s=300)
+    for (expected, ours), (_, _, tolerance) in zip(results, SHARDED_CASES.values(), strict=True):
+        assert_sharded_train_alike(ours, expected, tolerance)
 
 
 @pytest.mark.proof
@@ -793,7 +793,8 @@ def test_deepspeed_zero3_trains_as_trl(case, saved):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     trainers, settings, _ = SHARDED_CASES[case]
     settings = settings | {"convert": unconverted, "deepspeed": ZERO3_CONFIG}  # which computes in float32
-    assert_sharded_train_alike(trainers, saved("qwen2"), ZERO3, settings, 2e-4)
+    ((expected, ours),), _ = run_processes(2, train_sharded, saved("qwen2"), ZERO3, [(trainers, settings)])
+    assert_sharded_train_alike(ours, expected, 2e-4)
 
 
 def prefixes(rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor, cat, nn
 
-STEPS = 10
+STEPS = 4
 GROUP_OPTIONS = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
 QUIET = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "report_to": []}
 QUIET |= {"save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-3, "max_steps": STEPS, "seed": 7}
