@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import asdict
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -105,16 +106,7 @@ def test_single_option_of_a_component_keeps_the_rest_of_the_default(tmp_path):
         "log_dir": f"{tmp_path}/logs",
         "filename": "log.txt",
     }
-    assert cfg.loss == {  # of a YAML that does not name them
-        "loss_type": "dapo",
-        "epsilon": 0.2,
-        "epsilon_high": 0.28,
-        "delta": None,
-        "sapo_temperature_pos": 1.0,
-        "sapo_temperature_neg": 1.05,
-        "beta": 0.0,
-        "importance_sampling_level": "token",
-    }
+    assert cfg.loss == asdict(LossConfig())  # of a YAML that does not name them
 
 
 def test_qwen_config_takes_a_local_file_as_test_problems(tmp_path):
@@ -253,7 +245,8 @@ def count(parameters: Any) -> int:
 
 
 def test_there_is_a_config_for_every_model():
-    assert set(PATHS) == {*GPU_CONFIGS, "tiny_cpu", "tiny_lora_cpu", "tiny_transformers_cpu", "gsm8k_bytes_cpu"}
+    on_cpu = {f"{name}_cpu" for name in ("tiny", "tiny_lora", "tiny_transformers", "tiny_tools", "gsm8k_bytes")}
+    assert set(PATHS) == on_cpu | set(GPU_CONFIGS)
     assert set(OF_TRANSFORMERS) == set(PUBLISHED)
 
 
@@ -276,12 +269,13 @@ def test_config_components_exist_and_take_their_arguments(name):
     cfg = resolved(name)
     for option in COMPONENTS:
         if cfg[option] is None:
-            assert option == "checkpointer" and cfg.model._component_ == "flexpg.training.causal_lm.model"
             continue
-        arguments = {key: value for key, value in cfg[option].items() if key != "_component_"}
-        arguments.pop("weight", None)
+        of_the_recipe = ("_component_", "weight", "max_turns", "max_length", "timeout_s")
+        arguments = {key: value for key, value in cfg[option].items() if key not in of_the_recipe}
         signature(_get_component_from_path(cfg[option]._component_)).bind_partial(**arguments)
-    assert len(build_rewards(cfg.rewards)) == len(cfg.rewards)
+    assert (cfg.checkpointer is None) == (cfg.model._component_ == "flexpg.training.causal_lm.model")
+    assert (cfg.environment is None) == bool(cfg.rewards) == bool(cfg.test_reward)
+    assert not cfg.rewards or len(build_rewards(cfg.rewards)) == len(cfg.rewards)
     assert cfg.prompts_per_step % cfg.minibatches == 0
     assert cfg.max_cache_tokens > cfg.group_size * cfg.sampling.max_new_tokens  # a group is sampled at once
 
