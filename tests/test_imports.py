@@ -56,7 +56,8 @@ import flexpg.training.rewards, flexpg.training.tasks
 assert "torch._dynamo" not in sys.modules  # it takes longer than all of flexpg
 after = dict(os.environ), list(warnings.filters), list(logging.root.handlers), torch.random.get_rng_state().tolist()
 assert before == after
-optional = {"torchtune", "torchao", "transformers", "trl", "vllm", "peft", "matplotlib", "rich", "datasets", "omegaconf"}
+optional = {"torchtune", "torchao", "transformers", "trl", "vllm", "peft", "matplotlib", "rich", "datasets"}
+optional |= {"omegaconf"}
 assert not optional & set(sys.modules), optional & set(sys.modules)
 assert "torch._inductor.compile_fx" not in sys.modules, "loaded the compiler"
 assert seconds < 1, seconds
