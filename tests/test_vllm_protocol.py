@@ -193,6 +193,9 @@ def test_engine_gives_used_server_initial_weights_on_rank_0(server, folder, monk
     monkeypatch.setenv("RANK", "0")
     assert connect(server, folder).version == 0
     assert ("/update_weights", {"update_info": {"folder": str(folder)}}) in server.calls
+    server.calls.clear()
+    connect(server, folder)
+    assert not server.calls  # other ranks may sample already
 
 
 def test_engine_dead_server_raises_with_command(server, folder):
