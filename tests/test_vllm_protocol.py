@@ -38,6 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/inference/v1/generate":
             span = {"version": self.server.sampled_from or self.server.state["weight_version"], "start": 0, "end": 2}
             self.answer({"choices": [self.choice(body, n) | {"weight_versions": [span]} for n in self.order(body)]})
+        elif self.path == "/reset_prefix_cache":
+            self.answer({"success": self.server.is_idle})
         elif self.path != self.server.failing:
             self.answer({})
 
@@ -64,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
         made.state, made.calls, made.failing, made.sampled_from = {"weight_version": "default"}, [], None, None
+        made.is_idle = True
         threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
         yield made
         made.shutdown()
@@ -80,13 +83,10 @@ def connect(server, folder, **options) -> Engine:
 
 
 def test_sample_server_returns_groups_in_order(server, folder):
-    samples = connect(server, folder).sample(PROMPTS, 3, PARAMS, [5, 6])
-    assert [tokens.tolist() for tokens in samples.completions] == [
-        *([1, 9], [1, 1, 7, 8], [1, 9]),
-        *([4, 9], [4, 1, 7, 8], [4, 9]),
-    ]
-    assert samples.is_finished.tolist() == [True, False, True] * 2
-    assert samples.logprobs[3].tolist() == [-2.0, -4.5, 0.0, 0.0]
+    samples = connect(server, folder).sample(PROMPTS, 2, PARAMS, [5, 6])
+    assert [tokens.tolist() for tokens in samples.completions] == [[1, 9], [1, 1, 7, 8], [4, 9], [4, 1, 7, 8]]
+    assert samples.is_finished.tolist() == [True, False] * 2
+    assert samples.logprobs[2].tolist() == [-2.0, -4.5, 0.0, 0.0]
     sent = [body for path, body in server.calls if path == "/inference/v1/generate"]
     assert sorted((body["token_ids"], body["sampling_params"]["seed"]) for body in sent) == [([1, 2, 3], 5), ([4], 6)]
     assert sent[0]["sampling_params"]["ignore_eos"] and sent[0]["sampling_params"]["stop_token_ids"] == [9]
@@ -106,6 +106,7 @@ def test_sample_greedy_asks_for_one_completion_per_prompt(server, folder):
         (SamplingParams(4, temperature=0.001), "temperature must be 0 or at least"),
         (SamplingParams(14), "max_model_len must be at least 17"),
     ],
+    ids=["top_k", "top_p", "temperature", "length"],
 )
 def test_sample_params_that_would_be_wrong_raise(server, folder, params, match):
     with pytest.raises(ValueError, match=match):
@@ -116,16 +117,20 @@ def test_sample_params_that_would_be_wrong_raise(server, folder, params, match):
 def test_load_weights_sets_version_and_resets_prefix_cache(server, folder):
     made = connect(server, folder)
     assert made.version == 0
+    server.is_idle = False
+    with pytest.raises(RuntimeError, match="still samples, and keeps what it computed from the old weights"):
+        made.load_weights(folder, 3)
+    server.is_idle = True
     made.load_weights(folder, 3)
-    assert made.version == 3 and server.calls[-1][0] == "/reset_prefix_cache"
+    assert made.version == 3
     assert ("/update_weights", {"update_info": {"folder": str(folder)}}) in server.calls
     assert len(made.sample(PROMPTS, 2, PARAMS, [5, 6]).completions) == 4
 
 
-@pytest.mark.parametrize("route", ["/start_weight_update", "/update_weights", "/finish_weight_update"])
+@pytest.mark.parametrize("route", ["start_weight_update", "update_weights", "finish_weight_update"])
 def test_load_weights_failure_leaves_engine_unusable(server, folder, route):
-    made, server.failing = connect(server, folder), route
-    with pytest.raises(RuntimeError, match=f"refused {route}: 500 .*start it again with .*vllm serve {folder}"):
+    made, server.failing = connect(server, folder), f"/{route}"
+    with pytest.raises(RuntimeError, match=f"refused /{route}: 500 .*start it again with .*vllm serve {folder}"):
         made.load_weights(folder, 3)
     with pytest.raises(RuntimeError, match="has no complete weights"):
         made.sample(PROMPTS, 2, PARAMS, [5, 6])
@@ -183,8 +188,11 @@ def test_engine_gives_used_server_initial_weights_on_rank_0(server, folder, monk
         connect(server, folder, timeout_s=0.3)
     assert not server.calls
     monkeypatch.setenv("RANK", "0")
-    assert connect(server, folder).version == 0
+    assert connect(server, folder, timeout_s=5).version == 0
     assert ("/update_weights", {"update_info": {"folder": str(folder)}}) in server.calls
+    server.calls.clear()
+    connect(server, folder)
+    assert not server.calls  # other ranks may sample already
 
 
 def test_engine_dead_server_raises_with_command(server, folder):

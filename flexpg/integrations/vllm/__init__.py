@@ -154,7 +154,7 @@ class Engine:
         Raises:
             RuntimeError: If they were not loaded.
         """
-        if self._is_loader and self._transport.version() != INITIAL:
+        if self._is_loader and self._transport.version() not in (INITIAL, "0"):
             self.load_weights(checkpoint, 0)
         end = monotonic() + timeout_s
         while (label := self._transport.version()) not in (INITIAL, "0"):

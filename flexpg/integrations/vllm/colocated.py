@@ -69,9 +69,9 @@ class Colocated:
         """Load weights from a folder, label them, and drop cached keys and values."""
         self._call(self.llm.start_weight_update)
         self._call(self.llm.update_weights, {"update_info": {"folder": str(folder)}})
-        self._call(self.llm.finish_weight_update, label)
         if not self._call(self.llm.reset_prefix_cache):
-            raise RuntimeError(f"{self.name} did not drop the keys and values of the old weights")
+            raise RuntimeError(f"{self.name} still samples, and keeps what it computed from the old weights")
+        self._call(self.llm.finish_weight_update, label)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Output]]:
         """Return the completions of each request."""

@@ -55,8 +55,9 @@ class Server:
         """Load weights from a folder, label them, and drop cached keys and values."""
         self._request("/start_weight_update", {})
         self._request("/update_weights", {"update_info": {"folder": str(folder.absolute())}})
+        if not self._request("/reset_prefix_cache", {})["success"]:
+            raise RuntimeError(f"{self.name} still samples, and keeps what it computed from the old weights")
         self._request("/finish_weight_update", {"weight_version": label})
-        self._request("/reset_prefix_cache", {})
 
     def generate(self, requests: Sequence[Request]) -> list[list[Output]]:
         """Return the completions of each request."""
