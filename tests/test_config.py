@@ -19,7 +19,7 @@ from recipe_runs import LORA, TINY, load, make
 from torch import nn
 from torchtune.config._utils import _get_component_from_path
 
-from flexpg.training.config import COMPONENTS, SETUP_ERRORS, GRPOConfig, component, load_config
+from flexpg.training.config import COMPONENTS, SETUP_ERRORS, GRPOConfig, LossConfig, component, load_config
 from flexpg.training.models import build_model, library_of
 from flexpg.training.reward_calls import Group
 from flexpg.training.rewards import build_rewards, score

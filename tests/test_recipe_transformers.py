@@ -153,16 +153,16 @@ REFERENCE = ("loss.beta=0.1", "activation_checkpointing=true")
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("name", "world_size", "lora"),
+    ("name", "world_size", "options"),
     [
-        pytest.param("qwen3_5", 4, (), id="qwen3_5-full"),
+        pytest.param("qwen3_5", 2, (), id="qwen3_5-full"),
         pytest.param("qwen3_5", 2, (*LORA, *REFERENCE), id="qwen3_5-lora", marks=pytest.mark.proof),
-        pytest.param("gpt_oss", 2, (), id="gpt_oss-full", marks=pytest.mark.proof),
-        pytest.param("gpt_oss", 4, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts"),
+        pytest.param("gpt_oss", 4, ("num_steps=1",), id="gpt_oss-full"),
+        pytest.param("gpt_oss", 2, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts", marks=pytest.mark.proof),
     ],
 )
-def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, world_size, lora):
-    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", RANDOM, *lora)
+def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, world_size, options):
+    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", RANDOM, *options)
     one, many = (run_processes(size, train_on_rank, tmp_path / str(size), options)[0] for size in (1, world_size))
     assert_same_history(one, many, ("reward", "loss", "grad_norm", "entropy", "completion_tokens"), rel=2e-5)
     weights = [load_file(tmp_path / str(size) / "epoch_0/model.safetensors") for size in (1, world_size)]

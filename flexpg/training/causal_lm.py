@@ -25,17 +25,8 @@ from flexpg.training.quantization import quantize_layers
 
 # Options of `peft.LoraConfig` with which the model without adapters is the base model, and adapters can be merged.
 LORA_OPTIONS = (
-    *(
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "exclude_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-    ),
-    *("layers_to_transform", "layers_pattern", "target_parameters", "fan_in_fan_out", "init_lora_weights"),
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("use_dora", "layers_to_transform", "layers_pattern", "target_parameters", "fan_in_fan_out", "init_lora_weights"),
 )
 INIT_LORA_WEIGHTS = (True, False, "gaussian", "orthogonal")
 

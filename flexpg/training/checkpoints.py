@@ -198,7 +198,7 @@ def _mark_best(folder: Path, step: int | None) -> Path | None:
 
 
 def _trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
-    """Return the state of trained parameters: torch would keep tied frozen ones, and parts like `weight.absmax`."""
+    """Return the state of trained parameters only: torch keeps tied frozen ones, and parts such as `weight.absmax`."""
     own = model.named_parameters(remove_duplicate=False)
     frozen = {name for name, parameter in own if not parameter.requires_grad}
     parts = tuple(f"{name}." for name in frozen)

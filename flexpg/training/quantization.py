@@ -56,7 +56,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def take_weights(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Remove the weights of layers in 4 bits, so that no memory for more bits is allocated for them.
+    """Remove the weights of layers in 4 bits, so that they are never allocated in more bits.
 
     Args:
         model: On the meta device.
