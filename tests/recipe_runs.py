@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from flexpg import grpo_loss
 from flexpg.training.checkpoints import checkpoints
 from flexpg.training.config import load_config
 from flexpg.training.tasks import Problem, arithmetic
@@ -103,16 +102,20 @@ def group_reward(prompts, completions, completion_ids, log_metric, **others):
     return [None, *(float(len(ids)) for ids in completion_ids[1:])]
 
 
-# Losses, in place of recipes.grpo.grpo_loss.
+# Losses, in place of a recipe's own.
 
 
-def nan_loss(*args: Any, **kwargs: Any) -> Tensor:
-    """Return GRPO's loss with one rollout's log-probability NaN."""
-    logprobs = args[0].clone()
-    logprobs[2, 0] = math.nan
-    return grpo_loss(logprobs, *args[1:], **kwargs)
+def nan_loss(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a loss in which one rollout's log-probability is NaN."""
+
+    def loss_of_nan(logprobs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logprobs = logprobs.clone()
+        logprobs[2, 0] = math.nan
+        return loss(logprobs, *args, **kwargs)
+
+    return loss_of_nan
 
 
-def nan_gradient(*args: Any, **kwargs: Any) -> Tensor:
-    """Return GRPO's loss plus a term that is 0 and has gradient NaN."""
-    return grpo_loss(*args, **kwargs) + (0 * args[0].sum()).sqrt()
+def nan_gradient(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a loss plus a term that is 0 and has gradient NaN."""
+    return lambda logprobs, *args, **kwargs: loss(logprobs, *args, **kwargs) + (0 * logprobs.sum()).sqrt()

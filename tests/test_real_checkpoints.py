@@ -155,8 +155,10 @@ def their_logprobs(model: nn.Module, rollouts: Rollouts) -> Tensor:
 @torch.no_grad()
 def sample_and_score(run: GRPORecipe) -> tuple[Rollouts, Tensor | None, Tensor]:
     """Return rollouts, the reference's log-probabilities [N, C] and the model's own."""
-    rollouts, _ = run.score(*run.generate(3))
-    rollouts, packed = run.score_policies(rollouts, run.pack(rollouts))
+    problems = run.choose_problems(3)
+    data, _ = run.score(3, problems, run.generate(problems, "step 3"))
+    data, packed = run.score_policies(data, run.pack(data))
+    rollouts = data.rollouts
     return rollouts, rollouts.ref_logprobs, run.logprob_table(run.model, rollouts, packed)
 
 

@@ -36,6 +36,7 @@ from transformers import Qwen2ForCausalLM
 
 from flexpg import Rollouts, group_advantages, grpo_loss
 from flexpg.training.config import component
+from flexpg.training.episodes import StepRollouts
 from flexpg.training.errors import out_of_memory_hint
 from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
@@ -82,13 +83,19 @@ def record_rollouts(run: GRPORecipe) -> list[Rollouts]:
     """Return the list to which the rollouts of every step are added."""
     recorded, score = [], run.score
 
-    def score_and_record(*args: Any) -> tuple[Rollouts, dict[str, float]]:
-        rollouts, metrics = score(*args)
-        recorded.append(rollouts)
-        return rollouts, metrics
+    def score_and_record(*args: Any) -> tuple[StepRollouts, dict[str, float]]:
+        data, metrics = score(*args)
+        recorded.append(data.rollouts)
+        return data, metrics
 
     run.score = score_and_record
     return recorded
+
+
+def sample(run: GRPORecipe) -> StepRollouts:
+    """Return the rollouts of the first step."""
+    problems = run.choose_problems(1)
+    return run.score(1, problems, run.generate(problems, "step 1"))[0]
 
 
 SGD = ["optimizer._component_=torch.optim.SGD", "optimizer.lr=0.1", "clip_grad_norm=.inf"]  # shows a wrong scale
@@ -173,8 +180,8 @@ def test_sharing_auto_shares_if_the_cost_model_says_that_it_pays(tmp_path, monke
 
 def test_bf16_changes_log_probabilities_little_and_keeps_fp32_parameters(tmp_path):
     runs = [make(tmp_path / own, *SMALL, f"dtype={own}", "num_steps=1") for own in ("bf16", "fp32")]
-    rollouts, _ = runs[1].score(*runs[1].generate(1))
-    low, full = (next(run.logprobs(run.model, run.pack(rollouts).minibatches[0], True))[1] for run in runs)
+    data = sample(runs[1])
+    low, full = (next(run.logprobs(run.model, run.pack(data).minibatches[0], True))[1] for run in runs)
     assert low.dtype == torch.float32
     assert 0 < (low - full).abs().mean() < 0.02
     train(runs[0])
@@ -216,8 +223,8 @@ def test_samples_are_a_function_of_seed_and_step(tmp_path):
     runs = [make(tmp_path / own, *SMALL, f"seed={own}") for own in ("0", "0", "1")]
     found = []
     for run, step in ((runs[0], 1), (runs[1], 2), (runs[1], 1), (runs[2], 1)):
-        run.choose_problems = lambda step: [0, 1]
-        found.append([tokens.tolist() for tokens in run.generate(step)[0].completions])
+        episodes = run.generate([0, 1], f"step {step}")
+        found.append([turn.completion.tolist() for group in episodes for own in group for turn in own.turns])
     assert found[0] == found[2] and found[0] not in (found[1], found[3])
 
 
@@ -374,14 +381,14 @@ NONFINITE = {
 
 
 @pytest.mark.parametrize("what", NONFINITE)
-def test_nan_aborts_before_the_optimizer_step_and_dumps_the_micro_batches(tmp_path, monkeypatch, what):
+def test_nan_aborts_before_the_optimizer_step_and_dumps_the_micro_batches(tmp_path, what):
     loss, message = NONFINITE[what]
     train(make(tmp_path, *SMALL, "num_steps=1", "checkpoint_every_n_steps=1"))
     (tmp_path / "nonfinite/of an earlier run").mkdir(parents=True)
     run = make(tmp_path, *SMALL, "num_steps=2", "resume=true")
     before = flat(run.model.parameters())
     moments = [state["exp_avg"].clone() for state in run.optimizer.state.values()]
-    monkeypatch.setattr("recipes.grpo.grpo_loss", loss)
+    run.loss = loss(run.loss)
     with pytest.raises(FloatingPointError, match=message) as caught:
         train(run)
     assert str(caught.value).endswith(f"micro-batches of each rank are in {tmp_path}/nonfinite")
@@ -396,10 +403,10 @@ def test_nan_aborts_before_the_optimizer_step_and_dumps_the_micro_batches(tmp_pa
     assert any(map(math.isnan, dump["gradient_norms"].values())) == (what == "gradient")
 
 
-def test_nan_abort_says_so_if_nothing_can_be_saved(tmp_path, monkeypatch):
+def test_nan_abort_says_so_if_nothing_can_be_saved(tmp_path):
     run = make(tmp_path, *SMALL)
     (tmp_path / "nonfinite").touch()  # not a folder
-    monkeypatch.setattr("recipes.grpo.grpo_loss", nan_gradient)
+    run.loss = nan_gradient(run.loss)
     with pytest.raises(FloatingPointError, match=r"norm nan, .* was not updated; .* could not be saved: "):
         train(run)
 
@@ -407,13 +414,13 @@ def test_nan_abort_says_so_if_nothing_can_be_saved(tmp_path, monkeypatch):
 def starve(rank: int, output_dir: Path, stage: str) -> tuple[str, str]:
     """Return stderr and the error of a stage that gets no more memory."""
     run = make(output_dir, *SMALL, "prompts_per_step=32")
-    rollouts, _ = run.score(*run.generate(1))
-    packed, advantages = run.pack(rollouts), group_advantages(rollouts)
+    problems, data = run.choose_problems(2), sample(run)
+    packed, advantages = run.pack(data), group_advantages(data.rollouts)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**21, resource.RLIM_INFINITY))
     run.cfg.group_size = 256  # of generate
     with redirect_stderr(io.StringIO()) as printed, pytest.raises((RuntimeError, MemoryError)) as caught:
-        run.generate(2) if stage == "generate" else run.update(1, rollouts, packed, advantages)
+        run.generate(problems, "step 2") if stage == "generate" else run.update(1, data.rollouts, packed, advantages)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return printed.getvalue(), str(caught.value)
 
