@@ -1,6 +1,6 @@
 """Rollouts of two prompts with random weights: tokens per second and bytes of the cache, by several samplers.
 
-    python -m benchmarks.sampling                    # CPU, float32
+    python -m benchmarks.sampling --repeats 3        # CPU, float32: about four minutes
     python -m benchmarks.sampling --device cuda      # bfloat16
     python -m benchmarks.sampling --tiny             # seconds, as a test
 
@@ -54,15 +54,19 @@ class Case:
     skipped: tuple[str, ...] = ()
 
 
-SLOW = ("transformers", "transformers_once")  # a call takes half a minute and more
+GENERATE = ("transformers", "transformers_once")
+SKIPPED = {  # on a CPU, by prompt and group: calls that take from five seconds to minutes
+    **dict.fromkeys(((512, 64), (2048, 16)), GENERATE[1:]),
+    **dict.fromkeys(((2048, 64), (8192, 4), (8192, 16), (8192, 64)), GENERATE),
+}
 CASES = {
     "cpu": [
-        *(Case(512, group) for group in (4, 16, 64)),
-        *(Case(2048, group, skipped=SLOW if group == 64 else ()) for group in (4, 16, 64)),
-        *(Case(8192, group, skipped=SLOW if group > 4 else ()) for group in (4, 16, 64)),
+        Case(prompt, group, skipped=SKIPPED.get((prompt, group), ()))
+        for prompt in (512, 2048, 8192)
+        for group in (4, 16, 64)
     ],
     "cuda": [Case(prompt, group, 256, 2048, 16) for prompt in (512, 2048, 8192) for group in (4, 16, 64)],
-    "tiny": [Case(24, 3, 6, 64, 2), Case(24, 3, 6, 64, 2, skipped=SLOW)],
+    "tiny": [Case(24, 3, 6, 64, 2), Case(24, 3, 6, 64, 2, skipped=GENERATE)],
 }
 
 
