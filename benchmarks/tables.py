@@ -298,19 +298,16 @@ SAMPLERS = {
 
 
 def sampling(result: Result) -> str:
-    """Return the tokens per second of all samplers, flexpg's speed-up, and the bytes of their caches."""
-    rows, missing = [], "-" if any("vllm" in case["sample_ms"] for case in result["cases"]) else "not in this run"
+    """Return the tokens per second of all samplers that were measured, flexpg's speed-up, and the bytes of caches."""
+    rows = []
     for case in result["cases"]:
-        for name, title in SAMPLERS.items():
-            rate, stored = case["tokens_per_s"].get(name), case["cache_bytes"].get(name)
-            mib = "-" if stored is None else f"{stored / 2**20:,.0f}"
-            tokens = f"{case['prompts']} x ({case['prompt']:,} + {case['group']} x {case['completion']})"
-            dash = missing if name == "vllm" else "-"
-            shown = dash if rate is None else spread(rate, 0)
-            rows.append([tokens, title, shown, spread(case["speedup_over"].get(name)), mib])
-    if missing != "-":  # a row that says so is enough
-        last = [row for row in rows if row[1] == SAMPLERS["vllm"]][-1]
-        rows = [row for row in rows if row[1] != SAMPLERS["vllm"]] + [["", *last[1:]]]
+        tokens = f"{case['prompts']} x ({case['prompt']:,} + {case['group']} x {case['completion']})"
+        for name, rate in case["tokens_per_s"].items():
+            stored, gain = case["cache_bytes"][name], spread(case["speedup_over"].get(name))
+            mib = "-" if stored is None else f"{stored / 2**20:,.1f}"
+            rows.append([tokens, SAMPLERS[name], spread(rate, 0), gain, mib])
+    if all("vllm" not in case["tokens_per_s"] for case in result["cases"]):
+        rows.append(["", SAMPLERS["vllm"], "not in this run", "-", "-"])
     return markdown(["tokens", "sampler", "tokens per second", "time / flexpg's", "cache, MiB"], rows)
 
 
