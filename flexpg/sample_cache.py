@@ -107,6 +107,11 @@ class SampleCache:
             return self.tree.position_ids
         return (self.lengths + self.step).repeat_interleave(self._num_samples)
 
+    def num_bytes(self) -> int:
+        """Return the bytes of all keys, values and states, unused slots included."""
+        stored = [*self._prompts.values(), *self._samples.values(), *(own.values() for own in self._states.values())]
+        return sum(tensor.nbytes for tensors in stored for tensor in tensors)
+
     def advance(self) -> None:
         """Advance to the next step, after every layer has stored its newest keys and values, or its state.
 

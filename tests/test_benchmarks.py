@@ -12,7 +12,7 @@ import torch
 from baseline import in_float64
 from PIL import Image
 
-from benchmarks import attention, registers, tables
+from benchmarks import attention, registers, sampling, tables
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.models import build_decoder
 from benchmarks.record import TINY_RESULTS, run
@@ -44,6 +44,22 @@ def test_masks_of_several_loads_are_the_same_mask():
     tree = attention.build_tree(case)
     for mask_mod in attention.mask_mods_by_loads(tree).values():
         attention.check_mask(tree, attention.with_mask_mod(attention.block_mask(tree), mask_mod))
+
+
+def test_samplers_agree_and_their_bytes_are_those_of_keys_and_values():
+    case = sampling.Case(prompt=20, group=3, completion=5, width=64, layers=2)
+    samplers = sampling.build_samplers(case, CPU)
+    prompts = torch.arange(40).view(2, 20)
+    sampling.check_greedy(samplers, prompts)
+    per_token = 2 * case.layers * 64 * 4  # keys and values of one head of 64 in float32
+    for name, sampler in samplers.items():
+        samples = sampler.sample(prompts, case.group, 0)
+        assert samples.shape == (6, 5) and len(samples.unique(dim=0)) > 1, name
+        shared, own = (2 * 20, 6 * 5) if name == "flexpg" else (0, 6 * (20 + 5 - 1))  # the last token is not stored
+        assert sampler.cache_bytes(prompts, case.group) == per_token * (shared + own), name
+    samplers["transformers"].model.lm_head.weight.data.neg_()
+    with pytest.raises(RuntimeError, match="greedy tokens of transformers differ from flexpg's at 0"):
+        sampling.check_greedy(samplers, prompts)
 
 
 @pytest.mark.slow

@@ -160,7 +160,9 @@ def _update(keys: TorchtuneKeys, out: Translation, ranks: int) -> None:
     out.set("loss", options, f"{keys.path('loss')}: {kind}")
     _drop(out, {f"{keys.path('loss')}.{name}": f"loss.{name}" for name in loss})
     if kind not in LOSSES:
-        out.notes["loss"] = f"no loss here equals {kind}; choose loss.loss_type and importance_sampling_level"
+        out.notes["loss"] = (
+            f"no loss here equals {kind}; choose loss.loss_type, or name your own loss as its _component_"
+        )
     elif passes > 1 and LOSSES[kind] == "grpo":
         out.notes["loss"] = f"{kind} does not clip, also not in the later of {passes} passes, which are clipped here"
     out.set("optimizer", keys.component("optimizer"), keys.path("optimizer"))

@@ -28,6 +28,7 @@ ASYNC_NAMES = {  # path in the async recipe's file: name in the sync recipe's
 }
 ONE_PROGRAM = "one program samples, scores and trains; start it by `tune run --nproc_per_node N`"
 ON_POLICY = "a step samples from the weights that the last step has left"
+SAMPLER = "the model that is trained is sampled from; the option `sampler` is for an inference engine"
 CACHE = "max_cache_tokens limits what is sampled at a time"
 LOGGED = "metrics of every step are logged, with the peak memory"
 CHUNKS = "logits are computed in chunks, and only of completions"
@@ -42,7 +43,7 @@ DROPPED = {  # keys without a counterpart: why none is needed
     **dict.fromkeys(("debug_logging_enabled", "debug_num_samples_per_step"), LOGGED),
     "enable_expandable_segments": "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment",
     **dict.fromkeys(("orchestration.num_inference_workers", "orchestration.num_postprocessing_workers"), ONE_PROGRAM),
-    **dict.fromkeys(("inference.engine", "inference.model"), "completions are sampled from the model that is trained"),
+    **dict.fromkeys(("inference.engine", "inference.model"), SAMPLER),
     **dict.fromkeys(("inference.tensor_parallel_dim", "inference.engine_args"), ONE_PROGRAM),
     **dict.fromkeys(("inference.batch_size", "inference.total_batch_size"), CACHE),
     **dict.fromkeys(("orchestration.replay_buffer_size", "inference.queue_maxsize"), ON_POLICY),
