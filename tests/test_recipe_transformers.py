@@ -158,7 +158,9 @@ REFERENCE = ("loss.beta=0.1", "activation_checkpointing=true")
         pytest.param("qwen3_5", 2, (), id="qwen3_5-full"),
         pytest.param("qwen3_5", 2, (*LORA, *REFERENCE), id="qwen3_5-lora", marks=pytest.mark.proof),
         pytest.param("gpt_oss", 4, ("num_steps=1",), id="gpt_oss-full"),
-        pytest.param("gpt_oss", 2, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts", marks=pytest.mark.proof),
+        pytest.param(
+            "gpt_oss", 2, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts", marks=pytest.mark.proof
+        ),
     ],
 )
 def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, world_size, options):
