@@ -61,6 +61,7 @@ examples: $(INSTALLED) ## run the examples
 	@$(BIN)/python examples/agent_conversations.py
 	@$(BIN)/python examples/trl_grpo.py
 	@$(BIN)/python examples/vision_grpo.py
+	@$(BIN)/python examples/tool_calls.py output_dir=runs/examples/tools num_steps=20
 
 bench: $(INSTALLED) ## run the CPU benchmarks and write their tables; ARGS="update mask" for some of them
 	@$(BIN)/python -m benchmarks $(ARGS)

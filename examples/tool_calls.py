@@ -1,7 +1,7 @@
 """Teach a model of 0.1M parameters to use two tools: `python examples/tool_calls.py` (CPU, about a minute).
 
 The task and its environment are in `flexpg.training.tasks.shop`. First the model imitates the conversations of a
-teacher who often calls the wrong tool and often misreads the answer. Then recipes/grpo.py trains it on its own
+teacher who usually calls the wrong tool and often misreads the answer. Then recipes/grpo.py trains it on its own
 conversations, by recipes/configs/tiny_tools_cpu.yaml. Every turn is a rollout of its own, whose prompt is what the
 model saw; the prefix tree encodes the common history of all turns and all episodes once.
 """
@@ -61,9 +61,10 @@ def random_model(vocab_size: int, end: int) -> LlamaForCausalLM:
 
 
 def teacher_conversation(rng: random.Random) -> Conversation:
-    """Return a conversation in which the tool, the item and the answer are each right with probability one half."""
+    """Return a conversation in which the tool is usually wrong, and the item and the answer often are."""
     (problem,) = shop_problems("train", 1, seed=rng.getrandbits(32))
-    tool = rng.choice((problem.columns["tool"], rng.choice(list(QUESTIONS))))
+    right, wrong = sorted(QUESTIONS, key=lambda tool: tool != problem.columns["tool"])
+    tool = right if rng.random() < 0.4 else wrong
     item = rng.choice((problem.columns["item"], rng.choice(ITEMS)))
     number = problem.columns["numbers"][f"{tool} {item}"]
     texts = (f"{tool} {item}", number, rng.choice((number, rng.choice(NUMBERS))))
