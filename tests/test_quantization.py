@@ -1,8 +1,9 @@
-"""LoRA above 4-bit weights in recipes/grpo.py (QLoRA); most of it needs bitsandbytes."""
+"""bitsandbytes in recipes/grpo.py: LoRA above 4-bit weights (QLoRA), and an optimizer whose state has 8 bits."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from typing import Any
 
 import peft
@@ -57,6 +58,20 @@ def test_qlora_run_trains_resumes_and_saves_what_it_computes_with(tmp_path):
     assert len(state) == len(recipe.trained) and all("lora_" in name for name in state)
     resumed = make(tmp_path / "run", *options, "num_steps=2", "resume=true", config=CONFIG)
     assert torch.equal(flat(resumed.trained), flat(recipe.trained))
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+def test_run_with_8bit_optimizer_state_resumes_with_the_same_steps(tmp_path):
+    options = (*own_options(tmp_path)[: -len(QLORA)], "num_steps=2", "checkpoint_every_n_steps=1")
+    options += ("optimizer._component_=bitsandbytes.optim.AdamW8bit", "optimizer.lr=0.001")
+    whole = train(make(tmp_path / "whole", *options, config=CONFIG))
+    states = [state["state1"] for state in whole.optimizer.state.values()]
+    assert {state.dtype for state in states if state.numel() >= 4096} == {torch.uint8}
+    shutil.rmtree(tmp_path / "whole/checkpoints/step_000002")
+    resumed = train(make(tmp_path / "whole", *options, "resume=true", config=CONFIG))
+    assert resumed.history[0] == whole.history[0]
+    assert torch.equal(flat(resumed.trained), flat(whole.trained))
 
 
 @needs_bitsandbytes

@@ -102,6 +102,7 @@ def test_lora_run_trains_and_saves_adapters_only(tmp_path, variant):
     assert recipe.history[1]["kl"] > 0 and len(recipe.trained) == trained
     recipe.save_checkpoint()
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert len(torch.load(checkpoint / "state.pt", weights_only=True)["model"]) == trained
     ids, base = torch.arange(30)[None], AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         before = base(ids).logits
@@ -199,9 +200,15 @@ def with_dropout(tmp_path: Path) -> str:
         ("model.path=nowhere", "tokenizer: no folder nowhere"),
         ("model.lora.lora_dropout=0.1", r"lora.lora_dropout must be 0, got 0.1"),
         ("model.lora.modules_to_save=[lm_head]", r"lora.modules_to_save must not be set, got \['lm_head'\]"),
-        ("model.lora.bias=all", "lora.bias must not be set, got all: adapters must be all that is trained"),
+        pytest.param(
+            "model.lora.bias=all", "lora.bias must not be set, got all: adapters must be all that is trained", id="bias"
+        ),
         ("model.lora.lora_bias=true", "lora.lora_bias must not be set, got True"),
-        ("model.lora.target_modules=[embed_tokens]", "lora.target_modules must not name the embeddings or the output "),
+        pytest.param(
+            "model.lora.target_modules=[embed_tokens]",
+            "lora.target_modules must not name the embeddings or the output ",
+            id="tied",
+        ),
         ("model.lora.trainable_token_indices=[3]", r"lora.trainable_token_indices must not be set, got \[3\]"),
         ("model.lora.init_lora_weights=pissa", "lora.init_lora_weights must be one of .*, got 'pissa': others change"),
         ("model.lora.rank=4", "unexpected keyword argument 'rank'"),
