@@ -22,7 +22,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from typing import Any, Protocol
@@ -116,15 +116,15 @@ class Generate:
         )
         if seed is not None:
             torch.manual_seed(seed)
-        rows, cache = prompts.repeat_interleave(group, 0), DynamicCache(config=self.model.config)
+        rows, stored = prompts.repeat_interleave(group, 0), DynamicCache(config=self.model.config)
         if self.encode_once:
-            self.model(prompts[:, :-1], past_key_values=cache, logits_to_keep=1)
-            cache.batch_repeat_interleave(group)
+            self.model(prompts[:, :-1], past_key_values=stored, logits_to_keep=1)
+            stored.batch_repeat_interleave(group)
         elif seed is not None:  # greedy sequences are equal, so `generate` returns one
             rows, options.num_return_sequences = prompts, group
         mask = torch.ones_like(rows)
-        found = self.model.generate(rows, attention_mask=mask, past_key_values=cache, generation_config=options)
-        self.stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        found = self.model.generate(rows, attention_mask=mask, past_key_values=stored, generation_config=options)
+        self.stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in stored.layers)
         return found[:, prompts.shape[1] :]
 
     def cache_bytes(self, prompts: Tensor, group: int) -> int:
@@ -135,17 +135,7 @@ class VLLM:
     """vLLM in this process's environment."""
 
     def __init__(self, model: nn.Module, case: Case) -> None:
-        from vllm import LLM
-
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            self.engine = LLM(
-                folder,
-                skip_tokenizer_init=True,
-                dtype=str(model.dtype).removeprefix("torch."),
-                max_model_len=case.prompt + case.completion,
-                enable_prefix_caching=True,
-            )
+        self.engine = vllm_engine(case.width, case.layers, model.device)
         self.completion = case.completion
 
     def sample(self, prompts: Tensor, group: int, seed: int | None) -> Tensor:
@@ -169,14 +159,26 @@ class VLLM:
         return None
 
 
-def build_model(case: Case, device: torch.device) -> nn.Module:
+@cache
+def vllm_engine(width: int, layers: int, device: torch.device) -> Any:
+    """Return vLLM with the weights of `build_model`; it takes a minute to start."""
+    from vllm import LLM
+
+    model = build_model(width, layers, device)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        dtype = str(model.dtype).removeprefix("torch.")
+        return LLM(folder, skip_tokenizer_init=True, dtype=dtype, max_model_len=16_384, enable_prefix_caching=True)
+
+
+def build_model(width: int, layers: int, device: torch.device) -> nn.Module:
     """Return a model with random weights, heads of 64 and half as many key/value heads."""
-    heads = case.width // 64
+    heads = width // 64
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=case.width,
-        intermediate_size=3 * case.width,
-        num_hidden_layers=case.layers,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=32_768,
@@ -192,7 +194,7 @@ def build_model(case: Case, device: torch.device) -> nn.Module:
 
 def build_samplers(case: Case, device: torch.device) -> dict[str, Sampler]:
     """Return what a case compares, each with its own copy of one model."""
-    model = build_model(case, device)
+    model = build_model(case.width, case.layers, device)
     builders: dict[str, Callable[[nn.Module, Case], Sampler]] = {
         "flexpg": Flexpg,
         "transformers": Generate,

@@ -150,6 +150,7 @@ def test_translate_sync_config_loads_with_the_same_values(tmp_path):
     assert ours["train_problems"]["template"] == ours["test_problems"]["template"] == PROMPT
     assert list(ours["rewards"]) == ["formatted_math_correctness", "thinking_answer_formatting"]
     assert ours["metric_logger"]["log_dir"] == "runs/mine/logs"
+    assert ours["profiler"]["output_dir"] == "runs/mine/trace" and not ours["profiler"]["enabled"]
     assert {*found.notes} == {"reward_functions", *(f"rewards.{name}" for name in ours["rewards"])}
 
 
@@ -210,7 +211,6 @@ def test_translate_gives_absent_keys_the_defaults_of_torchtune(tmp_path):
         ("stop_token_ids=[7]", "stop_token_ids"),
         ("checkpointer.recipe_checkpoint=recipe_state.pt", "checkpointer.recipe_checkpoint"),
         ("ref_checkpointer.checkpoint_dir=elsewhere", "ref_checkpointer"),
-        ("profiler.enabled=true", "profiler"),
         ("loss._component_=torchtune.dev.grpo.loss.GRPOCompletionLoss", "loss"),
         ("ppo_epochs=2", "loss"),
         ("ppo_epochs=2", "lr_scheduler"),

@@ -196,10 +196,8 @@ def _others(keys: TorchtuneKeys, out: Translation) -> None:
         out.set("checkpoint_every_n_steps", steps, keys.path("save_every_n_steps"))
     if logger := keys.get("metric_logger"):
         out.set("metric_logger", logger, keys.path("metric_logger"))
-    if (keys.get("profiler") or {}).get("enabled", False):
-        out.notes["profiler"] = "this recipe has no profiler; add torch.profiler to your copy of it"
-    elif "profiler" in keys.paths:
-        out.dropped["profiler"] = "not enabled"
+    if profiler := keys.get("profiler"):
+        out.set("profiler", profiler, keys.path("profiler"))
     for name, text in IF_SET.items():
         if name in keys.paths:
             found = out.notes if keys.get(name) else out.dropped
@@ -225,7 +223,7 @@ def _drop(out: Translation, paths: dict[str, str]) -> None:
 def _check_imports(out: Translation) -> None:
     """Note components that are not installed."""
     components = {name: out.options.get(name) for name in ("tokenizer", "model", "checkpointer", "optimizer")}
-    components |= {name: out.options.get(name) for name in ("lr_scheduler", "metric_logger")}
+    components |= {name: out.options.get(name) for name in ("lr_scheduler", "metric_logger", "profiler")}
     components |= {f"rewards.{name}": own for name, own in out.options["rewards"].items()}
     components["train_problems.dataset"] = out.options["train_problems"].get("dataset")
     for name, own in components.items():
