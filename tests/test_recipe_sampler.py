@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import SMALL, flat, make, train
+from recipe_runs import SMALL, flat, make, spread_reward, train
 from torch import Tensor
 
 from flexpg import grpo_loss
+from flexpg.training.tasks import Problem
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +84,43 @@ def test_loss_component_replaces_grpo_loss(tmp_path):
     assert first.history[0]["grad_norm"] == pytest.approx(2 * second.history[0]["grad_norm"], rel=1e-5)
     with pytest.raises(ValueError, match=r"loss: .*factor"):
         make(tmp_path / "wrong", *OPTIONS, own[0], config=CONFIG)
+
+
+class Again:
+    """Asks once more, and then gives a reward that depends on both turns."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def step(self, messages: list) -> tuple[list, float]:
+        if len(messages) == 2:
+            return [{"role": "user", "content": "12+34:"}], 0.0
+        return [], spread_reward(messages[1]["content"] + messages[3]["content"], self.problem.answer)
+
+
+AGAIN = ("environment._component_=test_recipe_sampler.Again", "sampling.max_new_tokens=12", "sampling.temperature=2.0")
+
+
+def test_run_with_environment_equals_the_baseline_run(tmp_path):
+    shared, baseline = (run(tmp_path / own, *AGAIN, f"sharing={own}", "num_steps=2") for own in ("true", "false"))
+    for own, other in zip(shared.history, baseline.history, strict=True):
+        for name in ("reward", "reward/environment", "loss", "grad_norm", "entropy", "completion_tokens", "turns"):
+            assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    assert 1 < shared.history[0]["turns"] <= 2 and shared.history[0]["token_ratio"] > 4
+    torch.testing.assert_close(flat(shared.trained), flat(baseline.trained), rtol=1e-4, atol=1e-5)
+
+
+def test_kl_in_reward_is_zero_until_the_policy_has_moved(tmp_path):
+    first, second, _ = run(tmp_path / "kl", "kl_in_reward=10.0").history
+    without = run(tmp_path / "none", "num_steps=2").history
+    assert first["reward_kl"] == 0 and second["reward_kl"] != 0 and "reward_kl" not in without[0]
+    assert first["loss"] == pytest.approx(without[0]["loss"], rel=1e-5)
+    assert second["reward"] == without[1]["reward"] and second["grad_norm"] != pytest.approx(without[1]["grad_norm"])
+
+
+def test_truncated_completions_are_not_trained_on_request(tmp_path):
+    short = ("sampling.max_new_tokens=2", "num_steps=1", "rewards.correct._component_=recipe_runs.spread_reward")
+    start = flat(make(tmp_path / "start", *OPTIONS, config=CONFIG).trained)
+    masked, trained = (run(tmp_path / own, *short, f"mask_truncated_completions={own}") for own in ("true", "false"))
+    assert masked.history[0]["truncated"] == 1 and masked.history[0]["grad_norm"] == 0
+    assert torch.equal(flat(masked.trained), start) and not torch.equal(flat(trained.trained), start)
