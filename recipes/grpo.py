@@ -11,7 +11,8 @@ and their defaults are in flexpg/training/config.py; this file is yours to copy 
     update      num_iterations x minibatches optimizer steps on the GRPO loss
     log, evaluate, save
 
-All randomness is a function of the seed and the step, so a run that is resumed takes the same steps.
+All randomness is a function of the seed and the step, so a run that is resumed takes the same steps; with async_steps=1
+its first step is sampled from the resumed weights, where an uninterrupted run would have used those of a step before.
 """
 
 import logging
@@ -22,9 +23,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +65,7 @@ from flexpg.training.episodes import (
     single_turn_episodes,
 )
 from flexpg.training.errors import one_line, out_of_memory_hint
+from flexpg.training.event_loop import in_daemon_thread
 from flexpg.training.metrics import (
     MIN_SPEEDUP,
     best_step,
@@ -164,7 +167,13 @@ class GRPORecipe(FTRecipeInterface):
             self.max_length = self.environment.max_length or budget
             if self.max_length > budget:
                 raise ValueError(f"environment.max_length must be at most {budget}, got {self.max_length}")
-            self.library.check_fits(self.model, 0, self.max_length)
+            longest = max(map(len, self.prompts + self.test_prompts)) + self.sampling.max_new_tokens
+            if longest > self.max_length:
+                raise ValueError(f"environment.max_length must be at least {longest}, got {self.max_length}")
+            try:
+                self.library.check_fits(self.model, 0, self.max_length)
+            except ValueError as error:
+                raise ValueError(f"environment.max_length: {error}") from None
         earlier = checkpoints(self.checkpoint_dir)
         if len(set(world.all_gather([str(earlier[-1:])]))) > 1:
             raise ValueError(f"output_dir must be a folder that all ranks share, got {self.output_dir}")
@@ -190,7 +199,7 @@ class GRPORecipe(FTRecipeInterface):
         flexpg.enable(self.model)
         self.loss = build_loss(cfg)
         self.needs_reference = cfg.loss.get("beta", 0.0) > 0 or cfg.kl_in_reward > 0
-        self.entropy_grad = cfg.loss.get("entropy_coef", 0.0) != 0
+        self.entropy_grad = cfg.loss.get("entropy_coef", 0.0) != 0 or "_component_" in cfg.loss
         self.reference = None  # with LoRA, the reference is the model without its adapters
         if self.needs_reference and not (self.is_lora or cfg.eval_only):
             reference = build_model(cfg, self.dtype, self.dtype).requires_grad_(False)
@@ -204,7 +213,6 @@ class GRPORecipe(FTRecipeInterface):
         if cfg.resume and earlier:
             self.resume(earlier[-1])
         self.engine = component(cfg, "sampler") if cfg.sampler else None  # None: flexpg.sample, from the model itself
-        self.background = ThreadPoolExecutor(1, "flexpg sampling")
         if cfg.async_steps and not (self.engine and self.engine.is_shared):
             raise ValueError("async_steps needs a sampler that is a server: the model itself is training meanwhile")
         if self.engine:
@@ -230,7 +238,7 @@ class GRPORecipe(FTRecipeInterface):
                     f"{name} must be {value} to resume from {checkpoint}, got {options[name]}; use that, or start from "
                     "scratch with another output_dir"
                 )
-        if progress["steps_done"] > self.cfg.num_steps:
+        if progress["steps_done"] > self.cfg.num_steps and not self.cfg.eval_only:
             raise ValueError(f"num_steps must be at least {progress['steps_done']} to resume from {checkpoint}")
         load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
         self.steps_done, self.history = progress["steps_done"], progress["history"]
@@ -245,8 +253,7 @@ class GRPORecipe(FTRecipeInterface):
         signal.signal(signal.SIGTERM, self.request_stop)
         if cfg.checkpoint_every_n_steps:  # without checkpoints, Ctrl-C ends the run at once
             signal.signal(signal.SIGINT, self.request_stop)
-        if not self.steps_done:
-            self.evaluate()
+        self.evaluate_if_due()
         is_checked = not cfg.self_check
         pending: Future[list[list[Episode]]] | None = None
         is_silent = None if self.world.is_first else True  # None: silent unless stderr is a terminal
@@ -270,7 +277,7 @@ class GRPORecipe(FTRecipeInterface):
             if self.should_stop():
                 break
             if cfg.async_steps and step < cfg.num_steps:  # sample the next step while this one trains
-                pending = self.background.submit(self.generate, self.choose_problems(step + 1), f"step {step + 1}")
+                pending = in_daemon_thread(partial(self.generate, self.choose_problems(step + 1), f"step {step + 1}"))
             if cfg.kl_in_reward:
                 kl = episode_kl(data, self.world)  # [episodes]
                 rewards = data.rollouts.rewards - cfg.kl_in_reward * kl[data.episode]
@@ -289,12 +296,13 @@ class GRPORecipe(FTRecipeInterface):
             self.steps_done = step
             if self.engine:
                 wait([pending] if pending else [])  # its episodes are of one version of the weights
+                waited = synchronized_time(self.world.device)
+                seconds["sample_s"] += waited - finished
                 with self.saved_on_error(metrics | seconds):
                     self.sync()
-                seconds["sync_s"] = synchronized_time(self.world.device) - finished
+                seconds["sync_s"] = synchronized_time(self.world.device) - waited
             self.log(metrics | seconds)
-            if step % cfg.eval_every_n_steps == 0 or step == cfg.num_steps:
-                self.evaluate()
+            self.evaluate_if_due()
             is_best = cfg.keep_best_checkpoint and best_step(self.accuracies) == step
             if is_best or (cfg.checkpoint_every_n_steps and step % cfg.checkpoint_every_n_steps == 0):
                 self.save_progress(self.checkpoint_dir)
@@ -553,6 +561,13 @@ class GRPORecipe(FTRecipeInterface):
         self.samples_log.write(samples, self.metric_logger)
         tqdm.write(format_samples(samples))
 
+    def evaluate_if_due(self) -> None:
+        """Evaluate before training, every `eval_every_n_steps` steps and at the end, unless that is done already."""
+        is_due = self.steps_done % self.cfg.eval_every_n_steps == 0 or self.steps_done == self.cfg.num_steps
+        if is_due and self.steps_done not in self.accuracies:
+            with self.saved_on_error():
+                self.evaluate()
+
     def evaluate(self) -> None:
         """Compute the mean `test_reward` of the most likely completion of every test problem."""
         own = self.world.shard(range(len(self.test_prompts)))
@@ -673,7 +688,6 @@ class GRPORecipe(FTRecipeInterface):
         """Close the log and leave the process group."""
         if self.world.is_first:
             self.metric_logger.close()
-        self.background.shutdown(wait=False, cancel_futures=True)
         if self.engine:
             self.engine.close()
         self.world.shutdown()

@@ -84,15 +84,29 @@ def test_environment_that_hangs_raises_timeout_error():
     assert time.perf_counter() - started < 10
 
 
+def test_timeout_of_the_environment_itself_is_raised_as_it_is():
+    def times_out(messages: list) -> tuple[list, float]:
+        raise TimeoutError("the client waited in vain")
+
+    with pytest.raises(TimeoutError, match="the client waited in vain"):
+        answers([times_out], [TURN], 5.0)
+
+
+def test_time_limit_begins_with_the_call_of_the_environment():
+    assert len(answers([built("sleeper").begin(PROBLEM)] * 80, [TURN] * 80, 0.5)) == 80  # 32 at a time, 0.6 s in all
+
+
 def test_environment_that_raises_is_named_with_its_turn(capsys):
     with pytest.raises(ZeroDivisionError):
         answers([lambda messages: 1 / 0], [TURN], 5.0)
     assert "error: environment, turn 1, which ended with 'add 2 3'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("answer", [None, [], ([], None), ("text", 0.0), ([{"role": "tool"}], 0.0)])
+@pytest.mark.parametrize("answer", [None, [], ([], None), ("text", 0.0), ([{"role": "tool"}], 0.0), ([], float("nan"))])
 def test_answer_of_another_form_raises_type_error(answer):
-    with pytest.raises(TypeError, match="must return a list of messages with 'role' and 'content', and a number"):
+    with pytest.raises(
+        TypeError, match="must return a list of messages with 'role' and 'content', and a finite number"
+    ):
         answers([lambda messages: answer], [TURN], 5.0)
 
 

@@ -309,8 +309,11 @@ def _check_values(cfg: Any) -> None:
             f"async_steps must be 0 or 1 and max_resamplings at least 0, got {cfg.async_steps} and "
             f"{cfg.max_resamplings}"
         )
-    if cfg.kl_in_reward < 0:
-        raise ValueError(f"kl_in_reward must be at least 0, got {cfg.kl_in_reward}")
+    if cfg.kl_in_reward < 0 or (cfg.kl_in_reward and cfg.mask_truncated_completions):
+        raise ValueError(
+            f"kl_in_reward must be at least 0, and 0 with mask_truncated_completions, which leaves tokens out of the "
+            f"KL divergence too, got {cfg.kl_in_reward}"
+        )
     if cfg.sampler and (cfg.sampling.top_k is not None or cfg.sampling.top_p < 1):
         raise ValueError(
             "sampling.top_k and sampling.top_p must not be set with a sampler: its log-probabilities would be those of "
@@ -319,7 +322,9 @@ def _check_values(cfg: Any) -> None:
     sampling_params(cfg, [])
     one = torch.ones(1, 1)
     try:
-        options = {"total_tokens": 1, "total_rollouts": 1, "ref_logprobs": one, "entropies": one}
+        options = {"total_tokens": 1, "total_rollouts": 1, "entropies": one, "metrics": {}}
+        if "_component_" not in cfg.loss or cfg.loss.get("beta") or cfg.kl_in_reward:
+            options["ref_logprobs"] = one
         options |= {"sampler_logprobs": one} if cfg.sampler else {}
         build_loss(cfg)(one, one[0], one.bool(), **options)
     except (TypeError, ValueError) as error:

@@ -8,26 +8,26 @@
       level: hard  # further options are its own
 
 A class gets the problem and its options, and an instance per episode answers by `step(messages)`. A function is called
-as `function(messages, problem, **options)`. Both may be async. `messages` is the conversation so far, from the user's
-message to the model's turn, as dicts with "role" and "content". The answer is a list of messages, which the model sees
-next, and a reward, which is added to those of earlier turns. An empty list ends the episode.
+as `function(messages, problem=problem, **options)`. Both may be async. `messages` is the conversation so far, from the
+user's message to the model's turn, as dicts with "role" and "content". The answer is a list of messages, which the
+model sees next, and a reward, which is added to those of earlier turns. An empty list ends the episode.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
+import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from flexpg.training.errors import error_context
-from flexpg.training.event_loop import run_all
+from flexpg.training.event_loop import in_daemon_thread, run_all
 from flexpg.training.tasks.problem import Problem
 
+AT_A_TIME = 32  # environments that compute an answer; the time limit of the others has not begun
 Message = dict[str, Any]
 Answer = tuple[list[Message], float]
 Step = Callable[[list[Message]], Any]  # the answer, or an awaitable of it
@@ -81,10 +81,11 @@ def build_environment(described: Mapping[str, Any]) -> EnvironmentConfig:
     try:
         component = _get_component_from_path(described["_component_"])
         is_class = inspect.isclass(component)
-        inspect.signature(component).bind(*((None,) if is_class else ([], None)), **options)
+        signature = inspect.signature(component)
+        signature.bind(None, **options) if is_class else signature.bind([], problem=None, **options)
     except (KeyError, TypeError, InstantiationError) as error:
         raise ValueError(
-            f"environment must be a class that takes a problem, or a function that takes messages and a problem, with "
+            f"environment must be a class that takes a problem, or a function that takes messages and `problem`, with "
             f"options {options}, got {described.get('_component_')!r}: {error}"
         ) from error
 
@@ -116,17 +117,21 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
         TypeError: If an answer is not a list of messages and a number.
         Exception: What an environment raises, with one line above the traceback that names the conversation.
     """
+    free = asyncio.Semaphore(AT_A_TIME)
 
     async def ask(step: Step, messages: list[Message]) -> Answer:
         shown = str(messages[-1].get("content"))[-80:]
         where = f"environment, turn {sum(own['role'] == 'assistant' for own in messages)}, which ended with {shown!r}"
-        with error_context(where):
-            try:
-                return _checked(await asyncio.wait_for(_call(step, list(messages)), timeout_s))
-            except TimeoutError as error:
-                raise TimeoutError(
-                    f"the environment must answer within timeout_s={timeout_s} seconds; it did not in the {where}"
-                ) from error
+        async with free:
+            answer = asyncio.ensure_future(_call(step, list(messages)))
+            done, _ = await asyncio.wait({answer}, timeout=timeout_s)
+            with error_context(where):
+                if not done:
+                    answer.cancel()
+                    raise TimeoutError(
+                        f"the environment must answer within timeout_s={timeout_s} seconds; it did not in the {where}"
+                    )
+                return _checked(answer.result())
 
     return run_all([ask(step, messages) for step, messages in zip(steps, conversations, strict=True)])
 
@@ -134,25 +139,7 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
 async def _call(step: Step, messages: list[Message]) -> Any:
     if inspect.iscoroutinefunction(step.func if isinstance(step, partial) else step):
         return await step(messages)
-    return await asyncio.wrap_future(_in_thread(partial(step, messages)))
-
-
-def _in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Run a function in a daemon thread: one that hangs does not keep the process from ending."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            outcome = partial(future.set_exception, error)
-        else:
-            outcome = partial(future.set_result, result)
-        if future.set_running_or_notify_cancel():  # False if it answers after its time
-            outcome()
-
-    threading.Thread(target=run, name="flexpg environment", daemon=True).start()
-    return future
+    return await asyncio.wrap_future(in_daemon_thread(partial(step, messages)))
 
 
 def _checked(answer: Any) -> Answer:
@@ -160,7 +147,8 @@ def _checked(answer: Any) -> Answer:
         case (list() as messages, int() | float() as reward) if all(
             isinstance(own, dict) and isinstance(own.get("content"), str) and "role" in own for own in messages
         ):
-            return messages, float(reward)
+            if math.isfinite(reward):
+                return messages, float(reward)
     raise TypeError(
-        f"an environment must return a list of messages with 'role' and 'content', and a number, got {answer!r}"
+        f"an environment must return a list of messages with 'role' and 'content', and a finite number, got {answer!r}"
     )

@@ -87,8 +87,10 @@ def sampled_turns(prompts: Sequence[Tensor], samples: Samples) -> list[Turn]:
 
 def single_turn_episodes(prompts: Sequence[Tensor], samples: Samples) -> list[list[Episode]]:
     """Return the samples of each prompt as episodes of one turn."""
+    if not prompts:  # of a rank with fewer problems than others
+        return []
     episodes = [Episode([turn], is_finished=turn.is_finished) for turn in sampled_turns(prompts, samples)]
-    group_size = len(episodes) // max(len(prompts), 1)
+    group_size = len(episodes) // len(prompts)
     return [episodes[n : n + group_size] for n in range(0, len(episodes), group_size)]
 
 

@@ -1,11 +1,12 @@
-"""One event loop in a thread, in which async reward functions run concurrently."""
+"""Work beside the main thread: an event loop for async functions, and threads that do not outlive the process."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Sequence
-from functools import cache
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from functools import cache, partial
 from typing import Any
 
 
@@ -28,6 +29,28 @@ def run_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
             raise
 
     return asyncio.run_coroutine_threadsafe(gather(), _event_loop()).result() if awaitables else []
+
+
+def in_daemon_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a thread of its own; one that hangs does not keep the process from ending.
+
+    >>> in_daemon_thread(lambda: 6 * 7).result()
+    42
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            outcome = partial(future.set_exception, error)
+        else:
+            outcome = partial(future.set_result, result)
+        if future.set_running_or_notify_cancel():  # False if nobody waits any longer
+            outcome()
+
+    threading.Thread(target=run, name="flexpg worker", daemon=True).start()
+    return future
 
 
 @cache

@@ -27,7 +27,7 @@ ASYNC_NAMES = {  # path in the async recipe's file: name in the sync recipe's
     **{f"training.{name}": name for name in ("save_every_n_steps", "fsdp_cpu_offload")},
 }
 ONE_PROGRAM = "one program samples, scores and trains; start it by `tune run --nproc_per_node N`"
-ON_POLICY = "a step samples from the weights that the last step has left"
+ON_POLICY = "a step samples from the weights that the last step has left, or with async_steps=1 from those before"
 SAMPLER = "the model that is trained is sampled from; the option `sampler` is for an inference engine"
 CACHE = "max_cache_tokens limits what is sampled at a time"
 LOGGED = "metrics of every step are logged, with the peak memory"

@@ -61,8 +61,11 @@ class Server:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Output]]:
         """Return the completions of each request."""
-        with ThreadPoolExecutor(min(len(requests), MAX_CONNECTIONS)) as pool:
+        pool = ThreadPoolExecutor(min(len(requests), MAX_CONNECTIONS))
+        try:
             return list(pool.map(self._generate, requests))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, what has not begun is left out
 
     def close(self) -> None:
         """Leave the server running."""
