@@ -35,7 +35,7 @@ ORDER = [  # a module imports only from those before it; a package that is liste
     *("verify", "analysis", "training", "__main__"),
 ]
 DISPATCH = {("integrations", "integrations.torchtune"), ("integrations", "integrations.transformers")}  # at first use
-RECIPE_MODELS = ("training.causal_lm", "training.transformers_models")
+RECIPE_MODELS = ("training.causal_lm", "training.quantization", "training.transformers_models")
 FRAMEWORKS = {  # where each may be imported
     "torchtune": ("integrations.torchtune", "analysis.torchtune_shape", "training."),
     "transformers": ("integrations.transformers", "integrations.trl", "analysis.transformers_", *RECIPE_MODELS),
