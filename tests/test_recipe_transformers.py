@@ -179,7 +179,8 @@ REFERENCE = ("loss.beta=0.1", "activation_checkpointing=true")
     [
         pytest.param("qwen3_5", 2, (), id="qwen3_5-full"),
         pytest.param("qwen3_5", 2, (*LORA, *REFERENCE), id="qwen3_5-lora"),
-        pytest.param("gpt_oss", 4, ("num_steps=1",), id="gpt_oss-full"),
+        pytest.param("gpt_oss", 2, (), id="gpt_oss-full"),
+        pytest.param("gpt_oss", 4, ("num_steps=1",), id="gpt_oss-four", marks=pytest.mark.proof),
         pytest.param("gpt_oss", 2, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts"),
     ],
 )
