@@ -15,6 +15,8 @@ import hf_models
 import torch
 import transformers
 
+from flexpg.analysis.transformers_files import auto_class
+
 TOKENIZER = Path(__file__).parent.parent / "recipes/assets/tiny"
 VOCAB = 260
 
@@ -95,11 +97,12 @@ PUBLISHED: dict[str, Any] = {
 
 def save_tiny(name: str, folder: Path) -> Path:
     """Write a random checkpoint of a kind of model, with the tokenizer of bytes, and return its folder."""
-    config = copy.deepcopy((hf_models.CONFIGS | hf_models.HYBRIDS)[name])
-    config.update({"vocab_size": VOCAB, "max_position_embeddings": 512, "eos_token_id": 258, "pad_token_id": 256})
-    config.update({"bos_token_id": 257})
+    config = copy.deepcopy((hf_models.CONFIGS | hf_models.HYBRIDS | hf_models.COMPOSITES)[name])
+    text_config = config.get_text_config(decoder=True)
+    text_config.update({"vocab_size": VOCAB, "max_position_embeddings": 512, "eos_token_id": 258, "pad_token_id": 256})
+    text_config.update({"bos_token_id": 257})
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto_class(config).from_config(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, folder)
     return folder

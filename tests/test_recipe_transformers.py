@@ -12,7 +12,7 @@ from checkpoints_hf import save_tiny
 from processes import run_processes
 from recipe_runs import SMALL, flat, make, train
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from flexpg.training.causal_lm import tokenizer
 from flexpg.training.config import SETUP_ERRORS
@@ -119,6 +119,27 @@ def test_lora_run_trains_and_saves_adapters_only(tmp_path, variant):
             torch.testing.assert_close(recipe.model(ids).logits, before)
 
 
+def test_composite_checkpoint_is_saved_with_its_tower_and_processor(tmp_path):
+    path = save_tiny("gemma3_vl", tmp_path / "base")
+    (path / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    lora = ("model.lora.r=4", r"model.lora.target_modules=.*language_model.*\.(q|up)_proj")
+    recipe = make(tmp_path, *OPTIONS, f"model.path={path}", *lora, config=CONFIG)
+    assert len(recipe.trained) == 2 * 2 * 2 and all(map(torch.count_nonzero, recipe.trained[::2]))
+    with torch.no_grad():
+        for parameter in recipe.trained:
+            parameter.add_(0.1)
+    recipe.save_checkpoint()
+    ids, saved = torch.arange(100, 130)[None], tmp_path / "epoch_0"
+    base, merged = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (path, saved))
+    with torch.no_grad():
+        own = recipe.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, own, rtol=0, atol=1e-5)
+        assert (base(input_ids=ids).logits - own).abs().max() > 0.01
+    for ours, theirs in zip(merged.model.vision_tower.parameters(), base.model.vision_tower.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert (saved / "preprocessor_config.json").exists()
+
+
 def test_resumed_run_takes_the_same_steps(tmp_path):
     options = (f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", RANDOM, *LORA)
     whole = run(tmp_path / "whole", *options)
@@ -158,10 +179,9 @@ REFERENCE = ("loss.beta=0.1", "activation_checkpointing=true")
     [
         pytest.param("qwen3_5", 2, (), id="qwen3_5-full"),
         pytest.param("qwen3_5", 2, (*LORA, *REFERENCE), id="qwen3_5-lora", marks=pytest.mark.proof),
-        pytest.param("gpt_oss", 4, ("num_steps=1",), id="gpt_oss-full"),
-        pytest.param(
-            "gpt_oss", 2, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts", marks=pytest.mark.proof
-        ),
+        pytest.param("gpt_oss", 2, (), id="gpt_oss-full", marks=pytest.mark.proof),
+        pytest.param("gpt_oss", 4, ("num_steps=1",), id="gpt_oss-four", marks=pytest.mark.proof),
+        pytest.param("gpt_oss", 2, (*VARIANTS["experts"][1], *REFERENCE), id="gpt_oss-experts"),
     ],
 )
 def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, world_size, options):

@@ -218,7 +218,8 @@ def _options(world: World, *, load: bool = False) -> StateDictOptions:
 
 def _write(folder: Path, state: dict[str, Any], progress: Any) -> None:
     torch.save(state, folder / STATE)
-    (folder / PROGRESS).write_text(json.dumps(progress))
+    # The learning rate of torchao's optimizers, and with it the schedule's, is a tensor.
+    (folder / PROGRESS).write_text(json.dumps(progress, default=float))
     checksums = {name: _checksum(folder / name) for name in (STATE, PROGRESS)}
     (folder / FILES).write_text(json.dumps(checksums))
 
