@@ -40,6 +40,9 @@ LORA = (
     "model.lora_alpha=32",
 )
 DIFFERENT = "sampling.temperature=2.0"  # completions share little, so that groups exceed a small budget
+AGAIN = (  # episodes of two turns
+    *("environment._component_=recipe_runs.Again", "environment.max_length=512", "sampling.temperature=1.3"),
+)
 
 
 def load(config: str, output_dir: Path, *overrides: str) -> Any:
@@ -119,3 +122,15 @@ def nan_loss(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def nan_gradient(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a loss plus a term that is 0 and has gradient NaN."""
     return lambda logprobs, *args, **kwargs: loss(logprobs, *args, **kwargs) + (0 * logprobs.sum()).sqrt()
+
+
+class Again:
+    """An environment that asks once more, and then gives a reward that depends on both turns."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def step(self, messages: list) -> tuple[list, float]:
+        if len(messages) == 2:
+            return [{"role": "user", "content": "12+34:"}], 0.0
+        return [], spread_reward(messages[1]["content"] + messages[3]["content"], self.problem.answer)

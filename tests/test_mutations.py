@@ -50,14 +50,14 @@ CANARIES = """
 a docstring is edited
 - Rollouts, the container
 + Rollouts, a container
-killed by test_rollouts.py::test_group_advantages_by_hand
+killed by test_advantages.py::test_group_advantages_by_hand
 
 an import is misspelled
 - import torch
 - from torch import Tensor
 + import tohrch
 + from torch import Tensor
-killed by test_rollouts.py::test_group_advantages_by_hand
+killed by test_advantages.py::test_group_advantages_by_hand
 """
 SCRIPT = f"""
 from tests import mutations
@@ -75,7 +75,7 @@ def test_runner_reports_killed_surviving_and_broken_mutations(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     output = result.stdout
     assert result.returncode == 1 and "all 1 tests pass without a mutation" in output, output + result.stderr
-    assert f"| {KILLED} | `flexpg/rollouts.py` | `test_rollouts.py`: `test_group_advantages_by_hand` |" in output
+    assert f"| {KILLED} | `flexpg/advantages.py` | `test_advantages.py`: `test_group_advantages_by_hand` |" in output
     assert "| a docstring is edited | `flexpg/rollouts.py` | SURVIVES" in output
     assert "| an import is misspelled | `flexpg/rollouts.py` | ERROR" in output
     assert "No module named 'tohrch'" in output and output.endswith("1 of 3 killed\n")

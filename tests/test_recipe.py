@@ -270,7 +270,9 @@ def test_docs_explain_every_metric(tmp_path):
         r"^\| (`.*?`) \|", (ROOT / "docs/recipes.md").read_text().partition("## Metrics")[2], re.MULTILINE
     )
     explained = {name for row in rows for name in re.findall("`(.*?)`", row)} - {"held_out_accuracy"}
-    assert {name.replace("reward/correct", "reward/NAME") for name in metrics} == explained
+    of_options = {"reward_kl", "groups_resampled", "sampler_kl", "sampler_ratio", "sampler_ratio_max", "sync_s"}
+    assert {name.replace("reward/correct", "reward/NAME") for name in metrics} == explained - of_options
+    assert of_options <= explained  # test_recipe_sampler.py has runs with these
 
 
 def test_rewards_of_trl_get_messages_columns_and_the_step(tmp_path):

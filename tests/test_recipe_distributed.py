@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes, start_command, wait_until
-from recipe_runs import DIFFERENT, LORA, SMALL, TINY, flat, make, nan_gradient, newest, train
+from recipe_runs import AGAIN, DIFFERENT, LORA, SMALL, TINY, flat, make, nan_gradient, newest, train
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtune._cli import tune
 from transformers import AutoModelForCausalLM
@@ -50,7 +50,8 @@ UPDATES = {
         4,
         ["minibatches=2", "loss.beta=0.1", "loss.loss_type=grpo", "max_tokens=352", DIFFERENT, "num_steps=1"],
     ),
-    "lora": (2, [*LORA, "loss.beta=0.1", "num_iterations=2", "activation_checkpointing=true"]),
+    "lora": (2, [*LORA, "loss.beta=0.1", "num_iterations=2", "activation_checkpointing=true", "max_resamplings=1"]),
+    "environment": (2, [*AGAIN, "kl_in_reward=0.1", "max_resamplings=1", "loss.beta=0.1", "num_steps=1"]),
 }
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import SMALL, flat, make, spread_reward, train
+from recipe_runs import AGAIN, SMALL, flat, make, train
 from torch import Tensor
 
 from flexpg import grpo_loss
-from flexpg.training.tasks import Problem
 
 pytestmark = pytest.mark.slow
 
@@ -86,29 +85,15 @@ def test_loss_component_replaces_grpo_loss(tmp_path):
         make(tmp_path / "wrong", *OPTIONS, own[0], config=CONFIG)
 
 
-class Again:
-    """Asks once more, and then gives a reward that depends on both turns."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-
-    def step(self, messages: list) -> tuple[list, float]:
-        if len(messages) == 2:
-            return [{"role": "user", "content": "12+34:"}], 0.0
-        return [], spread_reward(messages[1]["content"] + messages[3]["content"], self.problem.answer)
-
-
-AGAIN = ("environment._component_=test_recipe_sampler.Again", "environment.max_length=512", "sampling.temperature=2.0")
-AGAIN += ("sampling.max_new_tokens=12",)
-
-
 def test_run_with_environment_equals_the_baseline_run(tmp_path):
     shared, baseline = (run(tmp_path / own, *AGAIN, f"sharing={own}", "num_steps=2") for own in ("true", "false"))
     for own, other in zip(shared.history, baseline.history, strict=True):
         for name in ("reward", "reward/environment", "loss", "grad_norm", "entropy", "completion_tokens", "turns"):
             assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
     assert 1 < shared.history[0]["turns"] <= 2 and shared.history[0]["token_ratio"] > 4
-    torch.testing.assert_close(flat(shared.trained), flat(baseline.trained), rtol=1e-4, atol=1e-5)
+    start = flat(make(tmp_path / "start", *OPTIONS, config=CONFIG).trained)
+    ours, theirs = flat(shared.trained), flat(baseline.trained)
+    assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
 
 
 def test_kl_in_reward_is_zero_until_the_policy_has_moved(tmp_path):
