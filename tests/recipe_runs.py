@@ -10,7 +10,6 @@ Paths in configurations are relative to the repository, in which the tests run.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import zlib
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from flexpg.training.checkpoints import checkpoints
 from flexpg.training.config import load_config
-from flexpg.training.tasks import Problem, arithmetic
+from flexpg.training.tasks import Problem
 from recipes.grpo import GRPORecipe
 
 ROOT = Path(__file__).parent.parent
@@ -85,13 +84,6 @@ def spread_reward(completion: str, answer: str) -> float:
 def sums(size: int, **options: Any) -> list[Problem]:
     """Return problems whose data row has another column."""
     return [Problem(f"{n}+{n}:", f"{n}+{n}", {"solution": f"{2 * n}"}) for n in range(100, 100 + size)]
-
-
-def problems_of_rank_0(**options: Any) -> list[Problem]:
-    """Return problems, except on rank 1, which cannot read its file."""
-    if os.environ["RANK"] == "1":
-        open("/no/such/file.jsonl")
-    return arithmetic(**options)
 
 
 calls_of_group_reward: list[dict[str, Any]] = []

@@ -70,14 +70,19 @@ def test_full_disk_while_saving_weights_keeps_the_earlier_ones(tmp_path, options
 
 # Crashed ranks under torch's launcher.
 
-REWARD = """
+FUNCTIONS = """
 import os
-from flexpg.training.tasks import arithmetic_reward
+from flexpg.training.tasks import arithmetic, arithmetic_reward
 
 def reward(completion, answer):
     if os.environ["RANK"] == "1":
         raise LookupError("the judge does not answer")
     return arithmetic_reward(completion, answer)
+
+def problems(**kwargs):
+    if os.environ["RANK"] == "1":
+        open("/no/such/file.jsonl")
+    return arithmetic(**kwargs)
 """
 CRASH = r"Root Cause .*\n\[0\]:\n(.*\n)* +rank +: 1 .*\n +exitcode +: -9 .*\n(.*\n)* +traceback : Signal 9 \(SIGKILL\)"
 
@@ -128,11 +133,22 @@ def test_killed_rank_is_named_and_ends_the_others(tmp_path, is_other_stopped):
     assert re.search(CRASH, printed), printed
 
 
-def test_error_on_one_rank_is_shown_and_ends_the_others(tmp_path, monkeypatch):
-    (tmp_path / "of_a_test.py").write_text(REWARD)
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("rewards.correct._component_=of_a_test.reward", r"LookupError: the judge does not answer"),
+        pytest.param(
+            "train_problems._component_=of_a_test.problems",
+            r"error: train_problems: .*/no/such/file\.jsonl",
+            marks=pytest.mark.proof,  # the launcher does the same
+        ),
+    ],
+    ids=["reward", "setup"],
+)
+def test_error_on_one_rank_is_shown_and_ends_the_others(tmp_path, monkeypatch, override, error):
+    (tmp_path / "of_a_test.py").write_text(FUNCTIONS)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    printed = Launched(tmp_path, "rewards.correct._component_=of_a_test.reward").wait_for_failure()
-    assert "LookupError: the judge does not answer" in printed
+    assert re.search(error, Launched(tmp_path, override).wait_for_failure())
 
 
 # SIGKILL at any moment, and resumption.

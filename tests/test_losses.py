@@ -74,7 +74,7 @@ def test_grpo_loss_sequence_level_takes_the_geometric_mean():
     assert metrics["ratio"].item() == pytest.approx((2 * math.sqrt(0.75) + 1.5) / 3)
 
 
-def test_grpo_loss_vespo_weighs_a_rollout_by_the_product_of_its_ratios():
+def test_grpo_loss_vespo_weight_is_the_product_of_a_rollouts_ratios():
     # Rollout 0: w = 1.5 * 0.5 and A = 2. Rollout 1: w = 1.5 and A = -1. phi(w) = e^lambda w^k e^(-lambda w).
     good, bad = math.exp(3 - 3 * 0.75) * 0.75**2, math.exp(2 - 2 * 1.5) * 1.5**3
     loss, metrics = loss_and_metrics(BY_HAND, loss_type="vespo")
