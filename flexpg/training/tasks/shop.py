@@ -45,8 +45,10 @@ class Shop:
         problem: One of `shop_problems`.
 
     >>> shop = Shop(shop_problems("train", 1)[0])
-    >>> shop.problem.prompt[-20:], shop.problem.answer
-    ('x', '5')
+    >>> shop.problem.prompt[-14:], shop.problem.answer
+    (': count of egg', '2')
+    >>> shop.step([{"role": "user", "content": shop.problem.prompt}, {"role": "assistant", "content": "stock egg"}])
+    ([{'role': 'tool', 'content': '2'}], 0.4)
     """
 
     def __init__(self, problem: Problem) -> None:
