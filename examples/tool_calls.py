@@ -92,6 +92,7 @@ def imitate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: 
 
 def main() -> None:
     """Write the model that imitates the teacher, and train it with the recipe."""
+    torch.set_num_threads(1)  # more of them make so small a model slower
     tokenizer = word_tokenizer()
     model = random_model(len(tokenizer), tokenizer.eos_token_id)
     imitate(model, tokenizer)
