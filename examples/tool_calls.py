@@ -1,4 +1,4 @@
-"""Teach a model of 0.1M parameters to use two tools: `python examples/tool_calls.py` (CPU, about a minute).
+"""Teach a model of 0.1M parameters to use two tools: `python examples/tool_calls.py` (CPU, about two minutes).
 
 The task and its environment are in `flexpg.training.tasks.shop`. First the model imitates the conversations of a
 teacher who usually calls the wrong tool and often misreads the answer. Then recipes/grpo.py trains it on its own
@@ -92,7 +92,7 @@ def imitate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: 
 
 def main() -> None:
     """Write the model that imitates the teacher, and train it with the recipe."""
-    torch.set_num_threads(1)  # more of them make so small a model slower
+    torch.set_num_threads(1)  # a model of this size is slower with several threads
     tokenizer = word_tokenizer()
     model = random_model(len(tokenizer), tokenizer.eos_token_id)
     imitate(model, tokenizer)

@@ -302,9 +302,8 @@ class Rollouts:
     def keep_in_loss(self, counts: Tensor) -> Rollouts:
         """Return the rollouts with loss tokens only where `counts` is True.
 
-        The others remain as context for nothing but the advantages: their rewards still count in the baselines of
-        their groups. With the sampler's `is_finished` this is TRL's `mask_truncated_completions`, the overlong
-        filtering of DAPO, arXiv 2503.14476, section 3.4.
+        The rewards of the others still count in the advantages of their groups. With the sampler's `is_finished` this
+        is TRL's `mask_truncated_completions`, the overlong filtering of DAPO, arXiv 2503.14476, section 3.4.
 
         >>> rollouts = Rollouts.from_groups([[1]], [[[2], [3, 4]]], rewards=[[1.0, 0.0]])
         >>> rollouts.keep_in_loss(torch.tensor([True, False]))

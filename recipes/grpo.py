@@ -61,8 +61,9 @@ from flexpg.training.episodes import (
     StepRollouts,
     build_rollouts,
     episode_advantages,
-    episode_kl,
+    first_problems,
     single_turn_episodes,
+    subtract_kl,
 )
 from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.event_loop import in_daemon_thread
@@ -81,20 +82,17 @@ from flexpg.training.metrics import (
 )
 from flexpg.training.models import build_model, library_of, replace_weights
 from flexpg.training.prompts import completion_group, tokenize_problems
-from flexpg.training.reward_calls import Log, Run, TrainerState
-from flexpg.training.rewards import Scores, build_rewards, reward_metrics, score
+from flexpg.training.reward_calls import Run, TrainerState
+from flexpg.training.rewards import Scores, add_environment, build_rewards, reward_metrics, score
 from flexpg.training.run_report import write_report
 from flexpg.training.samples_log import SamplesLog, best_and_worst, format_samples
 from flexpg.training.tasks import Problem
-from flexpg.tree import PrefixTree
 from flexpg.verify import baseline_logprobs, gradient_norms
 
 # Options that must not change between a checkpoint and the run that resumes from it.
 SAME_ON_RESUME = ("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems")
 SAME_ON_RESUME += ("test_problems", "prompt_format", "model", "optimizer", "lr_scheduler")
 SAME_ON_EVAL = ("model", "optimizer", "lr_scheduler")  # what a checkpoint is loaded into
-# How far an engine's log-probabilities may be from the trainer's on average, by the dtype of the computation.
-ENGINE_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}
 NO_SAMPLES = Samples([], torch.zeros(0, 0), torch.zeros(0, dtype=torch.bool))
 
 
@@ -279,10 +277,7 @@ class GRPORecipe(FTRecipeInterface):
             if cfg.async_steps and step < cfg.num_steps:  # sample the next step while this one trains
                 pending = in_daemon_thread(partial(self.generate, self.choose_problems(step + 1), f"step {step + 1}"))
             if cfg.kl_in_reward:
-                kl = episode_kl(data, self.world)  # [episodes]
-                rewards = data.rollouts.rewards - cfg.kl_in_reward * kl[data.episode]
-                data = replace(data, rollouts=replace(data.rollouts, rewards=rewards))
-                metrics["reward_kl"] = kl.mean().item()
+                data, metrics["reward_kl"] = subtract_kl(data, cfg.kl_in_reward, self.world)
             advantages = episode_advantages(data, cfg.scale_rewards)
             self.log_samples(step, data, advantages)
             metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
@@ -363,7 +358,8 @@ class GRPORecipe(FTRecipeInterface):
         scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(own)
         self.reward_s += synchronized_time(self.world.device) - started
         if self.environment:
-            scores = [with_environment(scored, group) for scored, group in zip(scores, own, strict=True)]
+            by_environment = [[episode.reward for episode in group] for group in own]
+            scores = [add_environment(*both) for both in zip(scores, by_environment, strict=True)]
         cpu = [[episode.cpu() for episode in group] for group in own]
         gathered = self.world.all_gather(list(zip(cpu, scores, strict=True)))
         return [group for group, _ in gathered], [scored for _, scored in gathered]
@@ -428,7 +424,7 @@ class GRPORecipe(FTRecipeInterface):
         self, step: int, batches: list[MicroBatch], is_shared: bool, advantages: Tensor, totals: tuple[int, int]
     ) -> dict[str, float]:
         """Take one optimizer step; the losses of all micro-batches on all ranks sum to the mini-batch's loss."""
-        cfg, sums, seen, largest = self.cfg, {"loss": 0.0}, [], 0.0
+        cfg, sums, seen, largest = self.cfg, {"loss": 0.0}, [], {}
         total_tokens, total_rollouts = totals
         if total_tokens == 0:
             if self.world.is_first:
@@ -455,12 +451,13 @@ class GRPORecipe(FTRecipeInterface):
                 weight = batch.rollouts.num_loss_tokens / total_tokens  # metrics are means over loss tokens
                 metrics["entropy"] = entropies.detach().sum() / max(batch.rollouts.num_loss_tokens, 1)
                 sums["loss"] += loss.item()
-                largest = max(largest, metrics.pop("sampler_ratio_max", torch.tensor(0.0)).item())
+                if "sampler_ratio_max" in metrics:  # a maximum, unlike the others
+                    ratio = metrics.pop("sampler_ratio_max").item()
+                    largest["sampler_ratio_max"] = max(ratio, largest.get("sampler_ratio_max", 0.0))
                 for name, mean in metrics.items():
                     sums[name] = sums.get(name, 0.0) + mean.item() * weight
         sums = self.world.all_reduce_sum(sums)
-        if self.engine:
-            sums["sampler_ratio_max"] = self.world.all_reduce_max(largest)
+        sums |= {name: self.world.all_reduce_max(value) for name, value in largest.items()}
         grad_norm = get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
@@ -551,8 +548,7 @@ class GRPORecipe(FTRecipeInterface):
         every, size = self.cfg.log_samples_every_n_steps, self.cfg.group_size
         if not (self.world.is_first and every and (step == 1 or step % every == 0)):
             return
-        is_first_turn = data.episode.diff(prepend=data.episode.new_tensor([-1])) > 0
-        by_problem = advantages[is_first_turn].view(-1, size).tolist()
+        by_problem = advantages[data.first_turns].view(-1, size).tolist()
         samples = [
             sample
             for (number, episodes, scores), own in zip(self.scored[:2], by_problem, strict=False)
@@ -608,14 +604,7 @@ class GRPORecipe(FTRecipeInterface):
             packed = pack(rollouts, self.cfg.max_tokens)
             return next(logprobs for _, logprobs, _ in self.logprobs(self.model, packed, is_shared=True))
 
-        gap = check_engine(self.engine, self.prompts[0], self.sampling, logprobs_of)
-        gap = self.world.all_reduce_max(gap if math.isfinite(gap) else math.inf)
-        if gap > ENGINE_TOLERANCE[self.dtype]:
-            raise RuntimeError(
-                f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from "
-                f"the trainer's on average after step {self.steps_done} (limit {ENGINE_TOLERANCE[self.dtype]}); check "
-                "that its checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
-            )
+        check_engine(self.engine, self.prompts[0], self.sampling, logprobs_of, self.world, self.dtype)
 
     @contextmanager
     def saved_on_error(self, metrics: dict[str, float] | None = None) -> Iterator[None]:
@@ -631,7 +620,7 @@ class GRPORecipe(FTRecipeInterface):
                 if metrics:
                     self.log(metrics)
                 self.save_progress(self.checkpoint_dir)
-                print(f"error: the run is saved after step {self.steps_done}; resume=true continues from there")
+                print(f"the run is saved after step {self.steps_done}; resume=true continues from there")
             raise
 
     def save_progress(self, folder: Path) -> None:
@@ -772,25 +761,6 @@ class GRPORecipe(FTRecipeInterface):
         raise FloatingPointError(
             f"{what}, first in {(culprits or ['the loss'])[0]}. The model was not updated; {saved}"
         )
-
-
-def first_problems(data: StepRollouts, count: int) -> PrefixTree:
-    """Return the tree of the first problems; completions of one turn are not merged, so that a plot shows them all."""
-    rollouts = data.rollouts.select((data.problem < count).nonzero()[:, 0])
-    if rollouts.num_groups > count:  # several turns
-        return rollouts.tree
-    completions: list[list[Tensor]] = [[] for _ in rollouts.prompts]
-    for completion, group in zip(rollouts.completions, rollouts.group_ids.tolist(), strict=True):
-        completions[group].append(completion)
-    return PrefixTree.from_groups(rollouts.prompts, completions)
-
-
-def with_environment(scores: Scores | None, episodes: list[Episode]) -> Scores:
-    """Return the rewards of a group, with those of the environment added."""
-    own = torch.tensor([episode.reward for episode in episodes])
-    if scores is None:
-        return Scores(own, {"environment": own}, Log())
-    return Scores(scores.total + own, scores.values | {"environment": own}, scores.log)
 
 
 @parse_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from flexpg.conversations.chat_template import assistant_turns
 from flexpg.sampling import Samples
 from flexpg.training.causal_lm import CheckpointTokenizer
 from flexpg.training.dialogues import sample_dialogues
+from flexpg.training.distributed import World
 from flexpg.training.environments import EnvironmentConfig
-from flexpg.training.episodes import build_rollouts, episode_advantages
+from flexpg.training.episodes import build_rollouts, episode_advantages, subtract_kl
 from flexpg.training.prompts import prompt_tokens
 from flexpg.training.tasks import ByteTokenizer, Problem
 
@@ -138,13 +140,26 @@ def test_rollouts_of_turns_share_their_histories():
     assert data.episode.tolist() == [0, 0, 1, 1] and data.problem.tolist() == [0] * 4
     assert data.rollouts.rewards.tolist() == [3.0, 3.0, 1.0, 1.0]
     assert data.rollouts.group_ids.tolist() == [0, 1, 0, 2]
-    advantages = episode_advantages(data, "none")
-    assert advantages.tolist() == [
-        1.0,
-        1.0,
-        -1.0,
-        -1.0,
-    ]  # an episode counts once in the mean, however many turns it has
     tree = PrefixTree.from_sequences(data.rollouts.sequences)
     longest = [len(episode.turns[-1].prompt) + 5 for episode in group]
     assert tree.num_tokens <= sum(longest) - len(PROBLEM.prompt)
+
+
+def test_episode_advantages_count_an_episode_once():
+    group, _ = played(ByteTokenizer(), ["x", "done", "done"], group_size=2, prompt_format="plain")
+    data = build_rollouts([group], torch.tensor([[3.0, 1.0]]), torch.device("cpu"), with_logprobs=False)
+    assert episode_advantages(data, "none").tolist() == [1.0, 1.0, -1.0]  # a mean over turns would be 7 / 3
+
+
+def test_subtract_kl_sums_over_the_turns_of_an_episode():
+    group, _ = played(ByteTokenizer(), ["x", "done", "done"], group_size=2, prompt_format="plain")
+    data = build_rollouts([group], torch.tensor([[3.0, 1.0]]), torch.device("cpu"), with_logprobs=False)
+    assert data.episode.tolist() == [0, 0, 1]
+    mask = data.rollouts.loss_mask
+    tables = {"old_logprobs": mask * -1.0, "ref_logprobs": mask * torch.tensor([-1.5, -2.0, -0.75])[:, None]}
+    data = replace(data, rollouts=replace(data.rollouts, **tables))
+    shifted, mean = subtract_kl(data, 2.0, World(0, 1, torch.device("cpu")))
+    first = 0.5 * len("x\n") + 1.0 * len("done\n")
+    second = -0.25 * len("done\n")
+    assert mean == (first + second) / 2
+    assert shifted.rollouts.rewards.tolist() == [3 - 2 * first] * 2 + [1 - 2 * second]

@@ -47,7 +47,7 @@ def test_async_run_trains_on_samples_of_the_weights_before(tmp_path):
 
 
 def test_engine_with_other_weights_raises_runtime_error(tmp_path):
-    with pytest.raises(RuntimeError, match=r"must sample from the weights that are trained.* after step 1"):
+    with pytest.raises(RuntimeError, match=r"must sample from the weights that are trained.* with version 1"):
         run(tmp_path, "sampler._component_=engines.StaleEngine", ENGINE[1], "optimizer.lr=0.01")
 
 

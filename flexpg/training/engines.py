@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from flexpg.rollouts import Rollouts
 from flexpg.sampling import Samples, SamplingParams
+from flexpg.training.distributed import World
+
+# How far an engine's log-probabilities may be from the trainer's on average, by the dtype of the computation.
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}
 
 
 class Engine(Protocol):
@@ -57,9 +63,14 @@ class Engine(Protocol):
 
 
 def check_engine(
-    engine: Engine, prompt: Tensor, params: SamplingParams, logprobs_of: Callable[[Rollouts], Tensor]
-) -> float:
-    """Return how far an engine's log-probabilities are from the trainer's, after weights were loaded.
+    engine: Engine,
+    prompt: Tensor,
+    params: SamplingParams,
+    logprobs_of: Callable[[Rollouts], Tensor],
+    world: World,
+    dtype: torch.dtype,
+) -> None:
+    """Compare an engine's log-probabilities with the trainer's, after weights were loaded; all ranks call it.
 
     Wrong weights show in them, and so do another precision, another tokenizer and another checkpoint. The same weights
     of one step before do not, if the update was small; `Engine.version` shows these.
@@ -69,12 +80,21 @@ def check_engine(
         prompt: [P] int64.
         params: How tokens are sampled; the completion has at most 8.
         logprobs_of: Returns the trainer's log-probabilities of a rollout, [1, C], at the temperature of `params`.
+        world: The ranks.
+        dtype: Of the trainer's computation.
 
-    Returns:
-        The mean absolute difference over the tokens of one completion.
+    Raises:
+        RuntimeError: If they differ by more than TOLERANCE on average, on all ranks.
     """
     params = replace(params, max_new_tokens=min(params.max_new_tokens, 8))
     samples = engine.sample([prompt], 1, params, [0])
     rollouts = Rollouts.from_groups([prompt], [samples.completions], rewards=[[0.0]])
     own = logprobs_of(rollouts)[0].cpu().double()
-    return (own - samples.logprobs[0].cpu().double()).abs().mean().item()
+    gap = (own - samples.logprobs[0].cpu().double()).abs().mean().item()
+    gap = world.all_reduce_max(gap if math.isfinite(gap) else math.inf)
+    if gap > TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from the "
+            f"trainer's on average with version {engine.version} (limit {TOLERANCE[dtype]}); check that its "
+            "checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
+        )

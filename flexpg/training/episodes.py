@@ -13,6 +13,7 @@ from flexpg.advantages import ScaleRewards, group_advantages, rewards_minus_kl
 from flexpg.rollouts import Rollouts
 from flexpg.sampling import Samples
 from flexpg.training.distributed import World
+from flexpg.tree import PrefixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,12 @@ class StepRollouts:
     rollouts: Rollouts
     episode: Tensor
     problem: Tensor
+
+    @property
+    def first_turns(self) -> Tensor:
+        """[episodes] int64, the number of each episode's first rollout."""
+        is_first = self.episode.diff(prepend=self.episode.new_tensor([-1])) > 0
+        return is_first.nonzero()[:, 0]
 
 
 def sampled_turns(prompts: Sequence[Tensor], samples: Samples) -> list[Turn]:
@@ -138,24 +145,36 @@ def episode_advantages(step: StepRollouts, scale_rewards: ScaleRewards) -> Tenso
     Returns:
         [N] float, the advantage of each rollout's episode.
     """
-    is_first = step.episode.diff(prepend=step.episode.new_tensor([-1])) > 0  # one rollout of each episode
-    first = is_first.nonzero()[:, 0]  # [episodes]
+    first = step.first_turns
     own = group_advantages(step.rollouts.select(first), scale_rewards, group_ids=step.problem[first])
     return own[step.episode]
 
 
-def episode_kl(step: StepRollouts, world: World) -> Tensor:
-    """Return the KL divergence of each episode from the reference policy, the sum over its turns.
+def subtract_kl(step: StepRollouts, weight: float, world: World) -> tuple[StepRollouts, float]:
+    """Subtract the KL divergence of each episode from the reference policy, the sum over its turns, from its reward.
 
     Args:
         step: The rollouts; old and reference log-probabilities are 0 for those of other ranks.
+        weight: Of the KL divergence.
         world: The ranks.
 
     Returns:
-        [episodes] float, on all ranks.
+        The rollouts with these rewards, and the mean KL divergence of an episode.
     """
     zeros = torch.zeros_like(step.rollouts.rewards)
     own = -rewards_minus_kl(replace(step.rollouts, rewards=zeros), beta=1.0)  # [N]
     summed = world.all_reduce_sum({str(n): value for n, value in enumerate(own.tolist())})
-    kl = zeros.new_zeros(int(step.episode.max()) + 1)
-    return kl.index_add(0, step.episode, zeros.new_tensor(list(summed.values())))
+    kl = zeros.new_zeros(len(step.first_turns)).index_add(0, step.episode, zeros.new_tensor(list(summed.values())))
+    rewards = step.rollouts.rewards - weight * kl[step.episode]
+    return replace(step, rollouts=replace(step.rollouts, rewards=rewards)), kl.mean().item()
+
+
+def first_problems(step: StepRollouts, count: int) -> PrefixTree:
+    """Return the tree of the first problems; completions of one turn are not merged, so that a plot shows them all."""
+    rollouts = step.rollouts.select((step.problem < count).nonzero()[:, 0])
+    if rollouts.num_groups > count:  # several turns
+        return rollouts.tree
+    completions: list[list[Tensor]] = [[] for _ in rollouts.prompts]
+    for completion, group in zip(rollouts.completions, rollouts.group_ids.tolist(), strict=True):
+        completions[group].append(completion)
+    return PrefixTree.from_groups(rollouts.prompts, completions)

@@ -148,6 +148,19 @@ def score(rewards: Sequence[Reward], groups: Sequence[Group], run: Run | None = 
     return [_scores(rewards, *each) for each in zip(groups, columns, logs, strict=True)]
 
 
+def add_environment(scores: Scores | None, rewards: Sequence[float]) -> Scores:
+    """Return the rewards of a group with those of its environment added, under the name "environment".
+
+    Args:
+        scores: Of the reward functions; None if there is none.
+        rewards: G rewards of the environment.
+    """
+    own = torch.tensor(rewards)
+    if scores is None:
+        return Scores(own, {"environment": own}, Log())
+    return Scores(scores.total + own, scores.values | {"environment": own}, scores.log)
+
+
 def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
     """Return the mean and standard deviation of each reward where it applies, and what rewards have logged.
 
