@@ -19,6 +19,7 @@ must be equal. The bytes are those of keys and values at the end of a call, with
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ def vllm_engine(width: int, layers: int, device: torch.device) -> Any:
     """Return vLLM with the weights of `build_model`; it takes a minute to start."""
     from vllm import LLM
 
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by itself, it leaves one core to other processes
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     model = build_model(width, layers, device)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
