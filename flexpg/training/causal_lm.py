@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from flexpg.training.quantization import quantize_layers
+from flexpg.training.tools import load_functions
 
 # Options of `peft.LoraConfig` with which the model without adapters is the base model, and adapters can be merged.
 LORA_OPTIONS = (
@@ -103,7 +104,10 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
 
 
 def tokenizer(
-    path: str, stop_tokens: Iterable[str] = (), template_options: Mapping[str, Any] | None = None
+    path: str,
+    stop_tokens: Iterable[str] = (),
+    template_options: Mapping[str, Any] | None = None,
+    tools: Sequence[str] = (),
 ) -> CheckpointTokenizer:
     """Load the tokenizer of a checkpoint.
 
@@ -112,16 +116,21 @@ def tokenizer(
         stop_tokens: Texts of one token that end a completion, such as "<|im_end|>", besides the end-of-sequence tokens
             of the tokenizer and of the checkpoint's generation config.
         template_options: Arguments of the chat template, such as {"enable_thinking": False}.
+        tools: Dotpaths of functions that the chat template tells the model about; see tools.py.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If one of `stop_tokens` is not one token.
+        ValueError: If one of `stop_tokens` is not one token, or the tokenizer's `response_template` is invalid, or is
+            missing with `tools`.
     """
     from transformers import GenerationConfig
+    from transformers.utils import get_json_schema
 
     from flexpg.analysis.transformers_files import local_tokenizer
 
     own: Any = local_tokenizer(Path(path))
+    if own.response_template is not None:
+        own.get_response_parser(prefix="")  # raises ValueError; later, every answer would look malformed
     ids = {own.eos_token_id}
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
@@ -133,7 +142,13 @@ def tokenizer(
         if len(encoded) != 1:
             raise ValueError(f"stop_tokens must be one token each, got {text!r}, which is {len(encoded)}")
         ids |= set(encoded)
-    return CheckpointTokenizer(own, sorted(ids - {None}), dict(template_options or {}))
+    # Templates write tools as JSON, which nodes of a configuration are not.
+    options: Any = OmegaConf.to_container(OmegaConf.create(dict(template_options or {})), resolve=True)
+    if tools:
+        if own.response_template is None:
+            raise ValueError(f"tools need a tokenizer with a response_template, which the one in {path} lacks")
+        options["tools"] = [get_json_schema(function) for function in load_functions(tools)]
+    return CheckpointTokenizer(own, sorted(ids - {None}), options)
 
 
 class CheckpointTokenizer:
@@ -173,6 +188,32 @@ class CheckpointTokenizer:
         )
         return text
 
+    def parse(self, prompt: list[int], completion: list[int]) -> dict[str, Any] | None:
+        """Return a completion as an assistant's message by the tokenizer's `response_template`, None if it has none.
+
+        Args:
+            prompt: What the completion follows; templates write the beginning of some answers.
+            completion: Ids, with the stop token if one was sampled.
+
+        Returns:
+            "role", "content" and what else the completion has: reasoning, and "tool_calls", a list of
+            {"type": "function", "function": {"name": str, "arguments": dict}}.
+
+        Raises:
+            KeyError, RecursionError, TypeError or ValueError: If it is malformed.
+        """
+        if self.tokenizer.response_template is None:
+            return None
+        tools = self.template_options.get("tools")  # the types of arguments, for formats without types
+        parsed = self.tokenizer.parse_response(self.decode_all(completion), prefix=self.decode_all(prompt), tools=tools)
+        content = parsed.get("content") or ""
+        if completion[-1] in self.stop_tokens:  # one that the template does not know
+            content = content.removesuffix(self.decode_all(completion[-1:])).rstrip()
+        message = parsed | {"role": "assistant", "content": content}
+        if "tool_calls" in parsed:
+            message["tool_calls"] = [_function_call(call) for call in parsed["tool_calls"]]
+        return message
+
     def chat_prompt(self, text: str) -> list[int]:
         """Return the ids of a user message and of the beginning of its answer, by the checkpoint's chat template.
 
@@ -185,3 +226,12 @@ class CheckpointTokenizer:
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False, **self.template_options
         )
         return ids
+
+
+def _function_call(call: Any) -> dict[str, Any]:
+    match call:
+        case {"function": {"name": str(name), "arguments": dict() as arguments}}:
+            return {"type": "function", "function": {"name": name, "arguments": arguments}}
+        case {"function": {"name": str(name), **others}} if others.get("arguments") is None:
+            return {"type": "function", "function": {"name": name, "arguments": {}}}
+    raise ValueError(f"a tool call must have a name and arguments, got {call!r}")

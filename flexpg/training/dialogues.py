@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from flexpg.sampling import Samples
 from flexpg.training.environments import EnvironmentConfig, Message, Step, answers
 from flexpg.training.episodes import Episode, Turn, sampled_turns
-from flexpg.training.prompts import completion_text
+from flexpg.training.prompts import assistant_message, completion_text
 from flexpg.training.tasks.problem import Problem
 
 Sampler = Callable[[list[Tensor], int, list[int]], Samples]
@@ -25,7 +26,8 @@ class Dialogue:
 
     Attributes:
         prompt: [P] int64, what the model sees next.
-        messages: The conversation so far.
+        messages: The conversation so far, with the model's turns as text.
+        parsed: The same, with tool calls apart from the content if the tokenizer can tell them; for the environment.
         step: The environment of this episode.
         turns: The model's turns so far.
         reward: The environment's reward so far.
@@ -35,6 +37,7 @@ class Dialogue:
 
     prompt: Tensor
     messages: list[Message]
+    parsed: list[Message]
     step: Step
     turns: list[Turn] = field(default_factory=list)
     reward: float = 0.0
@@ -77,7 +80,7 @@ def sample_dialogues(
         For each problem its episodes.
     """
     dialogues = [
-        Dialogue(prompt, [{"role": "user", "content": problem.prompt}], environment.begin(problem))
+        Dialogue(prompt, [_user(problem)], [_user(problem)], environment.begin(problem))
         for problem, prompt in zip(problems, prompts, strict=True)
         for _ in range(group_size)
     ]
@@ -96,7 +99,12 @@ def sample_dialogues(
 
 
 def next_prompt(
-    tokenizer: Any, seen: Tensor, messages: Sequence[Message], new: int, prompt_format: Literal["plain", "bos", "chat"]
+    tokenizer: Any,
+    seen: Tensor,
+    messages: Sequence[Message],
+    parsed: Sequence[Message],
+    new: int,
+    prompt_format: Literal["plain", "bos", "chat"],
 ) -> Tensor:
     """Return the tokens that the model sees after an environment's answer.
 
@@ -106,7 +114,9 @@ def next_prompt(
     Args:
         tokenizer: A `CheckpointTokenizer`; for "plain" and "bos" any that has its `encode`.
         seen: [T] int64, the last prompt and what was sampled after it.
-        messages: The conversation.
+        messages: The conversation, with the model's turns as text. The template writes them as they were sampled, also
+            tool calls with spaces of their own, unless they have special tokens, which text lacks.
+        parsed: The conversation with tool calls, for turns that it does not write so.
         new: How many messages at its end the model has not seen.
         prompt_format: "plain" and "bos" append the content of the new messages; "chat" uses the chat template.
 
@@ -114,12 +124,21 @@ def next_prompt(
         [P] int64.
 
     Raises:
+        TemplateError: If the chat template refuses the conversation.
         ValueError: If the format is "chat" and the tokenizer has no chat template.
     """
     if prompt_format != "chat":
         added = tokenizer.encode("".join(own["content"] for own in messages[-new:]), add_bos=False, add_eos=False)
         return torch.cat([seen, seen.new_tensor(added)])
-    text, before = tokenizer.chat_text(messages), tokenizer.decode_all(seen.tolist())
+    before, texts, refusal = tokenizer.decode_all(seen.tolist()), [], None
+    for own in (messages,) if parsed == messages else (messages, parsed):
+        try:
+            texts.append(tokenizer.chat_text(own))
+        except TemplateError as error:  # some refuse a tool's answer without a call, or reasoning next to calls
+            refusal = error
+    if refusal and not texts:
+        raise refusal
+    text = next((own for own in texts if own.startswith(before)), texts[-1])
     if text.startswith(before):
         return torch.cat([seen, seen.new_tensor(tokenizer.encode(text[len(before) :]))])
     return seen.new_tensor(tokenizer.encode(text))
@@ -135,21 +154,30 @@ def _extend(
 ) -> None:
     """Add a turn of the model to each dialogue, and the environment's answer to those that go on."""
     for dialogue, turn in zip(dialogues, turns, strict=True):
-        text = completion_text(tokenizer, turn.completion.tolist())
+        prompt, completion = turn.prompt.tolist(), turn.completion.tolist()
+        message = {"role": "assistant", "content": completion_text(tokenizer, completion)}
         dialogue.turns.append(turn)
-        dialogue.messages.append({"role": "assistant", "content": text})
+        dialogue.messages.append(message)
+        is_chat = prompt_format == "chat"
+        dialogue.parsed.append(assistant_message(tokenizer, prompt, completion) if is_chat else dict(message))
         dialogue.is_cut = dialogue.is_over = not turn.is_finished
     # A turn that was cut off is answered too, because it has a reward.
-    given = answers([own.step for own in dialogues], [own.messages for own in dialogues], environment.timeout_s)
+    given = answers([own.step for own in dialogues], [own.parsed for own in dialogues], environment.timeout_s)
     for dialogue, (messages, reward) in zip(dialogues, given, strict=True):
         dialogue.reward += reward
         dialogue.messages += messages
+        dialogue.parsed += messages
         dialogue.is_over |= not messages or len(dialogue.turns) == environment.max_turns
         if not dialogue.is_over:
             last = dialogue.turns[-1]
             seen = torch.cat([last.prompt, last.completion])
-            dialogue.prompt = next_prompt(tokenizer, seen, dialogue.messages, len(messages), prompt_format)
+            own = (dialogue.messages, dialogue.parsed, len(messages))
+            dialogue.prompt = next_prompt(tokenizer, seen, *own, prompt_format)
             dialogue.is_cut = dialogue.is_over = len(dialogue.prompt) > max_prompt
+
+
+def _user(problem: Problem) -> Message:
+    return {"role": "user", "content": problem.prompt}
 
 
 def _seed(seed: int, turn: int, sample: int) -> int:

@@ -9,8 +9,9 @@
 
 A class gets the problem and its options, and an instance per episode answers by `step(messages)`. A function is called
 as `function(messages, problem=problem, **options)`. Both may be async. `messages` is the conversation so far, from the
-user's message to the model's turn, as dicts with "role" and "content". The answer is a list of messages, which the
-model sees next, and a reward, which is added to those of earlier turns. An empty list ends the episode.
+user's message to the model's turn, as dicts with "role" and "content", and "tool_calls" if the tokenizer parses them.
+The answer is a list of messages, which the model sees next, and a reward, which is added to those of earlier turns. An
+empty list ends the episode.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
     free = asyncio.Semaphore(AT_A_TIME)
 
     async def ask(step: Step, messages: list[Message]) -> Answer:
-        shown = str(messages[-1].get("content"))[-80:]
+        shown = str(messages[-1].get("content") or messages[-1].get("tool_calls"))[-80:]
         where = f"environment, turn {sum(own['role'] == 'assistant' for own in messages)}, which ended with {shown!r}"
         async with free:
             answer = asyncio.ensure_future(_call(step, list(messages)))

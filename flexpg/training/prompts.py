@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -104,6 +105,25 @@ def completion_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     except (KeyError, TypeError, ValueError):  # what tokenizers raise for an unknown id
         runs = [(known, list(run)) for known, run in groupby(text, key=partial(_has_text, tokenizer))]
         return "".join(tokenizer.decode(run) if known else "\ufffd" * len(run) for known, run in runs)
+
+
+def assistant_message(tokenizer: Any, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, Any]:
+    """Return a completion as the message that an environment reads.
+
+    With a checkpoint's tokenizer that has a `response_template`, tool calls and reasoning are apart from the content. A
+    completion that is malformed, such as one with a call that is no JSON, is content and nothing else.
+
+    Args:
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        prompt: What the completion follows.
+        completion: The completion's token ids.
+    """
+    parsed = None
+    if isinstance(tokenizer, CheckpointTokenizer):
+        # What the parser raises for malformed text; RecursionError for JSON of a thousand brackets.
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            parsed = tokenizer.parse(list(prompt), list(completion))
+    return parsed or {"role": "assistant", "content": completion_text(tokenizer, completion)}
 
 
 def completion_group(tokenizer: Any, problem: Problem, completions: Sequence[Tensor], first: int = 0) -> Group:
