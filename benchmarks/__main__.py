@@ -6,7 +6,8 @@
     python -m benchmarks --tiny                 # two minutes, as a test
 
 Each runs in its own process and writes a file in benchmarks/results. One that fails does not stop the others.
-`python -m benchmarks.conversations` is not among them, because it needs recorded conversations.
+`python -m benchmarks.conversations` is not among them, because it needs recorded conversations, and `async_steps` only
+as a test, because it needs vLLM.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of ru
     "sharing": {"cpu": [], "cuda": ["device=cuda", "dtype=bf16"]},
     "sampling": {"cpu": ["--repeats", "3"], "cuda": CUDA, "tiny": ["--tiny"]},
     "step": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "async_steps": {"tiny": ["--tiny"]},
     "hybrid": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "vision": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "trl_update": {"cpu": [], "cuda": CUDA},

@@ -35,7 +35,12 @@ ESTIMATED = ("baseline", "flexpg")  # what the cost model knows
 
 def load_result(name: str) -> Result:
     """Return the committed result that a table is made from."""
-    return json.loads((RESULTS / f"{name.partition('.')[0]}.json").read_text())
+    return json.loads(result_path(name).read_text())
+
+
+def result_path(name: str) -> Path:
+    """Return the file of a table's result."""
+    return RESULTS / f"{name.partition('.')[0]}.json"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -324,6 +329,19 @@ def step(result: Result) -> str:
     return markdown([*header, "speed-up of the step"], rows)
 
 
+def async_steps(result: Result) -> str:
+    """Return the stages of a step of the recipe that samples ahead, and of one that does not."""
+    rows = []
+    for case in result["cases"]:
+        tokens = f"{case['prompts']} x ({case['prompt_tokens']:,.0f} + {case['group']} x {case['completion']})"
+        for name, stages in case["stage_s"].items():
+            seconds = [f"{stages[own]:.2f}" for own in ("sample_s", "logprobs_s", "train_s", "sync_s")]
+            gain = [spread(case["speedup"]), f"{case['bound']:.2f}"] if name == "1" else ["", ""]
+            rows.append([tokens, name, *seconds, spread(case["step_s"][name]), *gain])
+    header = ["tokens", "`async_steps`", "waiting for samples, s", "log-probabilities, s", "update, s"]
+    return markdown([*header, "new weights, s", "whole step, s", "speed-up", "bound"], rows)
+
+
 def hybrid(result: Result) -> str:
     """Return the updates of a model with recurrent layers."""
     header = ["prompt", "completions", "seconds, baseline", "PrefixGrouper", "flexpg", "speed-up", "bound"]
@@ -442,6 +460,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "sharing": sharing,
     "sampling": sampling,
     "step": step,
+    "async_steps": async_steps,
     "hybrid": hybrid,
     "vision": vision,
     "registers": registers,
@@ -454,8 +473,11 @@ TABLES: dict[str, Callable[[Result], str]] = {
 
 
 def table(name: str) -> str:
-    """Return a table by name, such as "memory_cpu.peaks"."""
-    return headline() if name == "headline" else TABLES[re.sub(r"_(cpu|cuda)\b", "", name)](load_result(name))
+    """Return a table by name, such as "memory_cpu.peaks"; nothing if its result has not been recorded."""
+    if name == "headline":
+        return headline()
+    made = TABLES[re.sub(r"_(cpu|cuda)\b", "", name)]
+    return made(load_result(name)) if result_path(name).exists() else ""
 
 
 def rewritten(text: str) -> str:
