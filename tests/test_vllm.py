@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
@@ -20,22 +18,24 @@ from urllib.request import urlopen
 import pytest
 import torch
 import transformers
+from recipe_runs import SMALL, make, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flexpg
+from benchmarks.servers import START_S, start_vllm
 from flexpg.integrations.vllm import Engine, engine
 from flexpg.sampling import Samples, SamplingParams
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes/assets/tiny"
+CONFIG = "recipes/configs/tiny_transformers_cpu.yaml"
 G = 3
 PROMPTS = [torch.arange(65, 265 - 65), torch.tensor([70]), torch.arange(40, 60)]  # the first fills a block of the cache
 SAMPLED = SamplingParams(12, temperature=0.7, stop_tokens=range(0, 260, 9))
 GREEDY = SamplingParams(12, temperature=0.0)
 TOLERANCE = 1e-5  # both compute in float32
-START_S = 600.0  # on a busy machine
 
 
 @dataclass
@@ -86,7 +86,7 @@ def running(request, tmp_path_factory):
         yield Live(made, path)
         made.close()
         return
-    process, address = start_server(path, tmp_path_factory.mktemp("log") / "log.txt")
+    process, address = start_vllm(path, tmp_path_factory.mktemp("log") / "log.txt")
     try:
         yield Live(engine(str(path), "server", address, timeout_s=60), path, address, process)
     finally:
@@ -103,31 +103,6 @@ def live(running):
 @pytest.fixture
 def other(live, tmp_path):
     return save_checkpoint(tmp_path / "other", 1, tied=live.address is None)
-
-
-def start_server(path: Path, log: Path) -> tuple[subprocess.Popen, str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-    command += [
-        "--enable-scale-out",
-        "--logprobs-mode",
-        "processed_logprobs",
-        "--weight-transfer-config",
-        '{"backend": "flexpg"}',
-    ]
-    with log.open("wb") as output:
-        variables = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
-    end = time.monotonic() + START_S
-    while True:
-        try:
-            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return process, f"http://127.0.0.1:{port}"
-        except OSError:
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.5)
 
 
 def load_model(path: Path) -> nn.Module:
@@ -221,6 +196,46 @@ def test_recipe_samples_from_engine(live, tmp_path):
     if live.address:
         with urlopen(f"{live.address}/weight_info") as response:
             assert json.load(response) == {"weight_version": "2"}
+
+
+def recipe_with(live: Live, folder: Path, *options: str):
+    """Return a recipe whose sampler is the server, with learning rates at which the policy moves in one step."""
+    sampler = ("_component_=flexpg.integrations.vllm.engine", "path=${model.path}", "mode=server")
+    own = [f"sampler.{option}" for option in (*sampler, f"base_url={live.address}")]
+    own += [f"model.path={live.path}", "rewards.correct._component_=recipe_runs.spread_reward", *options]
+    return make(folder, *SMALL, *own, "num_steps=3", "sampling.max_new_tokens=12", config=CONFIG)
+
+
+@pytest.mark.parametrize("running", ["server"], indirect=True)
+def test_async_recipe_trains_on_samples_one_step_old(live, tmp_path):
+    recipe = recipe_with(live, tmp_path, "async_steps=1", "optimizer.lr=0.002")
+    versions, generate = [], recipe.engine._transport.generate
+
+    def recorded(requests):
+        groups = generate(requests)
+        versions.append({label for group in groups for output in group for label in output.versions})
+        return groups
+
+    recipe.engine._transport.generate = recorded
+    train(recipe)
+    # Held-out accuracy, steps 1 and 2; the check of version 1, step 3; checks of versions 2 and 3, held-out accuracy.
+    assert versions == [{"0"}, {"0"}, {"0"}, {"1"}, {"1"}, {"2"}, {"3"}, {"3"}]
+    first, *later = recipe.history
+    assert first["sampler_kl"] < 1e-8 and abs(first["sampler_ratio_max"] - 1) < 1e-3
+    for own in later:  # the correction for the older weights is on
+        assert own["sampler_kl"] > 1e-5 and own["sampler_ratio_max"] > 1.01
+        assert own["loss"] != 0 and own["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("running", ["server"], indirect=True)
+def test_lora_recipe_loads_merged_weights_into_the_server(live, tmp_path):
+    lora = ("model.lora.r=4", "model.lora.target_modules=all-linear", "optimizer.lr=0.02")
+    recipe = train(recipe_with(live, tmp_path, *lora))
+    samples = recipe.engine.sample(PROMPTS, G, SAMPLED, [1, 2, 3])
+    trained = logprobs_of(recipe.model, samples, G, SAMPLED.temperature)
+    torch.testing.assert_close(samples.logprobs, trained, rtol=0, atol=TOLERANCE)
+    base = logprobs_of(load_model(live.path), samples, G, SAMPLED.temperature)
+    assert (samples.logprobs - base).abs().max() > 0.1
 
 
 # Tests that break the engine
