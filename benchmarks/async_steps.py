@@ -57,7 +57,7 @@ class Case:
 
 
 CASES = {
-    "cpu": [Case("vllm", 8, 8, 64), Case("vllm", 1, 8, 384)],
+    "cpu": [Case("vllm", 8, 8, 64), Case("vllm", 1, 4, 512)],
     "tiny": [Case("flexpg", 2, 2, 4, shots=1, minibatches=2, width=64, layers=1)],
 }
 

@@ -44,7 +44,7 @@ def start_vllm(path: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-    # On CPUs, vLLM 0.32 fails with a seed where it splits a prompt.
+    # On a CPU, vLLM 0.32 fails where it splits a prompt that has a seed.
     command += ["--no-enable-chunked-prefill", "--enable-scale-out", "--logprobs-mode", "processed_logprobs"]
     command += ["--weight-transfer-config", '{"backend": "flexpg"}']
     with log.open("wb") as output:

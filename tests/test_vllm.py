@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -140,6 +140,13 @@ def test_sample_same_seeds_give_same_completions(live):
     assert all(map(torch.equal, first.completions, again.completions))
     others = live.engine.sample(PROMPTS, G, SAMPLED, [1, 2, 4])
     assert list(map(torch.equal, first.completions, others.completions)) == [True] * 6 + [False] * 3
+
+
+def test_sample_with_seeds_takes_more_prompts_than_fit_in_a_batch(live):
+    draw = torch.Generator().manual_seed(0)
+    prompts = list(torch.randint(256, (48, 400), generator=draw))  # 19,200 tokens; vLLM's batches have at most 8,192
+    samples = live.engine.sample(prompts, 1, replace(SAMPLED, max_new_tokens=2), list(range(48)))
+    assert len(samples.completions) == 48
 
 
 def test_sample_greedy_equals_flexpg_sample(live):

@@ -127,10 +127,13 @@ def _create(path: Path, options: dict[str, Any]) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
+    is_cpu = current_platform.is_cpu()
     return vllm.LLM(
         str(path),
         logprobs_mode="processed_logprobs",
-        enforce_eager=current_platform.is_cpu(),
+        enforce_eager=is_cpu,
+        # vLLM 0.32 resets the generator of a seeded prompt that it has split, which generators on a CPU cannot.
+        enable_chunked_prefill=False if is_cpu else None,
         weight_transfer_config=WeightTransferConfig(backend="flexpg"),
         **options,
     )
