@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.record import run
-from benchmarks.servers import start_vllm
+from benchmarks.servers import start_vllm, stop_vllm
 from benchmarks.timing import paired_ratio, quartiles
 from flexpg.training.config import load_config
 from recipes.grpo import GRPORecipe
@@ -128,8 +128,7 @@ def running_recipe(case: Case, device: torch.device, folder: Path) -> Iterator[G
         recipe.cleanup()
     finally:
         if process:
-            process.terminate()
-            process.wait()
+            stop_vllm(process)
 
 
 def save_checkpoint(case: Case, folder: Path) -> None:

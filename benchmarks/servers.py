@@ -1,6 +1,7 @@
 """Samplers that are servers on this machine, for a recipe that samples ahead.
 
 start_vllm(path, log)    vLLM in float32 on one thread
+stop_vllm(process)       end it
 ProcessEngine            `flexpg.sample` in a process of its own, where vLLM is not installed
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ def start_vllm(path: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     command += ["--weight-transfer-config", '{"backend": "flexpg"}']
     with log.open("wb") as output:
         variables = DEFAULTS | os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, start_new_session=True)
     end = time.monotonic() + START_S
     while True:
         try:
@@ -57,9 +60,16 @@ def start_vllm(path: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
             return process, f"http://127.0.0.1:{port}"
         except OSError:
             if process.poll() is not None or time.monotonic() > end:
-                process.kill()
+                stop_vllm(process)
                 raise RuntimeError(f"vLLM did not start: {log.read_text()}") from None
             time.sleep(0.5)
+
+
+def stop_vllm(process: subprocess.Popen[bytes]) -> None:
+    """Kill a server and the processes of its engine, which would go on without it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class ProcessEngine:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flexpg
-from benchmarks.servers import START_S, start_vllm
+from benchmarks.servers import START_S, start_vllm, stop_vllm
 from flexpg.integrations.vllm import Engine, engine
 from flexpg.sampling import Samples, SamplingParams
 
@@ -90,8 +90,7 @@ def running(request, tmp_path_factory):
     try:
         yield Live(engine(str(path), "server", address, timeout_s=60), path, address, process)
     finally:
-        process.kill()
-        process.wait()
+        stop_vllm(process)
 
 
 @pytest.fixture
