@@ -65,7 +65,7 @@ def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
             for i, item in enumerate(own.items):
                 mine = np.flatnonzero(own.item == i)
                 packed = node[n, mine]
-                if item.kind == kind and packed[0] >= first_query:
+                if item.kind == kind and first_query <= packed[0] < tree.padded_length:
                     items.setdefault(item.identity, (item, own.name))
                     feature[packed] = np.stack([np.full(len(mine), item.identity), own.row[mine]], 1)
         if items:

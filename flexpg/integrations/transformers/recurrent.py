@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from flexpg.context_parallel import ShardBlockMask
 from flexpg.integrations.transformers.segment_plan import PROMPT, Plan, plan_prompts, plan_segments
 from flexpg.masks import TreeBlockMask
 from flexpg.prefix_cache import PrefixBlockMask
@@ -216,6 +217,10 @@ def _segmented(
     Returns:
         [1, S', E]; 0 at padding.
     """
+    if isinstance(mask, ShardBlockMask):  # every rank needs the state before its range
+        shard = mask.shard
+        whole = _segmented(module, call, shard.gather(hidden, 1), mask.whole)
+        return whole[:, shard.start - shard.first : shard.stop - shard.first]
     plan = _plans.get(mask) or plan_segments(mask, hidden.shape[1])
     _plans[mask] = plan
     cache = mask.cache if isinstance(mask, PrefixBlockMask) else None

@@ -1,0 +1,321 @@
+"""One packed sequence over the ranks of a group: each computes a range of its tokens in all layers.
+
+In attention the queries of a rank are its own tokens, and the keys and values are those of all ranks up to the end of
+its range: they are gathered in every layer, and their gradients are summed and scattered back. In depth-first order the
+ancestors of a token are before it, so the mask is that of the tree, cut at the end of the range. A token is predicted
+at its parent, so the rank that owns the parent scores it, and no hidden state leaves its rank.
+
+Gradients of parameters are partial sums on each rank. FSDP2 sums them up if it shards the model over the group's ranks;
+of other models, `summed_gradients` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from flexpg.integrations.fsdp import sharded_modules
+from flexpg.masks import TreeBlockMask
+from flexpg.micro_batches import MicroBatch
+from flexpg.packing import PAIRS_PER_TOKEN
+from flexpg.tree import BLOCK, PrefixTree
+
+
+class ContextShard:
+    """The range of a packed sequence that this rank of a group computes.
+
+    Args:
+        tree: The packed sequence.
+        group: The ranks that share it, each of which creates the same.
+        first: The packed index of the first token that is computed at all, a multiple of 128; those before it are in a
+            cached prompt.
+
+    Attributes:
+        group: The ranks.
+        first: The packed index of the first token that is computed at all.
+        tree: The packed sequence, with at least one block for every rank.
+        borders: Rank r of the group computes the tokens from `borders[r]` up to `borders[r + 1]`.
+        start: The packed index of this rank's first token.
+        stop: One past that of its last token.
+    """
+
+    def __init__(self, tree: PrefixTree, group: ProcessGroup, first: int = 0) -> None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.first = group, first
+        self.tree = padded_to(tree, first // BLOCK + size)
+        self.borders = token_ranges(self.tree, size, first)
+        self.start, self.stop = self.borders[rank], self.borders[rank + 1]
+
+    @property
+    def row_of(self) -> Tensor:
+        """[S] int64, the row of this rank's hidden states for each packed token; -1 for those of other ranks."""
+        index = torch.arange(self.tree.padded_length, device=self.tree.end.device)
+        return torch.where((index >= self.start) & (index < self.stop), index - self.start, -1)
+
+    @property
+    def visible(self) -> PrefixTree:
+        """The tree up to the end of this rank's range, which holds all that its tokens see."""
+        return cut(self.tree, self.stop)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Return a tensor of all tokens from this rank's part; gradients are summed over ranks and scattered back.
+
+        Args:
+            x: [..., start to stop, ...].
+            dim: The dimension of tokens.
+        """
+        gathered: Tensor = _GatherTokens.apply(x, dim, self.group, [b - a for a, b in pairwise(self.borders)])
+        return gathered
+
+    def gather_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all tokens up to this rank's last one, from `first` on, by one collective.
+
+        Args:
+            k: [1, Hkv, stop - start, D].
+            v: Likewise.
+        """
+        keys, values = self.gather(torch.cat([k, v]), 2)[:, :, : self.stop - self.first].split(1)
+        return keys, values
+
+
+class ShardBlockMask(TreeBlockMask):
+    """The TreeBlockMask of a rank's queries, with the range that its keys are gathered for.
+
+    Attributes:
+        shard: The rank's range of the packed sequence.
+    """
+
+    def __init__(
+        self,
+        shard: ContextShard,
+        tree: PrefixTree | None = None,
+        window: int | None = None,
+        chunk: int | None = None,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__(shard.visible if tree is None else tree, window, shard.start, chunk, bidirectional)
+        self.shard = shard
+
+    @cached_property
+    def whole(self) -> TreeBlockMask:
+        """The mask of the whole packed sequence, for layers whose inputs are gathered."""
+        return TreeBlockMask(self.shard.tree)
+
+    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of this rank's range and of all before it."""
+        return self.shard.gather_keys(k, v)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("ShardBlockMask cannot be pickled or copied: it holds a process group; pickle mask.shard.tree")
+
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
+        return ShardBlockMask(self.shard, tree, window, chunk, bidirectional)
+
+
+def token_ranges(tree: PrefixTree, size: int, first: int = 0) -> list[int]:
+    """Return where a packed sequence is cut for `size` ranks, so that they cost about the same.
+
+    A token costs one unit, and every key that it sees a small part of one. Cuts are at block borders, and not inside of
+    an image, which is encoded on one rank.
+
+    Args:
+        tree: The packed sequence, of at least `size` blocks from `first` on.
+        size: Number of ranks.
+        first: The packed index of the first token that is computed, a multiple of 128.
+
+    Returns:
+        `size + 1` packed indices, multiples of 128, ascending, from `first` to the end.
+
+    Raises:
+        ValueError: If images leave fewer places to cut than are needed.
+
+    >>> token_ranges(PrefixTree.from_lengths([640], [[320, 320]]), 2)
+    [0, 640, 1280]
+    """
+    cost = 1 + (tree.position_ids + 1) / PAIRS_PER_TOKEN  # [S] float32
+    cost[tree.num_tokens :] = 1
+    total = cost[first:].view(-1, BLOCK).sum(1, dtype=torch.float64).cumsum(0).cpu()  # at the end of each block
+    cuts = torch.arange(first + BLOCK, tree.padded_length, BLOCK)
+    if tree.block_end is not None:
+        farthest = tree.block_end.cummax(0).values.cpu()  # an image block that begins before a cut ends before it
+        cuts = cuts[farthest[cuts - 1] <= cuts]
+    if len(cuts) < size - 1:
+        raise ValueError(f"a sequence that is cut between images can have at most {len(cuts) + 1} parts, got {size}")
+    borders = [first]
+    for rank in range(1, size):
+        allowed = cuts[rank - 1 : len(cuts) - (size - 1 - rank)]  # one for each border before and after this one
+        allowed = allowed[allowed > borders[-1]]
+        until = total[(allowed - first) // BLOCK - 1]
+        borders.append(int(allowed[(until - total[-1] * rank / size).abs().argmin()]))
+    return [*borders, tree.padded_length]
+
+
+def padded_to(tree: PrefixTree, blocks: int) -> PrefixTree:
+    """Return the tree with padding up to at least `blocks` blocks."""
+    missing = blocks * BLOCK - tree.padded_length
+    if missing <= 0:
+        return tree
+    own = torch.arange(tree.padded_length + 1, blocks * BLOCK + 1, dtype=torch.int32, device=tree.end.device)
+    return replace(
+        tree,
+        tokens=None if tree.tokens is None else functional.pad(tree.tokens, (0, missing)),
+        end=torch.cat([tree.end, own]),
+        block_end=None if tree.block_end is None else torch.cat([tree.block_end, own]),
+    )
+
+
+def cut(tree: PrefixTree, stop: int) -> PrefixTree:
+    """Return the first `stop` tokens of a packed sequence, a multiple of 128; `node` and `lengths` stay as they are."""
+    return replace(
+        tree,
+        tokens=None if tree.tokens is None else tree.tokens[:stop],
+        end=tree.end[:stop].clamp(max=stop),
+        num_tokens=min(tree.num_tokens, stop),
+        block_end=None if tree.block_end is None else tree.block_end[:stop],
+    )
+
+
+def sum_over_ranks(table: Tensor, group: ProcessGroup, backward_scale: float = 1.0) -> Tensor:
+    """Return a table summed over the ranks of a group, whose gradient all ranks know.
+
+    Args:
+        table: A tensor of the same shape on every rank.
+        group: The ranks.
+        backward_scale: Factor of the gradient.
+    """
+    total: Tensor = _SumOverRanks.apply(table, group, backward_scale)
+    return total
+
+
+def check_same_batches(batches: Sequence[MicroBatch], group: ProcessGroup, options: Sequence[Any]) -> None:
+    """Check that all ranks of a group have the same micro-batches and options, or they would wait for one another.
+
+    Raises:
+        ValueError: On all ranks, if they have not.
+    """
+    digest = hashlib.sha256(repr(options).encode())
+    for batch in batches:
+        tree = batch.tree
+        for tensor in (tree.input_ids, tree.end, tree.node, batch.rollouts.prompt_lens, batch.loss_mask):
+            digest.update(repr(tensor.shape).encode() + tensor.cpu().numpy().tobytes())
+    digests: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(digests, (len(batches), digest.hexdigest()), group)
+    others = [rank for rank, own in enumerate(digests) if own != digests[0]]
+    if others:
+        raise ValueError(
+            f"all ranks of context_parallel must have the same rollouts and options, but rank {others[0]} of the group "
+            f"has others than rank 0 ({digests[others[0]][0]} and {digests[0][0]} micro-batches)"
+        )
+
+
+def is_covered(model: nn.Module, group: ProcessGroup) -> bool:
+    """Return whether FSDP2 sums the gradients of a model over the ranks of a group.
+
+    Raises:
+        ValueError: If it shards the model over other ranks.
+    """
+    for module in sharded_modules(model):
+        for own in module.parameters(recurse=False):
+            assert isinstance(own, DTensor)
+            if not {*dist.get_process_group_ranks(group)} <= {*own.device_mesh.mesh.flatten().tolist()}:
+                raise ValueError(
+                    "FSDP2 must shard the model over a mesh that contains the ranks of context_parallel, such as the "
+                    'flattened mesh of ("data", "context")'
+                )
+    return bool(sharded_modules(model))
+
+
+@contextmanager
+def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
+    """Sum over the ranks of a group, at the end, the gradients that parameters get inside.
+
+    Gradients from before are left as they are, and added. A parameter that has no gradient on any rank gets none.
+    """
+    trained = [own for own in model.parameters() if own.requires_grad]
+    before = [own.grad for own in trained]
+    for own in trained:
+        own.grad = None
+    try:
+        yield
+        has_grad = torch.tensor([own.grad is not None for own in trained], dtype=torch.int32)
+        has_grad = has_grad.to(trained[0].device) if trained else has_grad
+        dist.all_reduce(has_grad, group=group)
+        for own, count in zip(trained, has_grad.tolist(), strict=True):
+            if count:
+                own.grad = torch.zeros_like(own) if own.grad is None else own.grad.contiguous()
+                dist.all_reduce(own.grad, group=group)
+    except GeneratorExit:
+        warnings.warn(
+            "the loop over packed_logprobs did not run to its end: gradients are not summed over context_parallel",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        raise
+    finally:
+        for own, earlier in zip(trained, before, strict=True):
+            if earlier is not None:
+                own.grad = earlier if own.grad is None else earlier.add_(own.grad)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """All-gather of parts of different lengths; the backward is a reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Tensor:
+        ctx.dim, ctx.group, ctx.lengths = dim, group, lengths
+        own = _padded(_first(x, dim), max(lengths))
+        parts = [torch.empty_like(own) for _ in lengths]
+        dist.all_gather(parts, own, group)
+        whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        parts = _first(grad, ctx.dim).split(ctx.lengths)
+        longest, own = max(ctx.lengths), ctx.lengths[dist.get_rank(ctx.group)]
+        # In float32 or better: bfloat16 would lose small gradients among large ones.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        padded = [_padded(part, longest).to(wide) for part in parts]
+        total = torch.empty_like(padded[0])
+        dist.reduce_scatter(total, padded, group=ctx.group)
+        return total[:own].movedim(0, ctx.dim).to(grad.dtype), None, None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the same on all ranks, so that each keeps it for its own part."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, group: ProcessGroup, backward_scale: float) -> Tensor:
+        ctx.backward_scale = backward_scale
+        total = table.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.backward_scale, None, None
+
+
+def _first(x: Tensor, dim: int) -> Tensor:
+    return x.movedim(dim, 0).contiguous()
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """Return `x` with zeros up to `length` in its first dimension."""
+    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, length - len(x)))
