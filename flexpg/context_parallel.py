@@ -6,15 +6,13 @@ ancestors of a token are before it, so the mask is that of the tree, cut at the 
 at its parent, so the rank that owns the parent scores it, and no hidden state leaves its rank.
 
 Gradients of parameters are partial sums on each rank. FSDP2 sums them up if it shards the model over the group's ranks;
-of other models, `summed_gradients` does.
+of other models, `flexpg.collectives.summed_gradients` does.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -23,11 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from flexpg.collectives import gather_parts
 from flexpg.integrations.fsdp import sharded_modules
 from flexpg.masks import TreeBlockMask
 from flexpg.micro_batches import MicroBatch
@@ -46,6 +44,7 @@ class ContextShard:
 
     Attributes:
         group: The ranks.
+        rank: This rank in the group.
         first: The packed index of the first token that is computed at all.
         tree: The packed sequence, with at least one block for every rank.
         borders: Rank r of the group computes the tokens from `borders[r]` up to `borders[r + 1]`.
@@ -54,11 +53,11 @@ class ContextShard:
     """
 
     def __init__(self, tree: PrefixTree, group: ProcessGroup, first: int = 0) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.group, self.first = group, first
+        self.group, self.rank, self.first = group, dist.get_rank(group), first
+        size = dist.get_world_size(group)
         self.tree = padded_to(tree, first // BLOCK + size)
         self.borders = token_ranges(self.tree, size, first)
-        self.start, self.stop = self.borders[rank], self.borders[rank + 1]
+        self.start, self.stop = self.borders[self.rank], self.borders[self.rank + 1]
 
     @property
     def row_of(self) -> Tensor:
@@ -78,8 +77,7 @@ class ContextShard:
             x: [..., start to stop, ...].
             dim: The dimension of tokens.
         """
-        gathered: Tensor = _GatherTokens.apply(x, dim, self.group, [b - a for a, b in pairwise(self.borders)])
-        return gathered
+        return gather_parts(x, dim, self.group, [b - a for a, b in pairwise(self.borders)])
 
     def gather_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all tokens up to this rank's last one, from `first` on, by one collective.
@@ -189,18 +187,6 @@ def cut(tree: PrefixTree, stop: int) -> PrefixTree:
     )
 
 
-def sum_over_ranks(table: Tensor, group: ProcessGroup, backward_scale: float = 1.0) -> Tensor:
-    """Return a table summed over the ranks of a group, whose gradient all ranks know.
-
-    Args:
-        table: A tensor of the same shape on every rank.
-        group: The ranks.
-        backward_scale: Factor of the gradient.
-    """
-    total: Tensor = _SumOverRanks.apply(table, group, backward_scale)
-    return total
-
-
 def check_same_batches(batches: Sequence[MicroBatch], group: ProcessGroup, options: Sequence[Any]) -> None:
     """Check that all ranks of a group have the same micro-batches and options, or they would wait for one another.
 
@@ -228,94 +214,11 @@ def is_covered(model: nn.Module, group: ProcessGroup) -> bool:
     Raises:
         ValueError: If it shards the model over other ranks.
     """
-    for module in sharded_modules(model):
-        for own in module.parameters(recurse=False):
-            assert isinstance(own, DTensor)
-            if not {*dist.get_process_group_ranks(group)} <= {*own.device_mesh.mesh.flatten().tolist()}:
-                raise ValueError(
-                    "FSDP2 must shard the model over a mesh that contains the ranks of context_parallel, such as the "
-                    'flattened mesh of ("data", "context")'
-                )
+    ranks = {*dist.get_process_group_ranks(group)}
+    for own in model.parameters():
+        if isinstance(own, DTensor) and not ranks <= {*own.device_mesh.mesh.flatten().tolist()}:
+            raise ValueError(
+                "FSDP2 must shard the model over a mesh that contains the ranks of context_parallel, such as the "
+                'flattened mesh of ("data", "context")'
+            )
     return bool(sharded_modules(model))
-
-
-@contextmanager
-def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
-    """Sum over the ranks of a group, at the end, the gradients that parameters get inside.
-
-    Gradients from before are left as they are, and added. A parameter that has no gradient on any rank gets none.
-    """
-    trained = [own for own in model.parameters() if own.requires_grad]
-    before = [own.grad for own in trained]
-    for own in trained:
-        own.grad = None
-    try:
-        yield
-        has_grad = torch.tensor([own.grad is not None for own in trained], dtype=torch.int32)
-        has_grad = has_grad.to(trained[0].device) if trained else has_grad
-        dist.all_reduce(has_grad, group=group)
-        for own, count in zip(trained, has_grad.tolist(), strict=True):
-            if count:
-                own.grad = torch.zeros_like(own) if own.grad is None else own.grad.contiguous()
-                dist.all_reduce(own.grad, group=group)
-    except GeneratorExit:
-        warnings.warn(
-            "the loop over packed_logprobs did not run to its end: gradients are not summed over context_parallel",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        raise
-    finally:
-        for own, earlier in zip(trained, before, strict=True):
-            if earlier is not None:
-                own.grad = earlier if own.grad is None else earlier.add_(own.grad)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """All-gather of parts of different lengths; the backward is a reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Tensor:
-        ctx.dim, ctx.group, ctx.lengths = dim, group, lengths
-        own = _padded(_first(x, dim), max(lengths))
-        parts = [torch.empty_like(own) for _ in lengths]
-        dist.all_gather(parts, own, group)
-        whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-        return whole.movedim(0, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        parts = _first(grad, ctx.dim).split(ctx.lengths)
-        longest, own = max(ctx.lengths), ctx.lengths[dist.get_rank(ctx.group)]
-        # In float32 or better: bfloat16 would lose small gradients among large ones.
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        padded = [_padded(part, longest).to(wide) for part in parts]
-        total = torch.empty_like(padded[0])
-        dist.reduce_scatter(total, padded, group=ctx.group)
-        return total[:own].movedim(0, ctx.dim).to(grad.dtype), None, None, None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the same on all ranks, so that each keeps it for its own part."""
-
-    @staticmethod
-    def forward(ctx, table: Tensor, group: ProcessGroup, backward_scale: float) -> Tensor:
-        ctx.backward_scale = backward_scale
-        total = table.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return grad * ctx.backward_scale, None, None
-
-
-def _first(x: Tensor, dim: int) -> Tensor:
-    return x.movedim(dim, 0).contiguous()
-
-
-def _padded(x: Tensor, length: int) -> Tensor:
-    """Return `x` with zeros up to `length` in its first dimension."""
-    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, length - len(x)))

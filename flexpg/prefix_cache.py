@@ -335,8 +335,8 @@ def packed_input(
     """
     if shard is not None:
         own = slice(shard.start, shard.stop)
-        mask = ShardBlockMask(shard) if prefix is None else PrefixShardMask(prefix, shard)
-        return PackedInput(shard.tree.input_ids[:, own], shard.tree.position_ids[None, own], mask)
+        sharded = ShardBlockMask(shard) if prefix is None else PrefixShardMask(prefix, shard)
+        return PackedInput(shard.tree.input_ids[:, own], shard.tree.position_ids[None, own], sharded)
     mask = TreeBlockMask(tree) if prefix is None else prefix.mask_for(tree)
     keep_padding = (
         mask.tree.end.device.type != "cpu"

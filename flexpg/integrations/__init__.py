@@ -6,7 +6,7 @@ Each framework has one module or package here, which is the only one that import
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, overload
@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flexpg.context_parallel import (
-    ContextShard,
-    check_same_batches,
-    is_covered,
-    sum_over_ranks,
-    summed_gradients,
-)
+from flexpg.collectives import sum_over_ranks, summed_gradients
+from flexpg.context_parallel import ContextShard, check_same_batches, is_covered
 from flexpg.integrations.fsdp import run_as_forward, sharded_modules, unsharded
 from flexpg.layer_hooks import uncompiled
 from flexpg.logprobs import OutputLayer, token_logprobs
@@ -293,7 +288,7 @@ def _packed_logprobs(
     entropy_grad: bool,
     context: Any,
     group: ProcessGroup | None = None,
-) -> Iterator[tuple[Any, ...]]:
+) -> Generator[tuple[Any, ...]]:
     integration = integration_for(model)
 
     def score(batch: MicroBatch, prefix: PrefixCache | None) -> tuple[Tensor, ...]:
@@ -343,7 +338,7 @@ def _packed_logprobs(
                 _check_prompt_gradient(prefix, turns, version, _version(model))
 
 
-def _over_ranks(model: nn.Module, parts: Iterator[tuple[Any, ...]], group: ProcessGroup) -> Iterator[tuple[Any, ...]]:
+def _over_ranks(model: nn.Module, parts: Generator[tuple[Any, ...]], group: ProcessGroup) -> Iterator[tuple[Any, ...]]:
     """Iterate over micro-batches of which each rank of a group scores a part; tables and gradients are summed."""
     is_sharded = is_covered(model, group)
     # FSDP2 averages over all ranks of its mesh, of which only one of a group has a given part.

@@ -82,12 +82,13 @@ def forward(
         TypeError: If prefixes cannot be shared exactly in the model.
     """
     packed = packed_input(model, tree, prefix, shard)
+    encoded = packed.mask.tree if shard is None else shard.tree
 
     def hidden_states() -> Tensor:
         base = unwrap(model)
-        check_inputs(base, packed.mask.tree)
+        check_inputs(base, encoded)
         with (
-            exact_forward(model, packed.mask.tree, None if prefix is None else prefix.tree),
+            exact_forward(model, encoded, None if prefix is None else prefix.tree),
             with_images(base, packed) as arguments,
         ):
             hidden = backbone(base)(**arguments, use_cache=False).last_hidden_state
