@@ -24,7 +24,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from flexpg.training.config import (
     sampling_params,
 )
 from flexpg.training.dialogues import sample_dialogues
-from flexpg.training.distributed import World
+from flexpg.training.distributed import RankError, World
 from flexpg.training.engines import check_engine
 from flexpg.training.environments import build_environment
 from flexpg.training.episodes import (
@@ -263,7 +263,8 @@ class GRPORecipe(FTRecipeInterface):
             problems = self.choose_problems(step)
             self.reward_s = 0.0
             with self.saved_on_error():
-                groups = pending.result() if pending else self.generate(problems, f"step {step}")
+                with self.engine_errors():
+                    groups = pending.result() if pending else self.generate(problems, f"step {step}")
                 data, metrics = self.score(step, problems, groups)
             sampled = synchronized_time(self.world.device)
             packed = self.pack(data)
@@ -326,7 +327,8 @@ class GRPORecipe(FTRecipeInterface):
             if not replacements:
                 break
             resampled += len(replacements)
-            sampled = self.generate(replacements, f"resampling {attempt} of step {step}")
+            with self.engine_errors():
+                sampled = self.generate(replacements, f"resampling {attempt} of step {step}")
             flat = [n for n, has_some in enumerate(spread) if not has_some]
             new = zip(replacements, *self.rewarded(replacements, sampled), strict=True)
             for n, (number, group, own_scores) in zip(flat, new, strict=False):
@@ -345,18 +347,19 @@ class GRPORecipe(FTRecipeInterface):
     def rewarded(self, problems: list[int], own: list[list[Episode]]) -> tuple[list[list[Episode]], list[Scores]]:
         """Return the episodes of all ranks, in the order of the problems, and their rewards."""
         shard, size = self.world.shard(range(len(problems))), self.cfg.group_size
-        completions = [
-            completion_group(
-                self.tokenizer,
-                self.problems[problems[n]],
-                [episode.turns[-1].completion for episode in group],
-                first=n * size,
-            )
-            for n, group in zip(shard, own, strict=True)
-        ]
-        started = synchronized_time(self.world.device)
-        scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(own)
-        self.reward_s += synchronized_time(self.world.device) - started
+        with self.world.raise_together():
+            completions = [
+                completion_group(
+                    self.tokenizer,
+                    self.problems[problems[n]],
+                    [episode.turns[-1].completion for episode in group],
+                    first=n * size,
+                )
+                for n, group in zip(shard, own, strict=True)
+            ]
+            started = synchronized_time(self.world.device)
+            scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(own)
+            self.reward_s += synchronized_time(self.world.device) - started
         if self.environment:
             by_environment = [[episode.reward for episode in group] for group in own]
             scores = [add_environment(*both) for both in zip(scores, by_environment, strict=True)]
@@ -509,7 +512,7 @@ class GRPORecipe(FTRecipeInterface):
             prompt_format=self.cfg.prompt_format,
             max_prompt=self.max_length - self.sampling.max_new_tokens,
             # Under FSDP the ranks gather the weights together whenever one of them samples.
-            on_any_rank=bool if self.engine else lambda value: self.world.all_reduce_max(value) > 0,
+            world=None if self.engine else self.world,
         )
 
     def sample(self, prompts: list[Tensor], group_size: int, seeds: list[int] | None) -> Samples:
@@ -568,16 +571,17 @@ class GRPORecipe(FTRecipeInterface):
         """Compute the mean `test_reward` of the most likely completion of every test problem."""
         own = self.world.shard(range(len(self.test_prompts)))
         problems = [self.test_problems[n] for n in own]
-        groups = self.episodes(problems, [self.test_prompts[n] for n in own], 1, None)
+        with self.engine_errors():
+            groups = self.episodes(problems, [self.test_prompts[n] for n in own], 1, None)
+        rewards = [episode.reward for (episode,) in groups]
         if self.test_reward:
-            completions = [
-                completion_group(self.tokenizer, problem, [episode.turns[-1].completion], first=n)
-                for n, problem, (episode,) in zip(own, problems, groups, strict=True)
-            ]
-            scores = score(self.test_reward, completions, self.reward_context())
-            rewards = [scored.total.item() for scored in scores]
-        else:
-            rewards = [episode.reward for (episode,) in groups]
+            with self.world.raise_together():
+                completions = [
+                    completion_group(self.tokenizer, problem, [episode.turns[-1].completion], first=n)
+                    for n, problem, (episode,) in zip(own, problems, groups, strict=True)
+                ]
+                scores = score(self.test_reward, completions, self.reward_context())
+                rewards = [scored.total.item() for scored in scores]
         rewards = self.world.all_gather(rewards)
         self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
@@ -606,22 +610,36 @@ class GRPORecipe(FTRecipeInterface):
 
         check_engine(self.engine, self.prompts[0], self.sampling, logprobs_of, self.world, self.dtype)
 
+    def engine_errors(self) -> AbstractContextManager[None]:
+        """Return a context that raises errors of sampling on all ranks together, as far as these can meet.
+
+        An engine samples outside collectives. The model itself gathers its weights under FSDP, where other ranks would
+        wait for one that has failed: then only its environments' errors are raised together (see `sample_dialogues`).
+        """
+        return self.world.raise_together() if self.engine else nullcontext()
+
     @contextmanager
     def saved_on_error(self, metrics: dict[str, float] | None = None) -> Iterator[None]:
-        """Save progress if sampling fails, because of an engine or an environment; in a single process only.
+        """Save progress if a reward, an environment or an engine fails on any rank, and raise the rank's own error.
+
+        An error that only its own rank knows of ends the run without saving, because the others are in a collective.
 
         Args:
             metrics: Of the step that is done, if they are not yet logged.
         """
+        own: BaseException | None = None
         try:
             yield
-        except Exception:
-            if self.world.size == 1:
+        except Exception as error:
+            own = error
+            if isinstance(error, RankError) or self.world.size == 1:
                 if metrics:
                     self.log(metrics)
                 self.save_progress(self.checkpoint_dir)
-                print(f"the run is saved after step {self.steps_done}; resume=true continues from there")
-            raise
+                if self.world.is_first:
+                    print(f"the run is saved after step {self.steps_done}; resume=true continues from there")
+        if own is not None:  # not in the handler, where it would get another context
+            raise (own.__cause__ or own) if isinstance(own, RankError) else own
 
     def save_progress(self, folder: Path) -> None:
         """Save what `resume` needs, atomically."""

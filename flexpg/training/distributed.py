@@ -19,6 +19,10 @@ from flexpg.training.errors import one_line
 T = TypeVar("T")
 
 
+class RankError(ValueError):
+    """An error of some ranks, raised on all of them; its cause is this rank's own error, None if it had none."""
+
+
 @dataclass(frozen=True)
 class World:
     """This rank among all of them.
@@ -88,7 +92,7 @@ class World:
             errors: What is re-raised; any other error ends its own rank at once.
 
         Raises:
-            ValueError: The message of the first rank that failed, in one line.
+            RankError: With the message of the first rank that failed, in one line.
         """
         cause, message = None, ""
         try:
@@ -99,7 +103,29 @@ class World:
         failed = [rank for rank, message in enumerate(messages) if message]
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
-            raise ValueError(messages[failed[0]] + where) from cause
+            raise RankError(messages[failed[0]] + where) from cause
+
+    @contextmanager
+    def raise_together(self) -> Iterator[None]:
+        """Let the ranks meet at the end, and raise on all of them if any has raised. No collectives inside.
+
+        Then all ranks are at the same place and can still save together. In a single process errors pass unchanged.
+
+        Raises:
+            RankError: It names the first rank that failed and what it raised.
+        """
+        if self.size == 1:
+            yield
+            return
+        own, text = None, ""
+        try:
+            yield
+        except Exception as error:
+            own, text = error, f"{type(error).__name__}: {one_line(error)}"
+        texts = self.all_gather([text])
+        failed = [rank for rank, text in enumerate(texts) if text]
+        if failed:
+            raise RankError(f"rank {failed[0]} of {self.size} raised {texts[failed[0]]}") from own
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -84,17 +84,20 @@ def check_engine(
         dtype: Of the trainer's computation.
 
     Raises:
-        RuntimeError: If they differ by more than TOLERANCE on average, on all ranks.
+        RuntimeError: If they differ by more than TOLERANCE on average; on several ranks a RankError on all of them,
+            also if the engine of one does not sample.
     """
     params = replace(params, max_new_tokens=min(params.max_new_tokens, 8))
-    samples = engine.sample([prompt], 1, params, [0])
+    with world.raise_together():
+        samples = engine.sample([prompt], 1, params, [0])
     rollouts = Rollouts.from_groups([prompt], [samples.completions], rewards=[[0.0]])
     own = logprobs_of(rollouts)[0].cpu().double()
     gap = (own - samples.logprobs[0].cpu().double()).abs().mean().item()
     gap = world.all_reduce_max(gap if math.isfinite(gap) else math.inf)
-    if gap > TOLERANCE[dtype]:
-        raise RuntimeError(
-            f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from the "
-            f"trainer's on average with version {engine.version} (limit {TOLERANCE[dtype]}); check that its "
-            "checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
-        )
+    with world.raise_together():
+        if gap > TOLERANCE[dtype]:
+            raise RuntimeError(
+                f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from "
+                f"the trainer's on average with version {engine.version} (limit {TOLERANCE[dtype]}); check that its "
+                "checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
+            )
