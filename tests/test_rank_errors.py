@@ -26,7 +26,10 @@ SETUPS = {
     "reward": (TINY, ["rewards.correct._component_=test_rank_errors.reward", "sampling.temperature=1.3"]),
     "engine": (
         "recipes/configs/tiny_transformers_cpu.yaml",
-        ["sampler._component_=engines.BrokenEngine", "sampler.path=recipes/assets/tiny", "sampler.is_shared=false"],
+        [
+            *("sampler._component_=engines.BrokenEngine", "sampler.path=recipes/assets/tiny"),
+            *("sampler.is_shared=false", "rewards.correct._component_=recipe_runs.spread_reward"),
+        ],
     ),
 }
 EPISODES = 1 + 4  # of each rank: of the evaluation before training, and of a step

@@ -6,7 +6,7 @@ A step's rollouts, rewards and metrics are small, so every rank gets all of them
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -126,6 +126,26 @@ class World:
         failed = [rank for rank, text in enumerate(texts) if text]
         if failed:
             raise RankError(f"rank {failed[0]} of {self.size} raised {texts[failed[0]]}") from own
+
+    @contextmanager
+    def save_on_error(self, save: Callable[[], None]) -> Iterator[None]:
+        """Save on an error that all ranks know of, a RankError, and raise this rank's own error, if it has one.
+
+        An error that only its own rank knows of passes without saving, because the others may be in a collective.
+
+        Args:
+            save: All ranks call it.
+        """
+        raised: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            raised = error
+            if isinstance(error, RankError) or self.size == 1:
+                save()
+        if raised is not None:  # not in the handler, where the rank's own error would get another context
+            own = raised.__cause__ if isinstance(raised, RankError) else None
+            raise own or raised
 
     def barrier(self) -> None:
         """Wait for all ranks."""

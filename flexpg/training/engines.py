@@ -62,6 +62,26 @@ class Engine(Protocol):
         """Release the engine."""
 
 
+def load_into_engine(engine: Engine, folder: Path, version: int, world: World) -> None:
+    """Load weights into an engine, or into each rank's own; all ranks call it.
+
+    Args:
+        engine: The engine.
+        folder: As in `Engine.load_weights`.
+        version: What its version is from now on.
+        world: The ranks.
+
+    Raises:
+        RankError: If one of them was not loaded, on all ranks.
+    """
+    world.barrier()  # until rank 0 has written the folder
+    with world.raise_on_all_ranks(OSError, RuntimeError, ValueError):
+        if world.is_first or not engine.is_shared:
+            engine.load_weights(folder, version)
+            if engine.version != version:
+                raise RuntimeError(f"the sampler must have version {version}, got {engine.version}")
+
+
 def check_engine(
     engine: Engine,
     prompt: Tensor,
