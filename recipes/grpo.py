@@ -51,7 +51,7 @@ from flexpg.training.config import (
 )
 from flexpg.training.dialogues import sample_dialogues
 from flexpg.training.distributed import World
-from flexpg.training.engines import check_engine, load_into_engine
+from flexpg.training.engines import check_engine, limit_length, load_into_engine
 from flexpg.training.environments import build_environment, longest_episode
 from flexpg.training.episodes import (
     Episode,
@@ -162,6 +162,8 @@ class GRPORecipe(FTRecipeInterface):
         if cfg.async_steps and not (self.engine and self.engine.is_shared):
             raise ValueError("async_steps needs a sampler that is a server: the model itself is training meanwhile")
         if self.engine:
+            needed = (self.environment and self.environment.max_length) or first_turn
+            self.max_length = limit_length(self.engine, needed, self.max_length)
             self.sync() if self.steps_done else self.check_engine()
         is_profiled = cfg.profiler.get("enabled", False) and not cfg.eval_only
         self.profiler = component(cfg, "profiler")[0] if is_profiled else training.DummyProfiler()

@@ -20,8 +20,8 @@ from flexpg.sampling import Samples, SamplingParams
 
 
 class CheckpointEngine:
-    def __init__(self, path: str, is_shared: bool = True) -> None:
-        self.is_shared, self.version = is_shared, 0
+    def __init__(self, path: str, is_shared: bool = True, max_model_len: int | None = None) -> None:
+        self.is_shared, self.version, self.max_model_len = is_shared, 0, max_model_len
         self.log: list[int] = []
         self.is_closed = False
         self.read(Path(path))

@@ -26,10 +26,12 @@ class Engine(Protocol):
         is_shared: Whether one engine, such as a server, samples for all ranks, so that only rank 0 loads weights into
             it. Otherwise every rank has its own.
         version: The version of the weights that it samples from, 0 before `load_weights`.
+        max_model_len: Tokens of the longest sequence that it samples, prompt and completion; None without a limit.
     """
 
     is_shared: bool
     version: int
+    max_model_len: int | None
 
     def sample(
         self,
@@ -60,6 +62,26 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine."""
+
+
+def limit_length(engine: Engine, needed: int, wanted: int) -> int:
+    """Return how many tokens an episode may have with an engine: as many as wanted, or what the engine can sample.
+
+    Args:
+        engine: The engine.
+        needed: Tokens of the longest sequence, prompt and completion, that it must be able to sample.
+        wanted: At least `needed`.
+
+    Raises:
+        ValueError: If it cannot sample what is needed.
+    """
+    limit = wanted if engine.max_model_len is None else engine.max_model_len
+    if needed > limit:
+        raise ValueError(
+            f"the sampler's max_model_len must be at least {needed}, for environment.max_length or for the longest "
+            f"prompt and sampling.max_new_tokens, got {limit}"
+        )
+    return min(wanted, limit)
 
 
 def load_into_engine(engine: Engine, folder: Path, version: int, world: World) -> None:
