@@ -77,6 +77,7 @@ from flexpg.training.metrics import (
 )
 from flexpg.training.models import build_model, library_of, replace_weights
 from flexpg.training.nonfinite import abort_nonfinite
+from flexpg.training.offloading import offload_activations
 from flexpg.training.packed_step import PackedStep, check_minibatches, pack_step
 from flexpg.training.problem_order import ProblemOrder, derive_seed
 from flexpg.training.prompts import completion_groups, tokenize_problems
@@ -348,7 +349,8 @@ class GRPORecipe(FTRecipeInterface):
             return {"loss": 0.0, "grad_norm": 0.0}
         summed, seen = UpdateMetrics(total_tokens), []
         self.optimizer.zero_grad()
-        with self.memory_hint("max_tokens", "or set activation_checkpointing=true"):
+        offload = offload_activations(self.world.device) if self.cfg.activation_offloading else nullcontext()
+        with offload, self.memory_hint("max_tokens", "or set activation_checkpointing=true"):
             for batch, logprobs, entropies in self.logprobs(self.model, batches, is_shared):
                 metrics: dict[str, Tensor] = {}
                 loss = self.loss(
