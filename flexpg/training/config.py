@@ -85,6 +85,7 @@ class GRPOConfig:
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of trained parameters and optimizer state; frozen ones have dtype
     compile: bool = False
     activation_checkpointing: bool = True  # less memory for a second forward
+    activation_offloading: bool = False  # activations are in main memory until the backward
     seed: int = 0
 
     # A step: group_size completions of each prompt, then num_iterations passes in minibatches optimizer steps each

@@ -6,7 +6,7 @@ A step's rollouts, rewards and metrics are small, so every rank gets all of them
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +17,10 @@ import torch.distributed as dist
 from flexpg.training.errors import one_line
 
 T = TypeVar("T")
+
+
+class RankError(ValueError):
+    """An error of some ranks, raised on all of them; its cause is this rank's own error, None if it had none."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class World:
             errors: What is re-raised; any other error ends its own rank at once.
 
         Raises:
-            ValueError: The message of the first rank that failed, in one line.
+            RankError: With the message of the first rank that failed, in one line.
         """
         cause, message = None, ""
         try:
@@ -99,7 +103,49 @@ class World:
         failed = [rank for rank, message in enumerate(messages) if message]
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
-            raise ValueError(messages[failed[0]] + where) from cause
+            raise RankError(messages[failed[0]] + where) from cause
+
+    @contextmanager
+    def raise_together(self) -> Iterator[None]:
+        """Let the ranks meet at the end, and raise on all of them if any has raised. No collectives inside.
+
+        Then all ranks are at the same place and can still save together. In a single process errors pass unchanged.
+
+        Raises:
+            RankError: It names the first rank that failed and what it raised.
+        """
+        if self.size == 1:
+            yield
+            return
+        own, text = None, ""
+        try:
+            yield
+        except Exception as error:
+            own, text = error, f"{type(error).__name__}: {one_line(error)}"
+        texts = self.all_gather([text])
+        failed = [rank for rank, text in enumerate(texts) if text]
+        if failed:
+            raise RankError(f"rank {failed[0]} of {self.size} raised {texts[failed[0]]}") from own
+
+    @contextmanager
+    def save_on_error(self, save: Callable[[], None]) -> Iterator[None]:
+        """Save on an error that all ranks know of, a RankError, and raise this rank's own error, if it has one.
+
+        An error that only its own rank knows of passes without saving, because the others may be in a collective.
+
+        Args:
+            save: All ranks call it.
+        """
+        raised: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            raised = error
+            if isinstance(error, RankError) or self.size == 1:
+                save()
+        if raised is not None:  # not in the handler, where the rank's own error would get another context
+            own = raised.__cause__ if isinstance(raised, RankError) else None
+            raise own or raised
 
     def barrier(self) -> None:
         """Wait for all ranks."""
