@@ -101,7 +101,7 @@ class GRPORecipe(FTRecipeInterface):
         self.cfg = cfg
         device, self.dtype, self.param_dtype = device_and_dtypes(cfg)
         self.autocast_dtype = None if self.dtype == self.param_dtype else self.dtype
-        self.world = World.init(device)
+        self.world = World.init(device, cfg.context_parallel)
         check_minibatches(cfg, self.world)
         self.output_dir = Path(cfg.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
@@ -365,7 +365,7 @@ class GRPORecipe(FTRecipeInterface):
                     entropies=entropies,
                     metrics=metrics,
                 )
-                (loss * self.world.size).backward()  # FSDP averages gradients over ranks
+                (loss * self.world.data_size).backward()  # FSDP averages gradients over data ranks
                 seen.append((batch, logprobs.detach(), loss.item()))
                 summed.add(batch, loss, entropies, metrics)
         sums = summed.of_all_ranks(self.world)
@@ -385,7 +385,7 @@ class GRPORecipe(FTRecipeInterface):
         options = {"temperature": self.sampling.temperature, "autocast_dtype": self.autocast_dtype}
         options |= {"return_entropy": True, "entropy_grad": self.entropy_grad}
         if is_shared:
-            yield from packed_logprobs(model, batches, **options)
+            yield from packed_logprobs(model, batches, context_parallel=self.world.context, **options)
         else:  # every sequence in full, for comparison
             for batch in batches:
                 yield batch, *baseline_logprobs(model, batch.rollouts, **options)
@@ -502,7 +502,8 @@ class GRPORecipe(FTRecipeInterface):
 
         def logprobs_of(rollouts: Rollouts) -> Tensor:
             packed = pack(rollouts, self.cfg.max_tokens)
-            return next(logprobs for _, logprobs, _ in self.logprobs(self.model, packed, is_shared=True))
+            options = {"temperature": self.sampling.temperature, "autocast_dtype": self.autocast_dtype}
+            return next(logprobs for _, logprobs in packed_logprobs(self.model, packed, **options))
 
         check_engine(self.engine, self.prompts[0], self.sampling, logprobs_of, self.world, self.dtype)
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flexpg.training.errors import one_line
 
@@ -31,25 +32,52 @@ class World:
         rank: From 0.
         size: The world size.
         device: The device of this rank.
+        context: The ranks that share every packed sequence with this one; None if it is alone.
     """
 
     rank: int
     size: int
     device: torch.device
+    context: DeviceMesh | None = None
 
     @classmethod
-    def init(cls, device: torch.device) -> World:
+    def init(cls, device: torch.device, context_parallel: int = 1) -> World:
         """Initialize the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or a world of one.
 
         Args:
             device: The device of this rank; with several GPUs, the one at its local rank.
+            context_parallel: How many consecutive ranks share every packed sequence.
+
+        Raises:
+            ValueError: If the world size is not a multiple of it.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
+        if context_parallel < 1 or size % context_parallel:
+            raise ValueError(f"context_parallel must divide the number of ranks, {size}, got {context_parallel}")
         if size == 1:
             return cls(0, 1, device)
         if not dist.is_initialized():
             dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), size, device)
+        if context_parallel == 1:
+            return cls(dist.get_rank(), size, device)
+        shape = size // context_parallel, context_parallel
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+        return cls(dist.get_rank(), size, device, mesh["context"])
+
+    @property
+    def context_size(self) -> int:
+        """How many ranks share a packed sequence."""
+        return 1 if self.context is None else self.context.size()
+
+    @property
+    def data_size(self) -> int:
+        """How many parts of a step are trained at the same time."""
+        return self.size // self.context_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank trains on."""
+        return self.rank // self.context_size
 
     @property
     def is_first(self) -> bool:
@@ -73,12 +101,16 @@ class World:
         return [parts[n % self.size][n // self.size] for n in range(sum(map(len, parts)))]
 
     def all_reduce_sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the values summed over ranks, which must pass the same names."""
+        """Return the values summed over data ranks: those that share a packed sequence have the same, which count once.
+
+        Args:
+            values: All ranks must pass the same names.
+        """
         if self.size == 1:
             return dict(values)
         sums = torch.tensor(list(values.values()), dtype=torch.float64)
         dist.all_reduce(sums)
-        return dict(zip(values, sums.tolist(), strict=True))
+        return dict(zip(values, (sums / self.context_size).tolist(), strict=True))
 
     def all_reduce_max(self, value: float) -> float:
         """Return the largest of the ranks' values."""

@@ -36,17 +36,20 @@ class PackedStep:
 
 
 def check_minibatches(cfg: Any, world: World) -> None:
-    """Check that every mini-batch has equally many prompts, at least one for each rank.
+    """Check that every mini-batch has equally many prompts, at least one for each rank, or group of ranks.
 
     Raises:
-        ValueError: If not.
+        ValueError: If not, or if ranks would share sequences of the baseline.
     """
     per_minibatch, remainder = divmod(cfg.prompts_per_step, cfg.minibatches)
-    if remainder or per_minibatch < world.size:
+    if remainder or per_minibatch < world.data_size:
+        groups = f" in groups of {world.context_size}" if world.context else ""
         raise ValueError(
             f"prompts_per_step must be a multiple of minibatches, with at least one prompt per rank in each, got "
-            f"{cfg.prompts_per_step} in {cfg.minibatches} on {world.size} ranks"
+            f"{cfg.prompts_per_step} in {cfg.minibatches} on {world.size} ranks{groups}"
         )
+    if world.context and cfg.sharing is False:
+        raise ValueError("sharing must be auto or true with context_parallel, got false")
 
 
 def pack_step(step: StepRollouts, cfg: Any, world: World, shape: ModelShape) -> PackedStep:
@@ -60,13 +63,14 @@ def pack_step(step: StepRollouts, cfg: Any, world: World, shape: ModelShape) -> 
     """
     rollouts, minibatch = step.rollouts, step.problem // (cfg.prompts_per_step // cfg.minibatches)  # [N]
     rows = [(minibatch == n).nonzero()[:, 0] for n in range(cfg.minibatches)]
-    packed = [pack(rollouts, cfg.max_tokens, world_size=world.size, indices=own) for own in rows]
+    ranks = world.data_size
+    packed = [pack(rollouts, cfg.max_tokens, world_size=ranks, indices=own) for own in rows]
     is_shared = bool(cfg.sharing)
-    if cfg.sharing == "auto":
+    if cfg.sharing == "auto" and not world.context:
         is_shared = flop_ratio(packed, shape) >= MIN_SPEEDUP
     if not is_shared:
-        packed = [pack(rollouts, cfg.max_tokens, world_size=world.size, sharing=False, indices=own) for own in rows]
+        packed = [pack(rollouts, cfg.max_tokens, world_size=ranks, sharing=False, indices=own) for own in rows]
     keep_padding = cfg.compile or world.device.type != "cpu"
     cost = cost_metrics(packed, is_shared, shape, keep_padding)
-    own = [[batch for batch in batches if batch.rank == world.rank] for batches in packed]
+    own = [[batch for batch in batches if batch.rank == world.data_rank] for batches in packed]
     return PackedStep(own, rows, is_shared, cost)
