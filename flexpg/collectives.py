@@ -5,8 +5,9 @@ Every rank of a group calls them in the same order, forward and backward, becaus
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +73,25 @@ def sum_over_ranks(table: Tensor, group: ProcessGroup, backward_scale: float = 1
     """
     total: Tensor = _SumOverRanks.apply(table, group, backward_scale)
     return total
+
+
+def check_same_on_all_ranks(group: ProcessGroup, settings: object, tensors: Iterable[Tensor]) -> None:
+    """Check that all ranks of a group have the same settings and tensors, or they would wait for one another.
+
+    Raises:
+        ValueError: On all ranks, if they have not.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for tensor in tensors:
+        digest.update(repr(tensor.shape).encode() + tensor.cpu().numpy().tobytes())
+    digests: list[Any] = [None] * group.size()
+    dist.all_gather_object(digests, digest.hexdigest(), group)
+    others = [rank for rank, own in enumerate(digests) if own != digests[0]]
+    if others:
+        raise ValueError(
+            "all ranks of context_parallel must have the same rollouts and options, but those of rank "
+            f"{others[0]} of the group are not those of rank 0"
+        )
 
 
 @contextmanager

@@ -11,8 +11,6 @@ of other models, `flexpg.collectives.summed_gradients` does.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -20,17 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from flexpg.collectives import gather_parts
-from flexpg.integrations.fsdp import sharded_modules
 from flexpg.masks import TreeBlockMask
-from flexpg.micro_batches import MicroBatch
-from flexpg.packing import PAIRS_PER_TOKEN
-from flexpg.tree import BLOCK, PrefixTree
+from flexpg.tree import BLOCK, PAIRS_PER_TOKEN, PrefixTree
 
 
 class ContextShard:
@@ -185,40 +179,3 @@ def cut(tree: PrefixTree, stop: int) -> PrefixTree:
         num_tokens=min(tree.num_tokens, stop),
         block_end=None if tree.block_end is None else tree.block_end[:stop],
     )
-
-
-def check_same_batches(batches: Sequence[MicroBatch], group: ProcessGroup, options: Sequence[Any]) -> None:
-    """Check that all ranks of a group have the same micro-batches and options, or they would wait for one another.
-
-    Raises:
-        ValueError: On all ranks, if they have not.
-    """
-    digest = hashlib.sha256(repr(options).encode())
-    for batch in batches:
-        tree = batch.tree
-        for tensor in (tree.input_ids, tree.end, tree.node, batch.rollouts.prompt_lens, batch.loss_mask):
-            digest.update(repr(tensor.shape).encode() + tensor.cpu().numpy().tobytes())
-    digests: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(digests, (len(batches), digest.hexdigest()), group)
-    others = [rank for rank, own in enumerate(digests) if own != digests[0]]
-    if others:
-        raise ValueError(
-            f"all ranks of context_parallel must have the same rollouts and options, but rank {others[0]} of the group "
-            f"has others than rank 0 ({digests[others[0]][0]} and {digests[0][0]} micro-batches)"
-        )
-
-
-def is_covered(model: nn.Module, group: ProcessGroup) -> bool:
-    """Return whether FSDP2 sums the gradients of a model over the ranks of a group.
-
-    Raises:
-        ValueError: If it shards the model over other ranks.
-    """
-    ranks = {*dist.get_process_group_ranks(group)}
-    for own in model.parameters():
-        if isinstance(own, DTensor) and not ranks <= {*own.device_mesh.mesh.flatten().tolist()}:
-            raise ValueError(
-                "FSDP2 must shard the model over a mesh that contains the ranks of context_parallel, such as the "
-                'flattened mesh of ("data", "context")'
-            )
-    return bool(sharded_modules(model))

@@ -502,7 +502,7 @@ class GRPORecipe(FTRecipeInterface):
 
         def logprobs_of(rollouts: Rollouts) -> Tensor:
             packed = pack(rollouts, self.cfg.max_tokens)
-            options = {"temperature": self.sampling.temperature, "autocast_dtype": self.autocast_dtype}
+            options = {"autocast_dtype": self.autocast_dtype, "temperature": self.sampling.temperature}
             return next(logprobs for _, logprobs in packed_logprobs(self.model, packed, **options))
 
         check_engine(self.engine, self.prompts[0], self.sampling, logprobs_of, self.world, self.dtype)

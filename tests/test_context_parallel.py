@@ -29,7 +29,7 @@ from flexpg.context_parallel import ContextShard, cut, padded_to, token_ranges
 from flexpg.integrations import integration_for
 from flexpg.integrations.transformers.segment_plan import plan_range
 from flexpg.masks import dense_mask
-from flexpg.tree import BLOCK
+from flexpg.tree import BLOCK, PAIRS_PER_TOKEN
 
 PROMPT, BUDGET = 300, 480  # tokens; a budget in which the first group's prompt is cached
 WHOLE = 4000
@@ -82,7 +82,7 @@ def test_token_ranges_are_whole_blocks_of_about_equal_cost(tree, size):
     borders = token_ranges(tree, size)
     assert borders[0] == 0 and borders[-1] == tree.padded_length and len(borders) == size + 1
     assert all(b % BLOCK == 0 and b > a for a, b in pairwise(borders))
-    cost = (1 + (tree.position_ids + 1) / flexpg.packing.PAIRS_PER_TOKEN).double().cumsum(0)
+    cost = (1 + (tree.position_ids + 1) / PAIRS_PER_TOKEN).double().cumsum(0)
     for rank in range(1, size):
         goal, found = float(cost[-1]) * rank / size, float(cost[borders[rank] - 1])
         tightest = size >= tree.padded_length // BLOCK // 2  # few blocks are left for the others

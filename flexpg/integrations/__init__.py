@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flexpg.collectives import sum_over_ranks, summed_gradients
-from flexpg.context_parallel import ContextShard, check_same_batches, is_covered
-from flexpg.integrations.fsdp import run_as_forward, sharded_modules, unsharded
+from flexpg.collectives import check_same_on_all_ranks, sum_over_ranks, summed_gradients
+from flexpg.context_parallel import ContextShard
+from flexpg.integrations.fsdp import run_as_forward, sharded_modules, sums_over, unsharded
 from flexpg.layer_hooks import uncompiled
 from flexpg.logprobs import OutputLayer, token_logprobs
 from flexpg.micro_batches import MicroBatch, by_cache
@@ -230,7 +230,12 @@ def packed_logprobs(
     if context_parallel is None:
         return _packed_logprobs(model, rollouts, *options, context)
     group = context_parallel.get_group() if isinstance(context_parallel, DeviceMesh) else context_parallel
-    check_same_batches(rollouts, group, [*options, autocast_dtype])
+    tensors = (
+        own
+        for batch in rollouts
+        for own in (batch.tree.input_ids, batch.tree.end, batch.tree.node, batch.rollouts.prompt_lens, batch.loss_mask)
+    )
+    check_same_on_all_ranks(group, [*options, autocast_dtype, len(rollouts)], tensors)
     return _over_ranks(model, _packed_logprobs(model, rollouts, *options, context, group), group)
 
 
@@ -340,7 +345,7 @@ def _packed_logprobs(
 
 def _over_ranks(model: nn.Module, parts: Generator[tuple[Any, ...]], group: ProcessGroup) -> Iterator[tuple[Any, ...]]:
     """Iterate over micro-batches of which each rank of a group scores a part; tables and gradients are summed."""
-    is_sharded = is_covered(model, group)
+    is_sharded = sums_over(model, group)
     # FSDP2 averages over all ranks of its mesh, of which only one of a group has a given part.
     scale = float(group.size()) if is_sharded else 1.0
     with nullcontext() if is_sharded else summed_gradients(model, group), closing(parts):
