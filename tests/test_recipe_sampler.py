@@ -71,9 +71,9 @@ def test_engine_with_a_shorter_limit_is_refused_at_setup(tmp_path):
 
 
 def test_episodes_are_as_long_as_the_engine_allows(tmp_path):
-    options = [*OPTIONS, *ENGINE, AGAIN[0], "sampler.max_model_len=300"]
-    assert make(tmp_path / "default", *options, config=CONFIG).max_length == 300
-    with pytest.raises(ValueError, match=r"max_model_len must be at least 512, .*environment.max_length .*, got 300"):
+    options = [*OPTIONS, *ENGINE, AGAIN[0], "sampler.max_model_len=400", "max_cache_tokens=2048"]
+    assert make(tmp_path / "default", *options, config=CONFIG).max_length == 400
+    with pytest.raises(ValueError, match=r"max_model_len must be at least 512, .*environment.max_length .*, got 400"):
         make(tmp_path / "set", *options, *AGAIN, config=CONFIG)
 
 
