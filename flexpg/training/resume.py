@@ -11,8 +11,10 @@ from flexpg.training.checkpoints import checkpoints, read_progress
 from flexpg.training.distributed import World
 
 # Options that must not change between a checkpoint and the run that resumes from it.
-SAME_ON_RESUME = ("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems")
-SAME_ON_RESUME += ("test_problems", "prompt_format", "model", "optimizer", "lr_scheduler")
+SAME_ON_RESUME = (
+    *("seed", "prompts_per_step", "group_size", "minibatches", "num_iterations", "train_problems"),
+    *("test_problems", "prompt_format", "model", "optimizer", "lr_scheduler"),
+)
 SAME_ON_EVAL = ("model", "optimizer", "lr_scheduler")  # what a checkpoint is loaded into
 
 
