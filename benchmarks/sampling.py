@@ -144,8 +144,7 @@ class VLLM:
 
         params = SamplingParams(
             n=1 if seed is None else group,
-            temperature=0.0 if seed is None else 1.0,
-            seed=seed,
+            temperature=0.0 if seed is None else 1.0,  # no seed: on CPUs vLLM 0.32 fails where it splits such a prompt
             max_tokens=self.completion,
             ignore_eos=True,
             detokenize=False,

@@ -16,7 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import Qwen3Config
+
 from benchmarks.record import RESULTS
+from flexpg.analysis.ranks import context_parallel_bytes, largest_prompt
+from flexpg.analysis.transformers_shape import shape_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -72,9 +76,9 @@ def variant(case: Result) -> str:
 
 def headline() -> str:
     """Return the table of README, from several results."""
-    names = ("conversations", "trl_update", "vision", "update", "sharing")
+    names = ("conversations", "trl_update", "vision", "update", "sharing", "step")
     results = {name: load_result(f"{name}_cpu") for name in names}
-    conversations, trl, vision, updates, demo = results.values()
+    conversations, trl, vision, updates, demo, steps = results.values()
     (picture,) = vision["cases"]
     prompt = picture["image"] + picture["question"] + 2
     alone, together = (prompt * n + picture["completion"] * picture["group"] for n in (picture["group"], 1))
@@ -118,9 +122,20 @@ def headline() -> str:
             f"{demo['token_ratio']:.1f}x",
             f"{demo['train_speedup']:.1f}x",
         ],
+        *(
+            [
+                f"a whole step of the recipe, sampling included: {case['prompts']} prompts of about "
+                f"{case['prompt_tokens']:,.0f} tokens, {case['group']} completions of up to {case['completion']}, "
+                f"{case['minibatches']} optimizer step{'s' * (case['minibatches'] > 1)}",
+                "Qwen2, 4 layers, width 128",
+                f"{case['token_ratio']:.1f}x",
+                f"{case['speedup']['median']:.1f}x",
+            ]
+            for case in steps["cases"]
+        ),
     ]
     machines = sorted({result["machine"].replace("(R)", "").rpartition(",")[0] for result in results.values()})
-    header = ["workload", "model", "tokens encoded, baseline / shared", "time of an update, baseline / shared"]
+    header = ["workload", "model", "tokens encoded, baseline / shared", "time of an update or step, baseline / shared"]
     return markdown(header, rows) + f"\nFloat32 on two cores, conversations on one: {', '.join(machines)}.\n"
 
 
@@ -279,6 +294,40 @@ def scaling_parallel(result: Result) -> str:
             two = times.get("2")
             rows.append([case["kind"], tokens, spread(times["1"], 0), spread(two, 0), spread(case["speedup"])])
     return markdown(["", "tokens", "one, ms", "two, ms", "one / two"], rows)
+
+
+def context_parallel(result: Result) -> str:
+    """Return time, memory and communication of one packed sequence by number of ranks."""
+    rows = []
+    for case in result["cases"]:
+        for ranks, peak in case["peak_mib"].items():
+            tokens = f"{case['prompt']:,} + {case['group']} x {case['completion']}"
+            time, gain = case["update_ms"].get(ranks), case["speedup"].get(ranks)
+            sizes = [f"{own[ranks]:,.0f}" for own in (case["estimate_mib"], case["collective_mib"])]
+            rows.append([tokens, ranks, spread(time, 0), spread(gain), f"{peak:,.0f}", *sizes])
+    header = ["tokens", "ranks", "update, ms", "time of one rank / this", "peak per rank, MiB", "estimated"]
+    return markdown([*header, "gathered and summed, MiB"], rows)
+
+
+def modelled_context_parallel() -> str:
+    """Return the cost model's activations per rank, and its longest prompt in 40 GiB, for published sizes."""
+    common = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
+    models = {
+        "Qwen3 4B": Qwen3Config(
+            **common, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32
+        ),
+        "Qwen3 32B": Qwen3Config(
+            **common, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64
+        ),
+    }
+    rows = []
+    for name, config in models.items():
+        shape = shape_of(config)
+        for ranks in (1, 2, 4, 8):
+            peak = context_parallel_bytes(131_072 + 8 * 1024, 8 * 1024, shape, ranks)
+            longest = largest_prompt([1024] * 8, shape, ranks, 40 * 2**30)
+            rows.append([name, ranks, f"{peak / 2**30:,.1f}", f"{longest:,}"])
+    return markdown(["model", "ranks", "activations per rank, GiB", "longest prompt within 40 GiB"], rows)
 
 
 def sharing(result: Result) -> str:
@@ -445,7 +494,9 @@ def conversations_updates(result: Result) -> str:
     return markdown(header, rows)
 
 
+COMPUTED = {"headline": headline, "modelled_context_parallel": modelled_context_parallel}
 TABLES: dict[str, Callable[[Result], str]] = {
+    "context_parallel": context_parallel,
     "update": update,
     "update.not_shared": update_not_shared,
     "attention": attention,
@@ -474,8 +525,8 @@ TABLES: dict[str, Callable[[Result], str]] = {
 
 def table(name: str) -> str:
     """Return a table by name, such as "memory_cpu.peaks"; nothing if its result has not been recorded."""
-    if name == "headline":
-        return headline()
+    if name in COMPUTED:
+        return COMPUTED[name]()
     made = TABLES[re.sub(r"_(cpu|cuda)\b", "", name)]
     return made(load_result(name)) if result_path(name).exists() else ""
 

@@ -126,6 +126,8 @@ def print_report(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         activation_checkpointing=args.activation_checkpointing,
         names=names,
+        context_parallel=args.context_parallel,
+        budget_bytes=args.memory * 2**30,
     )
     Console(width=max(100, shutil.get_terminal_size().columns), highlight=False).print(found.table())
     if args.json:
@@ -303,6 +305,20 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="options of the chat template, such as '{\"enable_thinking\": false}'",
     )
     add("--activation-checkpointing", action="store_true", help="layers are recomputed in the backward")
+    add(
+        "--context-parallel",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="also report the memory, and the longest prompt that fits, if 1 to N ranks share a packed sequence",
+    )
+    add(
+        "--memory",
+        metavar="GIB",
+        type=_positive,
+        default=40,
+        help="memory of one rank for activations, with --context-parallel (default: 40)",
+    )
     add("--out", metavar="FILE", type=Path, default=Path("report.png"), help="figure to write (default: report.png)")
     add("--json", metavar="FILE", type=Path, help="also write the numbers as JSON")
 

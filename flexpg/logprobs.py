@@ -32,6 +32,7 @@ def token_logprobs(
     temperature: float = ...,
     chunk_tokens: int = ...,
     return_entropy: Literal[False] = ...,
+    row_of: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -47,6 +48,7 @@ def token_logprobs(
     chunk_tokens: int = ...,
     return_entropy: Literal[True],
     entropy_grad: bool = ...,
+    row_of: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -61,11 +63,12 @@ def token_logprobs(
     chunk_tokens: int = CHUNK_TOKENS,
     return_entropy: bool = False,
     entropy_grad: bool = False,
+    row_of: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-probability of each completion token, predicted at its parent.
 
     Args:
-        hidden: [1, S, E], hidden states of the packed sequence after the final norm.
+        hidden: [1, S, E], hidden states of the packed sequence after the final norm; with `row_of`, of some tokens.
         output: [M, E] -> logits [M, V], the model's output layer with its softcap or scale.
         tree: The packed sequence, with tokens.
         prompt_lens: [N] int64, the prompt's tokens of each sequence; the rest is its completion.
@@ -75,6 +78,8 @@ def token_logprobs(
         return_entropy: Also return the entropy of each predicted distribution, in nats.
         entropy_grad: Whether entropies have a gradient, for an entropy bonus; the backward then needs more memory for
             each chunk of logits.
+        row_of: [S] int64, the row of `hidden` that belongs to each packed token, -1 for none: only what the given rows
+            predict is scored. None if `hidden` is complete.
 
     Returns:
         [N, C] float32 (float64 for float64 logits), 0 where `loss_mask` is False; with `return_entropy`, two of them.
@@ -82,7 +87,7 @@ def token_logprobs(
     Raises:
         ValueError: If shapes or lengths do not belong to the tree, or `temperature` is not positive.
     """
-    if list(hidden.shape[:2]) != [1, tree.padded_length]:
+    if row_of is None and list(hidden.shape[:2]) != [1, tree.padded_length]:
         raise ValueError(f"hidden must be [1, {tree.padded_length}, E] for this tree, got {list(hidden.shape)}")
     tokens = tree.input_ids[0]
     prompt_lens = prompt_lens.to(tree.lengths)
@@ -94,8 +99,12 @@ def token_logprobs(
     loss_mask = _completion_loss_mask(tree.lengths - prompt_lens, loss_mask)  # [N, C]
     sequence, step = loss_mask.nonzero(as_tuple=True)  # [M] each
     position = prompt_lens[sequence] + step
-    targets = tokens[tree.node[sequence, position]]  # [M]
     parents = tree.node[sequence, position - 1]  # [M], equal to tree.parent at the targets
+    if row_of is not None:
+        parents = row_of[parents]
+        here = parents >= 0
+        sequence, step, position, parents = sequence[here], step[here], position[here], parents[here]
+    targets = tokens[tree.node[sequence, position]]  # [M]
     rows = hidden[0].index_select(0, parents)  # [M, E], once: its backward fills an [S, E] gradient
     flat = chunked_logprobs(
         rows,

@@ -178,6 +178,16 @@ class TreeBlockMask(BlockMask):
         """Return the same mask with image blocks that are bidirectional, or not; computed once."""
         return self._with_limits(self.window, self.chunk, bidirectional)
 
+    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the queries of a layer attend to: here its keys and values as they are.
+
+        Args:
+            layer: What tells the model's layers apart.
+            k: [1, Hkv, S', D] of the tokens that are encoded now.
+            v: Likewise.
+        """
+        return k, v
+
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """Return the same mask on `device`; computed once, however many layers ask for it."""
         device = torch.empty(0, device=device).device  # "cuda" is the current device

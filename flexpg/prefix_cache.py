@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from flexpg.context_parallel import ContextShard, ShardBlockMask
 from flexpg.masks import TreeBlockMask
 from flexpg.prompt_inputs import PromptInputs
 from flexpg.tree import PrefixTree, Tokens, padded_length
@@ -43,9 +45,11 @@ class PrefixCache:
         inputs: The prompt's images, or None.
         forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and this
             cache, in which the layers store their keys and values.
+        group: The ranks that share the prompt, each of which computes and stores a range of it; None for this one only.
 
     Attributes:
         tree: The prompt as a packed sequence.
+        shard: This rank's range of it, or None.
     """
 
     def __init__(
@@ -53,8 +57,11 @@ class PrefixCache:
         tokens: Tokens,
         forward: Callable[[PrefixTree, PrefixCache], Tensor],
         inputs: PromptInputs | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.tree = PrefixTree.from_sequences([tokens], [inputs])
+        self.shard = None if group is None else ContextShard(self.tree, group)
+        self.tree = self.tree if self.shard is None else self.shard.tree
         self._with_grad = torch.is_grad_enabled()
         self._is_closed = False
         self._layers: dict[Hashable, tuple[Tensor, ...]] = {}  # keys and values, or recurrent states
@@ -84,12 +91,17 @@ class PrefixCache:
             v: Likewise.
         """
         self._check_grad_mode()
-        if mask.first_query:
-            cached_k, cached_v = self._layers[layer]
-            return torch.cat([cached_k, k], 2), torch.cat([cached_v, v], 2)
-        if layer not in self._layers:  # activation checkpointing calls the layer a second time
+        is_prompt = mask.first_query < self.tree.padded_length
+        if is_prompt and layer not in self._layers:  # activation checkpointing calls the layer a second time
             self._layers[layer] = self._detached(k), self._detached(v)
-        return k, v
+        if isinstance(mask, ShardBlockMask):
+            k, v = mask.shard.gather_keys(k, v)
+        if is_prompt:
+            return k, v
+        cached = self._layers[layer]
+        if self.shard is not None:
+            cached = tuple(self.shard.gather(torch.cat(cached), 2).split(1))
+        return torch.cat([cached[0], k], 2), torch.cat([cached[1], v], 2)
 
     def keep_states(self, layer: Hashable, states: Mapping[Any, Tensor]) -> None:
         """Store the states of a recurrent layer after the prompt's last token.
@@ -117,23 +129,57 @@ class PrefixCache:
         Raises:
             ValueError: If a sequence does not begin with the prompt, or the cache is closed.
         """
-        if self._is_closed:
-            raise ValueError("the prefix cache is closed; encode the prompt again for these micro-batches")
         if tree is self.tree:
             return PrefixBlockMask(self, tree)
+        return PrefixBlockMask(self, self.with_padding(tree), first_query=self.tree.padded_length)
+
+    def shard_of(self, tree: PrefixTree) -> ContextShard | None:
+        """Return this rank's range of a micro-batch, or of the prompt; None for all of it.
+
+        Args:
+            tree: The micro-batch's tree, of whole sequences; or the prompt's.
+
+        Raises:
+            ValueError: If a sequence does not begin with the prompt, or the cache is closed.
+        """
+        if self.shard is None or tree is self.tree:
+            return self.shard
+        return ContextShard(self.with_padding(tree), self.shard.group, first=self.tree.padded_length)
+
+    def row_of(self, tree: PrefixTree, shard: ContextShard) -> Tensor:
+        """Return [S] int64, the row of this rank's hidden states for each token of a micro-batch; -1 for none.
+
+        Args:
+            tree: The micro-batch's tree.
+            shard: This rank's range of it. Its hidden states come after those of this rank's range of the prompt.
+        """
+        assert self.shard is not None
+        length, size = self.tree.num_tokens, self.tree.padded_length
+        prompt, rest = self.shard.row_of[:length], shard.row_of[size:]
+        rest = torch.where(rest < 0, rest, rest + self.shard.stop - self.shard.start)
+        return torch.cat([prompt, rest[: tree.num_tokens - length]])
+
+    def with_padding(self, tree: PrefixTree) -> PrefixTree:
+        """Return a micro-batch's tree, in which the prompt has as much padding as in its own forward.
+
+        Raises:
+            ValueError: If a sequence does not begin with the prompt, or the cache is closed.
+        """
+        if self._is_closed:
+            raise ValueError("the prefix cache is closed; encode the prompt again for these micro-batches")
         length = self.tree.num_tokens
         begins = torch.equal(tree.input_ids[0, :length], self.tree.input_ids[0, :length])
         inputs = [None] * len(tree.lengths) if tree.inputs is None else tree.inputs
         begins &= all(own is (None if self.tree.inputs is None else self.tree.inputs[0]) for own in inputs)
         if not begins or int(tree.lengths.min()) <= length or bool((tree.end[:length] != tree.num_tokens).any()):
             raise ValueError(f"every sequence must continue the prompt of {length} tokens, got {tree}")
-        size = self.tree.padded_length
-        return PrefixBlockMask(self, _with_padded_prefix(tree, length, size), first_query=size)
+        return _with_padded_prefix(tree, length, self.tree.padded_length)
 
     def prepend_hidden(self, hidden: Tensor) -> Tensor:
         """Return the prompt's hidden states followed by those of a micro-batch: [1, S', E] -> [1, P + S', E]."""
         assert self._hidden is not None
-        return torch.cat([self._hidden[:, : self.tree.num_tokens], hidden], 1)
+        own = self._hidden if self.shard is not None else self._hidden[:, : self.tree.num_tokens]
+        return torch.cat([own, hidden], 1)
 
     def backward(self) -> None:
         """Run the prompt's backward from the summed gradients and close the cache.
@@ -220,6 +266,10 @@ class PrefixBlockMask(TreeBlockMask):
         super().__init__(tree, window, first_query, chunk, bidirectional)
         self.cache = cache
 
+    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values with those of the prompt in front."""
+        return self.cache.extend(self, layer, k, v)
+
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
             "PrefixBlockMask cannot be pickled or copied: its cache collects gradients of the prompt; pickle mask.tree"
@@ -227,6 +277,30 @@ class PrefixBlockMask(TreeBlockMask):
 
     def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
         return PrefixBlockMask(self.cache, tree, window, self.first_query, chunk, bidirectional)
+
+
+class PrefixShardMask(ShardBlockMask):
+    """A PrefixBlockMask of a rank's queries, whose keys and values are in parts on the ranks of a group.
+
+    Attributes:
+        cache: The prefix cache.
+    """
+
+    def __init__(self, cache: PrefixCache, shard: ContextShard, *limits: Any) -> None:
+        super().__init__(shard, *limits)
+        self.cache = cache
+
+    @cached_property
+    def whole(self) -> TreeBlockMask:
+        """The mask of the whole packed sequence, for layers whose inputs are gathered."""
+        return PrefixBlockMask(self.cache, self.shard.tree, first_query=self.shard.first)
+
+    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values with those of the prompt in front."""
+        return self.cache.extend(self, layer, k, v)
+
+    def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
+        return PrefixShardMask(self.cache, self.shard, tree, window, chunk, bidirectional)
 
 
 @dataclass(frozen=True)
@@ -244,7 +318,9 @@ class PackedInput:
     mask: TreeBlockMask
 
 
-def packed_input(model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None = None) -> PackedInput:
+def packed_input(
+    model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None = None, shard: ContextShard | None = None
+) -> PackedInput:
     """Return the part of a packed sequence that goes through the model, and its mask.
 
     The tokens of a cached prompt are left out, and so is padding on a CPU: flex kernels need whole blocks, those of a
@@ -255,7 +331,12 @@ def packed_input(model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None 
         model: The model, whose compiled layers are looked at.
         tree: The packed sequence, of S tokens.
         prefix: A cached prompt with which all sequences begin, or whose own forward this is.
+        shard: The range of the packed sequence that this rank computes; None for all of it.
     """
+    if shard is not None:
+        own = slice(shard.start, shard.stop)
+        sharded = ShardBlockMask(shard) if prefix is None else PrefixShardMask(prefix, shard)
+        return PackedInput(shard.tree.input_ids[:, own], shard.tree.position_ids[None, own], sharded)
     mask = TreeBlockMask(tree) if prefix is None else prefix.mask_for(tree)
     keep_padding = (
         mask.tree.end.device.type != "cpu"
@@ -267,19 +348,24 @@ def packed_input(model: nn.Module, tree: PrefixTree, prefix: PrefixCache | None 
     return PackedInput(mask.tree.input_ids[:, own], mask.tree.position_ids[None, own], mask)
 
 
-def whole_sequence(hidden: Tensor, tree: PrefixTree, prefix: PrefixCache | None = None) -> Tensor:
+def whole_sequence(
+    hidden: Tensor, tree: PrefixTree, prefix: PrefixCache | None = None, shard: ContextShard | None = None
+) -> Tensor:
     """Return the hidden states of a whole packed sequence from those of `packed_input`.
 
     Args:
         hidden: [1, S', E].
         tree: The packed sequence, of S tokens.
         prefix: The cached prompt, if any.
+        shard: The range of the packed sequence that this rank computes, if not all of it.
 
     Returns:
-        [1, S, E]; the values at padding have no meaning.
+        [1, S, E], or those of the shard as they are; the values at padding have no meaning.
     """
     if prefix is not None and tree is not prefix.tree:
         hidden = prefix.prepend_hidden(hidden)
+    if shard is not None:
+        return hidden
     if hidden.shape[1] == tree.padded_length:
         return hidden
     return functional.pad(hidden[:, : tree.num_tokens], (0, 0, 0, tree.padded_length - tree.num_tokens))

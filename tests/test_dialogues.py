@@ -55,7 +55,7 @@ def tool(messages: list, problem: Problem) -> tuple[list, float]:
 
 def played(tokenizer, texts: Sequence[str], group_size: int = 1, max_turns: int = 5, **options):
     environment = EnvironmentConfig(lambda problem: lambda messages: tool(messages, problem), max_turns)
-    options = {"prompt_format": "chat", "max_prompt": 10_000, "on_any_rank": bool} | options
+    options = {"prompt_format": "chat", "max_prompt": 10_000, "world": None} | options
     prompt = torch.tensor(prompt_tokens(tokenizer, PROBLEM.prompt, options["prompt_format"]))
     script = Script(tokenizer, texts)
     (group,) = sample_dialogues(environment, script, tokenizer, [PROBLEM], [prompt], group_size, [7], **options)
@@ -103,7 +103,7 @@ def test_template_that_drops_reasoning_makes_prompts_without_it():
         [0],
         prompt_format="chat",
         max_prompt=1000,
-        on_any_rank=bool,
+        world=None,
     )
     first, second = episode.turns
     assert "hm" in tokenizer.decode(first.completion.tolist())
@@ -203,7 +203,7 @@ def conversation(tokenizer, texts: Sequence[str], role: str = "tool"):
         return ([] if len(seen) == 2 else [{"role": role, "name": "price", "content": "3"}]), 0.0
 
     prompt = torch.tensor(prompt_tokens(tokenizer, PROBLEM.prompt, "chat"))
-    options = {"prompt_format": "chat", "max_prompt": 10_000, "on_any_rank": bool}
+    options = {"prompt_format": "chat", "max_prompt": 10_000, "world": None}
     environment = EnvironmentConfig(lambda problem: answers_twice, 3)
     script = Script(tokenizer, texts)
     [[episode]] = sample_dialogues(environment, script, tokenizer, [PROBLEM], [prompt], 1, [0], **options)

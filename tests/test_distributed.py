@@ -92,6 +92,35 @@ def test_raise_on_all_ranks_passes_other_errors_on_unchanged():
         run_processes(2, raise_key_error)
 
 
+def raise_together(rank: int) -> list[Any]:
+    """Return type and message of what is raised on this rank, and the type of its cause."""
+    world = World.init(CPU)
+    cases = [{}, {1: KeyError("no such\nname")}, {0: OSError(28, "No space left"), 1: ValueError("wrong")}]
+    found = []
+    for failing in cases:
+        try:
+            with world.raise_together():
+                if world.rank in failing:
+                    raise failing[world.rank]
+            found.append("no error")
+        except Exception as error:
+            found.append((type(error).__name__, str(error), type(error.__cause__).__name__))
+    world.shutdown()
+    return found
+
+
+def test_raise_together_names_the_first_rank_and_keeps_each_ranks_own_error():
+    one = "rank 1 of 3 raised KeyError: 'no such\\nname'"
+    first = "rank 0 of 3 raised OSError: [Errno 28] No space left"
+    own = [("NoneType", "OSError"), ("KeyError", "ValueError"), ("NoneType", "NoneType")]
+    assert run_processes(3, raise_together) == [
+        ["no error", ("RankError", one, second), ("RankError", first, third)] for second, third in own
+    ]
+    assert run_processes(1, raise_together) == [
+        ["no error", "no error", ("OSError", "[Errno 28] No space left", "NoneType")]
+    ]
+
+
 def wait_at_barrier(rank: int) -> tuple[float, float]:
     world = World.init(CPU)
     time.sleep(0.2 * rank)

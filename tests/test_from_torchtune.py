@@ -163,7 +163,7 @@ def test_translate_async_config_loads_with_the_same_values(tmp_path):
     assert (ours["dtype"], ours["device"], ours["seed"], ours["clip_grad_norm"]) == ("bf16", "cuda", 3, 0.5)
     assert (ours["checkpoint_every_n_steps"], ours["activation_checkpointing"]) == (125, True)
     assert ours["lr_scheduler"]["_component_"] == "torch.optim.lr_scheduler.ConstantLR"
-    assert "training.enable_activation_offloading" in found.notes and "reward_functions" not in found.notes
+    assert ours["activation_offloading"] is True and "reward_functions" not in found.notes
 
 
 @pytest.mark.parametrize("text", [SYNC, ASYNC], ids=["sync", "async"])

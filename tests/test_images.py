@@ -67,12 +67,12 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
 
 
-def shared(model: nn.Module, rollouts: Rollouts, max_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+def shared(model: nn.Module, rollouts: Rollouts, max_tokens: int, group=None) -> tuple[Tensor, dict[str, Tensor]]:
     """Return log-probabilities and gradients of packed sequences."""
     model.zero_grad()
     weights = weights_of(rollouts)
     found = torch.zeros_like(weights)
-    for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=max_tokens):
+    for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=max_tokens, context_parallel=group):
         (weights[batch.indices, : logprobs.shape[1]] * logprobs).sum().backward()
         found[batch.indices, : logprobs.shape[1]] = logprobs.detach()
     return found, gradients_of(model)
@@ -498,6 +498,34 @@ def test_random_numbers_of_the_vision_tower_are_refused():
 
 
 # Several ranks.
+
+
+def context_parallel_update(rank: int, name: str) -> tuple[tuple[Tensor, dict[str, Tensor]], int]:
+    """Return log-probabilities and gradients, and the rows of pixels that this rank encoded."""
+    dist.init_process_group("gloo")
+    model = pair(name)[0]
+    with encoded_rows(model) as encoded:
+        found = shared(model, long_rollouts(name), 10_000, dist.group.WORLD)
+    dist.destroy_process_group()
+    return found, sum(encoded)
+
+
+def long_rollouts(name: str) -> Rollouts:
+    first = with_images(name, tokens(200, 1), SQUARE, tokens(6, 2))
+    return rollouts_of(first, with_images(name, tokens(150, 3), OTHER, tokens(90, 4), WIDE, tokens(3, 5)))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3_vl", "smolvlm", "qwen3_5_vl"])
+def test_context_parallel_with_images_equals_one_rank(name):
+    model = pair(name)[0]
+    with encoded_rows(model) as encoded:
+        expected = shared(model, long_rollouts(name), 10_000)
+    found = run_processes(2, context_parallel_update, name)
+    for values, _ in found:
+        assert_equal(name, values, expected)
+    assert sum(rows for _, rows in found) == sum(encoded)  # each image on one rank
+    assert all(rows > 0 for _, rows in found)
 
 
 def sharded_update(rank: int, tower_too: bool) -> dict[str, Tensor] | str:

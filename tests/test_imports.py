@@ -26,7 +26,7 @@ ORDER = [  # a module imports only from those before it; a package that is liste
         "backends.dispatch",
         "backends",
     ),
-    *("prefix_cache", "rollouts", "advantages"),
+    *("collectives", "context_parallel", "prefix_cache", "rollouts", "advantages"),
     *("conversations.messages", "conversations.turn_texts", "conversations.chat_template", "conversations.rollouts"),
     *("conversations.transcripts", "conversations", "micro_batches", "packing"),
     *("logprobs", "loss_terms", "losses", "sample_cache", "sampling"),

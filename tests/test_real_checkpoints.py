@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpg import Rollouts
 from flexpg.training.config import SETUP_ERRORS
+from flexpg.training.packed_step import pack_step
 from recipes.grpo import GRPORecipe
 
 pytestmark = pytest.mark.slow
@@ -155,9 +156,9 @@ def their_logprobs(model: nn.Module, rollouts: Rollouts) -> Tensor:
 @torch.no_grad()
 def sample_and_score(run: GRPORecipe) -> tuple[Rollouts, Tensor | None, Tensor]:
     """Return rollouts, the reference's log-probabilities [N, C] and the model's own."""
-    problems = run.choose_problems(3)
+    problems = run.order.of_step(3, run.cfg.prompts_per_step)
     data, _ = run.score(3, problems, run.generate(problems, "step 3"))
-    data, packed = run.score_policies(data, run.pack(data))
+    data, packed = run.score_policies(data, pack_step(data, run.cfg, run.world, run.shape))
     rollouts = data.rollouts
     return rollouts, rollouts.ref_logprobs, run.logprob_table(run.model, rollouts, packed)
 

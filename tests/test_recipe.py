@@ -38,6 +38,7 @@ from flexpg import Rollouts, group_advantages, grpo_loss
 from flexpg.training.config import component
 from flexpg.training.episodes import StepRollouts
 from flexpg.training.errors import out_of_memory_hint
+from flexpg.training.packed_step import pack_step
 from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
 from recipes.grpo import GRPORecipe, recipe_main
@@ -94,7 +95,7 @@ def record_rollouts(run: GRPORecipe) -> list[Rollouts]:
 
 def sample(run: GRPORecipe) -> StepRollouts:
     """Return the rollouts of the first step."""
-    problems = run.choose_problems(1)
+    problems = run.order.of_step(1, run.cfg.prompts_per_step)
     return run.score(1, problems, run.generate(problems, "step 1"))[0]
 
 
@@ -172,7 +173,7 @@ def test_option_for_memory_or_speed_does_not_change_the_update(tmp_path, plain_r
 
 @pytest.mark.parametrize(("min_speedup", "is_shared"), [(1.05, True), (1e9, False)])
 def test_sharing_auto_shares_if_the_cost_model_says_that_it_pays(tmp_path, monkeypatch, min_speedup, is_shared):
-    monkeypatch.setattr("recipes.grpo.MIN_SPEEDUP", min_speedup)
+    monkeypatch.setattr("flexpg.training.packed_step.MIN_SPEEDUP", min_speedup)
     metrics = train(make(tmp_path, *SMALL, "sharing=auto", "num_steps=1")).history[0]
     assert (metrics["tokens_encoded"] < metrics["tokens_baseline"]) == is_shared
     assert metrics["flop_ratio"] > 2 if is_shared else metrics["flop_ratio"] == 1
@@ -181,7 +182,8 @@ def test_sharing_auto_shares_if_the_cost_model_says_that_it_pays(tmp_path, monke
 def test_bf16_changes_log_probabilities_little_and_keeps_fp32_parameters(tmp_path):
     runs = [make(tmp_path / own, *SMALL, f"dtype={own}", "num_steps=1") for own in ("bf16", "fp32")]
     data = sample(runs[1])
-    low, full = (next(run.logprobs(run.model, run.pack(data).minibatches[0], True))[1] for run in runs)
+    batches = pack_step(data, runs[1].cfg, runs[1].world, runs[1].shape).minibatches[0]
+    low, full = (next(run.logprobs(run.model, batches, True))[1] for run in runs)
     assert low.dtype == torch.float32
     assert 0 < (low - full).abs().mean() < 0.02
     train(runs[0])
@@ -210,15 +212,6 @@ def test_compiled_layers_do_not_exceed_the_recompile_limit(tmp_path, monkeypatch
 # Steps, resumption and logs.
 
 
-def test_every_problem_is_asked_once_before_any_is_asked_again(tmp_path):
-    run = make(tmp_path, *SMALL, "train_problems.size=5", "prompts_per_step=3")
-    asked = [problem for step in range(1, 11) for problem in run.choose_problems(step)]
-    rounds = [asked[i : i + 5] for i in range(0, 30, 5)]
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in rounds)
-    assert len({tuple(order) for order in rounds}) > 1
-    assert run.choose_problems(7) == asked[18:21]  # whatever was asked before
-
-
 def test_samples_are_a_function_of_seed_and_step(tmp_path):
     runs = [make(tmp_path / own, *SMALL, f"seed={own}") for own in ("0", "0", "1")]
     found = []
@@ -234,7 +227,7 @@ def test_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(tmp_path):
     uninterrupted = train(make(tmp_path / "uninterrupted", *options))
     stopped = make(tmp_path / "stopped", *options, "checkpoint_every_n_steps=3")
     log = stopped.log
-    stopped.log = lambda metrics: log(metrics) or (stopped.steps_done == 2 and stopped.request_stop(signal.SIGTERM, 0))
+    stopped.log = lambda metrics: log(metrics) or (stopped.steps_done == 2 and stopped.stop.request(signal.SIGTERM))
     assert train(stopped).steps_done == 2 and not stopped.is_finished()
     resumed = train(make(tmp_path / "stopped", *options, "resume=true"))
     assert resumed.is_finished()
@@ -416,8 +409,8 @@ def test_nan_abort_says_so_if_nothing_can_be_saved(tmp_path):
 def starve(rank: int, output_dir: Path, stage: str) -> tuple[str, str]:
     """Return stderr and the error of a stage that gets no more memory."""
     run = make(output_dir, *SMALL, "prompts_per_step=32")
-    problems, data = run.choose_problems(2), sample(run)
-    packed, advantages = run.pack(data), group_advantages(data.rollouts)
+    problems, data = run.order.of_step(2, run.cfg.prompts_per_step), sample(run)
+    packed, advantages = pack_step(data, run.cfg, run.world, run.shape), group_advantages(data.rollouts)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**21, resource.RLIM_INFINITY))
     run.cfg.group_size = 256  # of generate

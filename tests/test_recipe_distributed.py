@@ -52,14 +52,17 @@ UPDATES = {
     ),
     "lora": (2, [*LORA, "loss.beta=0.1", "num_iterations=2", "activation_checkpointing=true", "max_resamplings=1"]),
     "environment": (2, [*AGAIN, "kl_in_reward=0.1", "max_resamplings=1", "loss.beta=0.1", "num_steps=1"]),
+    "context parallel": (4, ["minibatches=2", "loss.beta=0.1", "kl_in_reward=0.1", "max_tokens=352", "num_steps=1"]),
 }
+OF_RANKS = {"context parallel": ["context_parallel=2"]}  # options of several ranks only
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, update):
     """With max_tokens=352 groups are oversized: cached prompts, of which every rank must have equally many."""
     world_size, options = UPDATES[update]
-    runs = [run_processes(size, train_on_rank, tmp_path / str(size), options)[0] for size in (1, world_size)]
+    of_ranks = {1: options, world_size: [*options, *OF_RANKS.get(update, [])]}
+    runs = [run_processes(size, train_on_rank, tmp_path / str(size), own)[0] for size, own in of_ranks.items()]
     (history, weights, accuracies), (other_history, other_weights, other_accuracies) = runs
     start = make(tmp_path / "start", *OPTIONS, *options).model.state_dict()
     assert relative_difference(start, weights) > 1e-4
@@ -96,6 +99,7 @@ def setup_errors(rank: int, output_dir: Path, options: list[str]) -> list[str]:
 
 SETUP_MISTAKES = {
     "minibatches=8": "at least one prompt per rank in each, got 8 in 8 on 2 ranks",
+    "context_parallel=3": "context_parallel must divide the number of ranks, 2, got 3",
     "test_problems.size=1": "test_problems must have at least 2 problems, got 1",
 }
 

@@ -49,13 +49,13 @@ def runs(tmp_path_factory) -> list[GRPORecipe]:
     output_dir = tmp_path_factory.mktemp("watched")
     stopped = make_run(output_dir, *PROFILER, "profiler.num_cycles=1")
     log = stopped.log
-    stopped.log = lambda metrics: log(metrics) or (stopped.steps_done == 2 and stopped.request_stop(signal.SIGTERM, 0))
+    stopped.log = lambda metrics: log(metrics) or (stopped.steps_done == 2 and stopped.stop.request(signal.SIGTERM))
     train(stopped)
     samples = output_dir / "samples.jsonl"
     with samples.open("r+") as file:  # as if it had been killed after step 3
         file.writelines([line.replace('"step": 2', '"step": 3') for line in file if '"step": 2' in line])
     resumed = train(make_run(output_dir, "resume=true"))
-    resumed.write_report()
+    resumed.report()
     return [stopped, resumed]
 
 

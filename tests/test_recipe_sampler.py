@@ -62,6 +62,21 @@ def test_broken_engine_saves_progress_and_resumes_to_the_same_steps(tmp_path, ca
     torch.testing.assert_close(flat(resumed.trained), flat(whole.trained), rtol=0, atol=1e-6)
 
 
+def test_engine_with_a_shorter_limit_is_refused_at_setup(tmp_path):
+    longest = run(tmp_path / "own", "num_steps=1").max_length
+    options = [*OPTIONS, *ENGINE]
+    assert make(tmp_path / "fits", *options, f"sampler.max_model_len={longest}", config=CONFIG).max_length == longest
+    with pytest.raises(ValueError, match=rf"max_model_len must be at least {longest}, .*, got {longest - 1}"):
+        make(tmp_path / "short", *options, f"sampler.max_model_len={longest - 1}", config=CONFIG)
+
+
+def test_episodes_are_as_long_as_the_engine_allows(tmp_path):
+    options = [*OPTIONS, *ENGINE, AGAIN[0], "sampler.max_model_len=400", "max_cache_tokens=2048"]
+    assert make(tmp_path / "default", *options, config=CONFIG).max_length == 400
+    with pytest.raises(ValueError, match=r"max_model_len must be at least 512, .*environment.max_length .*, got 400"):
+        make(tmp_path / "set", *options, *AGAIN, config=CONFIG)
+
+
 def test_resampled_groups_have_spread(tmp_path):
     before, after = (run(tmp_path / n, f"max_resamplings={n}", "prompts_per_step=4").history for n in ("0", "2"))
     assert "groups_resampled" not in before[0]

@@ -1,6 +1,7 @@
 """A report counts what brute force counts."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,3 +181,41 @@ def test_report_of_real_gsm8k_solutions_shares_their_questions(tmp_path):
     row = found.by_max_tokens[0]
     assert row["baseline_micro_batches"] > row["micro_batches"] > 1
     assert row["recomputed_tokens"] < 0.01 * row["tokens"]  # groups are not split
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_report_by_ranks_divides_activations_and_adds_what_is_gathered(checkpointing):
+    found = report(
+        ROLLOUTS,
+        SHAPE,
+        max_tokens=[64],
+        itemsize=4,
+        activation_checkpointing=checkpointing,
+        context_parallel=3,
+        budget_bytes=100_000,
+    )
+    largest = ROLLOUTS.select(range(4))
+    tokens, loss_tokens = largest.tree.num_tokens, largest.num_loss_tokens
+    assert [row["ranks"] for row in found.by_ranks] == [1, 2, 3]
+    for row in found.by_ranks:
+        ranks = row["ranks"]
+        own = activation_bytes(
+            math.ceil(tokens / ranks),
+            math.ceil(loss_tokens / ranks),
+            SHAPE,
+            itemsize=4,
+            activation_checkpointing=checkpointing,
+        )
+        keys = tokens * 2 * 1 * 4 * 4  # one key/value head of 4, in float32
+        layers = 1 if checkpointing else 2
+        assert row["activation_bytes"] == own + (keys * (layers + 2) if ranks > 1 else 0)
+
+        def total(prompt: int, ranks: int = ranks) -> int:
+            whole = rollouts_from_lengths([prompt], [largest.completion_lens.tolist()])
+            options = {"itemsize": 4, "activation_checkpointing": checkpointing, "context_parallel": ranks}
+            return report(whole, SHAPE, **options).by_ranks[-1]["activation_bytes"] if ranks > 1 else -1
+
+        if ranks > 1:
+            assert total(row["largest_prompt"]) <= 100_000 < total(row["largest_prompt"] + 1)
+    assert found._tables()[-1][1][0] == "ranks"
+    assert not report(ROLLOUTS, SHAPE, max_tokens=[64]).by_ranks

@@ -25,7 +25,7 @@ import transformers
 import trl.trainer.utils
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import DistributedType, ParallelismConfig, TorchDynamoPlugin
 from cases import VOCAB, assert_within_budget, float32_floor
 from cases import largest_error as largest_relative_error
 from datasets import Dataset
@@ -1039,6 +1039,19 @@ def test_compile_by_accelerate_environment_is_refused(trainer_class, monkeypatch
     for options in (None, CONFIGS[trainer_class](output_dir=str(tmp_path), use_cpu=True, bf16=False)):
         with refused(ValueError, COMPILED):
             trainer_class(model=NO_MODEL, args=options)
+
+
+@pytest.mark.parametrize("trainer_class", CONFIGS)
+def test_context_parallel_by_accelerate_is_refused(trainer_class, monkeypatch, tmp_path):
+    words = "parallelism_config must have cp_size=1 and sp_size=1, got 2 and 1"
+    options = CONFIGS[trainer_class](output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    options.parallelism_config = ParallelismConfig(cp_size=2)  # GRPOConfig(parallelism_config=...) raises an error too
+    with refused(ValueError, words):
+        trainer_class(model=NO_MODEL, args=options)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with refused(ValueError, words):
+        trainer_class(model=NO_MODEL, args=None)
 
 
 def test_compile_by_an_existing_accelerator_is_refused(monkeypatch, tmp_path):

@@ -114,6 +114,10 @@ def test_sample_params_that_would_be_wrong_raise(server, folder, params, match):
     assert not server.calls
 
 
+def test_engine_has_the_longest_sequence_of_its_server(server, folder):
+    assert connect(server, folder).max_model_len == 16
+
+
 def test_load_weights_sets_version_and_resets_prefix_cache(server, folder):
     made = connect(server, folder)
     assert made.version == 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexpg.analysis.flops import ModelShape, activation_bytes, update_flops
+from flexpg.analysis.ranks import context_parallel_bytes, largest_prompt
 from flexpg.analysis.work import (
     Work,
     baseline_images,
@@ -66,6 +67,9 @@ class Report:
         by_max_tokens: A dict for each "max_tokens". If the longest rollout fits, it has "baseline_micro_batches",
             "baseline_activation_bytes" (of the largest), "micro_batches", "activation_bytes", "tokens",
             "recomputed_tokens" (prefix tokens that several micro-batches encode), "flops" and "flops_ratio".
+        by_ranks: A dict for 1, 2, 4 ... "ranks" of context parallelism, up to the given number: "activation_bytes" of
+            one rank for the group with the most tokens, and "largest_prompt", the most prompt tokens with which its
+            completions fit into "budget_bytes".
     """
 
     prompts: int
@@ -80,6 +84,7 @@ class Report:
     total: Row
     by_group_size: list[Row]
     by_max_tokens: list[Row]
+    by_ranks: list[Row]
 
     def as_dict(self) -> Row:
         """Return plain values, for `json.dumps`."""
@@ -168,6 +173,14 @@ class Report:
             for row in self.by_max_tokens
         ]
         tables.append(("By token budget of a micro-batch", [*columns, "peak\nactivations", "FLOPs"], rows))
+        if self.by_ranks:
+            rows = [
+                [f"{row['ranks']:,}", short_bytes(row["activation_bytes"]), f"{row['largest_prompt']:,}"]
+                for row in self.by_ranks
+            ]
+            within = short_bytes(self.by_ranks[0]["budget_bytes"])
+            columns = ["ranks", "activations of a rank,\nlargest group", f"longest prompt,\nwithin {within}"]
+            tables.append(("By ranks that share a packed sequence", columns, rows))
         return tables
 
 
@@ -180,6 +193,8 @@ def report(
     activation_checkpointing: bool = False,
     names: Sequence[str] | None = None,
     image_flops: Mapping[int, int] | None = None,
+    context_parallel: int = 1,
+    budget_bytes: int = 40 * 2**30,
 ) -> Report:
     """Count the work of one update over all rollouts: by the baseline, with every prompt once, and shared.
 
@@ -194,6 +209,8 @@ def report(
         names: What to call each rollout; None for its number.
         image_flops: FLOPs of the vision encoder by `Item.identity`, from
             `flexpg.analysis.transformers_images.image_flops`; None for text.
+        context_parallel: Ranks over which a packed sequence is divided; 1 for no table of them.
+        budget_bytes: Memory of one rank for activations, in that table.
 
     Raises:
         ValueError: If prompts have images and `image_flops` is None.
@@ -231,6 +248,7 @@ def report(
             {"max_tokens": budget} | (_packed(rollouts, budget, total, count) if lengths[longest] <= budget else {})
             for budget in sorted(set(max_tokens))
         ],
+        by_ranks=_by_ranks(rollouts, shape, context_parallel, budget_bytes, itemsize, activation_checkpointing),
     )
 
 
@@ -335,6 +353,27 @@ def _packed(rollouts: Rollouts, budget: int, total: Row, count: Callable[[Work, 
         "flops": work["flops"],
         "flops_ratio": total["baseline"]["flops"] / work["flops"],
     }
+
+
+def _by_ranks(
+    rollouts: Rollouts, shape: ModelShape, most: int, budget: int, itemsize: int, activation_checkpointing: bool
+) -> list[Row]:
+    if most == 1:
+        return []
+    groups = [rollouts.select((rollouts.group_ids == n).nonzero()[:, 0]) for n in range(rollouts.num_groups)]
+    largest = max(groups, key=lambda group: group.tree.num_tokens)
+    tokens, loss_tokens = largest.tree.num_tokens, largest.num_loss_tokens
+    completions = largest.completion_lens.tolist()
+    options: Row = {"itemsize": itemsize, "activation_checkpointing": activation_checkpointing}
+    return [
+        {
+            "ranks": ranks,
+            "budget_bytes": budget,
+            "activation_bytes": context_parallel_bytes(tokens, loss_tokens, shape, ranks, **options),
+            "largest_prompt": largest_prompt(completions, shape, ranks, budget, **options),
+        }
+        for ranks in sorted({2**power for power in range(most.bit_length())} | {most})
+    ]
 
 
 def _first_completions(rollouts: Rollouts) -> list[tuple[int, Rollouts]]:

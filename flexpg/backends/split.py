@@ -75,7 +75,7 @@ class _SplitAttention(torch.autograd.Function):
             logits = sinks.to(merged).view(heads, group, 1)
             out.mul_(torch.sigmoid(lse - logits)[..., None])
             lse = torch.logaddexp(lse, logits)
-        padding = k.shape[2] - mask.tree.num_tokens
+        padding = min(k.shape[2] - mask.tree.num_tokens, size)
         out[:, :, size - padding :] = values[:, :, k.shape[2] - padding :]  # a padding token sees only itself
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, out, lse)

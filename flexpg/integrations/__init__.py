@@ -6,15 +6,19 @@ Each framework has one module or package here, which is the only one that import
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from flexpg.integrations.fsdp import run_as_forward, sharded_modules, unsharded
+from flexpg.collectives import check_same_on_all_ranks, sum_over_ranks, summed_gradients
+from flexpg.context_parallel import ContextShard
+from flexpg.integrations.fsdp import run_as_forward, sharded_modules, sums_over, unsharded
 from flexpg.layer_hooks import uncompiled
 from flexpg.logprobs import OutputLayer, token_logprobs
 from flexpg.micro_batches import MicroBatch, by_cache
@@ -35,12 +39,19 @@ class Integration(Protocol):
         """Prepare a model for packed sequences, or raise if prefixes could not be shared exactly in it."""
 
     def forward(
-        self, model: Any, tree: PrefixTree, *, prefix: PrefixCache | None = None, step_has_images: bool = False
+        self,
+        model: Any,
+        tree: PrefixTree,
+        *,
+        prefix: PrefixCache | None = None,
+        shard: ContextShard | None = None,
+        step_has_images: bool = False,
     ) -> Tensor:
         """Compute the hidden states [1, S, E] of a packed sequence, after the final norm.
 
-        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is. With
-        `step_has_images`, a vision encoder that is sharded with the model gets gradients, which are 0 without images.
+        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is. `shard` is the range
+        that this rank computes, whose hidden states are returned; None for the whole sequence. With `step_has_images`,
+        a vision encoder that is sharded with the model gets gradients, which are 0 without images.
         """
 
     def output(self, model: Any) -> OutputLayer:
@@ -110,7 +121,12 @@ def enable(model: M) -> M:
 
 
 def encode_prefix(
-    model: nn.Module, tokens: Tokens, inputs: PromptInputs | None = None, *, step_has_images: bool = False
+    model: nn.Module,
+    tokens: Tokens,
+    inputs: PromptInputs | None = None,
+    *,
+    step_has_images: bool = False,
+    context_parallel: ProcessGroup | None = None,
 ) -> PrefixCache:
     """Encode a prompt once for several micro-batches; see `PrefixCache`.
 
@@ -119,9 +135,12 @@ def encode_prefix(
         tokens: [P] int64, the prompt, on the model's device.
         inputs: The prompt's images, an entry of `Rollouts.prompt_inputs`; None for text.
         step_has_images: Whether this or another prompt of the step has images, on any rank.
+        context_parallel: The ranks that share the prompt; None for this one only.
     """
     forward = partial(integration_for(model).forward, model, step_has_images=step_has_images)
-    return PrefixCache(tokens, lambda tree, prefix: forward(tree, prefix=prefix), inputs)
+    return PrefixCache(
+        tokens, lambda tree, prefix: forward(tree, prefix=prefix, shard=prefix.shard), inputs, context_parallel
+    )
 
 
 @overload
@@ -133,6 +152,7 @@ def packed_logprobs(
     temperature: float = ...,
     return_entropy: Literal[False] = ...,
     autocast_dtype: torch.dtype | None = ...,
+    context_parallel: ProcessGroup | DeviceMesh | None = ...,
 ) -> Iterator[tuple[MicroBatch, Tensor]]: ...
 
 
@@ -146,6 +166,7 @@ def packed_logprobs(
     return_entropy: Literal[True],
     entropy_grad: bool = ...,
     autocast_dtype: torch.dtype | None = ...,
+    context_parallel: ProcessGroup | DeviceMesh | None = ...,
 ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]: ...
 
 
@@ -158,6 +179,7 @@ def packed_logprobs(
     return_entropy: bool = False,
     entropy_grad: bool = False,
     autocast_dtype: torch.dtype | None = None,
+    context_parallel: ProcessGroup | DeviceMesh | None = None,
 ) -> Iterator[tuple[Any, ...]]:
     """Iterate over micro-batches and the log-probabilities of their completion tokens, each prefix encoded once.
 
@@ -184,6 +206,10 @@ def packed_logprobs(
         entropy_grad: Whether entropies have a gradient, for an entropy bonus; the backward then needs more memory for
             each chunk of logits.
         autocast_dtype: Run the forwards under torch.autocast with this dtype; None to leave autocast unchanged.
+        context_parallel: Ranks with the same rollouts and model that share the work on every packed sequence, for
+            prompts that are too long for one: a process group, or a one-dimensional DeviceMesh. Each computes a range
+            of the tokens. All get the same log-probabilities and, when the loop ends, the gradients of one rank alone;
+            FSDP2 averages them as usual, over a mesh that contains these ranks. None for this rank only.
 
     Yields:
         (batch, logprobs): a `MicroBatch` of n rollouts and [n, C] float32, 0 where its loss mask is False.
@@ -200,7 +226,17 @@ def packed_logprobs(
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
     context = partial(autocast, model, autocast_dtype)
-    return _packed_logprobs(model, rollouts, temperature, return_entropy, entropy_grad, context)
+    options = temperature, return_entropy, entropy_grad
+    if context_parallel is None:
+        return _packed_logprobs(model, rollouts, *options, context)
+    group = context_parallel.get_group() if isinstance(context_parallel, DeviceMesh) else context_parallel
+    tensors = (
+        own
+        for batch in rollouts
+        for own in (batch.tree.input_ids, batch.tree.end, batch.tree.node, batch.rollouts.prompt_lens, batch.loss_mask)
+    )
+    check_same_on_all_ranks(group, [*options, autocast_dtype, len(rollouts)], tensors)
+    return _over_ranks(model, _packed_logprobs(model, rollouts, *options, context, group), group)
 
 
 def sample(
@@ -256,14 +292,21 @@ def _packed_logprobs(
     return_entropy: bool,
     entropy_grad: bool,
     context: Any,
-) -> Iterator[tuple[Any, ...]]:
+    group: ProcessGroup | None = None,
+) -> Generator[tuple[Any, ...]]:
     integration = integration_for(model)
 
     def score(batch: MicroBatch, prefix: PrefixCache | None) -> tuple[Tensor, ...]:
-        cached = prefix if batch.cached_tokens else None
-        hidden = integration.forward(model, batch.tree, prefix=cached, step_has_images=batch.step_has_images)
+        cached, shard, row_of = prefix if batch.cached_tokens else None, None, None
+        if group is not None:
+            shard = ContextShard(batch.tree, group) if cached is None else cached.shard_of(batch.tree)
+            assert shard is not None
+            row_of = shard.row_of if cached is None else cached.row_of(batch.tree, shard)
+        hidden = integration.forward(
+            model, batch.tree, prefix=cached, shard=shard, step_has_images=batch.step_has_images
+        )
         layer, lens, mask = integration.output(model), batch.rollouts.prompt_lens, batch.loss_mask
-        options: Any = {"prompt_lens": lens, "loss_mask": mask, "temperature": temperature}
+        options: Any = {"prompt_lens": lens, "loss_mask": mask, "temperature": temperature, "row_of": row_of}
         if return_entropy:
             return token_logprobs(hidden, layer, batch.tree, **options, return_entropy=True, entropy_grad=entropy_grad)
         return (token_logprobs(hidden, layer, batch.tree, **options),)
@@ -273,7 +316,7 @@ def _packed_logprobs(
         integration.check_rollouts(model, batch.tree, rollout_ids=ids, step_has_images=has_images)
     for series in by_cache(batches):
         with context():
-            cache = _cached_prompt(model, series)
+            cache = _cached_prompt(model, series, group)
         with cache as prefix:
             is_trained = prefix is not None and prefix.requires_grad
             turns, version = [], _version(model) if is_trained else 0
@@ -298,6 +341,16 @@ def _packed_logprobs(
                 turn.is_over = True
             if prefix is not None and is_trained:
                 _check_prompt_gradient(prefix, turns, version, _version(model))
+
+
+def _over_ranks(model: nn.Module, parts: Generator[tuple[Any, ...]], group: ProcessGroup) -> Iterator[tuple[Any, ...]]:
+    """Iterate over micro-batches of which each rank of a group scores a part; tables and gradients are summed."""
+    is_sharded = sums_over(model, group)
+    # FSDP2 averages over all ranks of its mesh, of which only one of a group has a given part.
+    scale = float(group.size()) if is_sharded else 1.0
+    with nullcontext() if is_sharded else summed_gradients(model, group), closing(parts):
+        for batch, *tables in parts:
+            yield batch, *(sum_over_ranks(table, group, scale) for table in tables)
 
 
 class _Turn:
@@ -335,7 +388,9 @@ def _check_prompt_gradient(prefix: PrefixCache, turns: Sequence[_Turn], before: 
         )
 
 
-def _cached_prompt(model: nn.Module, series: Sequence[MicroBatch]) -> AbstractContextManager[PrefixCache | None]:
+def _cached_prompt(
+    model: nn.Module, series: Sequence[MicroBatch], group: ProcessGroup | None
+) -> AbstractContextManager[PrefixCache | None]:
     """Return the cache of the prompt that several micro-batches share; None for a micro-batch on its own.
 
     Where other ranks encode a prompt and this one has none, one token goes through the model, as FSDP needs.
@@ -346,7 +401,7 @@ def _cached_prompt(model: nn.Module, series: Sequence[MicroBatch]) -> AbstractCo
     tokens, inputs = batch.rollouts.completions[0][:1], None
     if batch.cached_tokens:
         tokens, inputs = batch.rollouts.prompts[0], batch.rollouts.sequence_inputs[0]
-    return encode_prefix(model, tokens, inputs, step_has_images=batch.step_has_images)
+    return encode_prefix(model, tokens, inputs, step_has_images=batch.step_has_images, context_parallel=group)
 
 
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -25,6 +26,27 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sums_over(model: nn.Module, group: ProcessGroup) -> bool:
+    """Return whether FSDP2 sums the gradients of a model over the ranks of a group.
+
+    Raises:
+        ValueError: If it shards the model over other ranks.
+    """
+    if not sharded_modules(model):
+        return False
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    ranks = {*dist.get_process_group_ranks(group)}
+    for own in model.parameters():
+        if isinstance(own, DTensor) and not ranks <= {*own.device_mesh.mesh.flatten().tolist()}:
+            raise ValueError(
+                "FSDP2 must shard the model over a mesh that contains the ranks of context_parallel, such as the "
+                'flattened mesh of ("data", "context")'
+            )
+    return True
 
 
 def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:

@@ -19,10 +19,11 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 
 from flexpg.backends.dispatch import attention
+from flexpg.context_parallel import ContextShard
 from flexpg.integrations.fsdp import run_as_forward
 from flexpg.logprobs import OutputLayer
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix_cache import PrefixBlockMask, PrefixCache, packed_input, whole_sequence
+from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
 from flexpg.prompt_inputs import PromptInputs
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder
@@ -61,7 +62,12 @@ def enable(model: TransformerDecoder) -> None:
 
 
 def forward(
-    model: TransformerDecoder, tree: PrefixTree, *, prefix: PrefixCache | None = None, step_has_images: bool = False
+    model: TransformerDecoder,
+    tree: PrefixTree,
+    *,
+    prefix: PrefixCache | None = None,
+    shard: ContextShard | None = None,
+    step_has_images: bool = False,
 ) -> Tensor:
     """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
@@ -69,10 +75,11 @@ def forward(
         model: A torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
         tree: The packed sequence, with tokens, on the model's device.
         prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
+        shard: The range of the packed sequence that this rank computes; None for all of it.
         step_has_images: Must be False.
 
     Returns:
-        [1, S, E] hidden states after the final norm.
+        [1, S, E] hidden states after the final norm, or those of the shard.
 
     Raises:
         ValueError: If a token or a sequence does not fit the model, or a sequence does not begin with the prefix.
@@ -81,11 +88,11 @@ def forward(
     enable(model)
     check_rollouts(model, tree, step_has_images=step_has_images)
     check_fits(model, tree.max_token, tree.max_length)
-    packed = packed_input(model, tree, prefix)
+    packed = packed_input(model, tree, prefix, shard)
 
     def hidden_states() -> Tensor:
         hidden = _hidden_states(model, packed.input_ids, packed.position_ids, packed.mask)
-        return whole_sequence(hidden, tree, prefix)
+        return whole_sequence(hidden, tree, prefix, shard)
 
     return run_as_forward(model, hidden_states)
 
@@ -179,7 +186,11 @@ def _recompile_limit() -> AbstractContextManager[None]:
 
 
 _attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers would recompile at every step
-_extend_cache = torch.compiler.disable(PrefixCache.extend)  # or for every layer and prefix
+
+
+@torch.compiler.disable  # compiled layers would recompile for every layer and prefix
+def _keys_and_values(mask: TreeBlockMask, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return mask.keys_and_values(attn, k, v)
 
 
 def _attention_forward(
@@ -206,7 +217,7 @@ def _attention_forward(
         attend = SampleCache.attend if mask.is_filled and mask.compiled else _attend_cached  # a step is one graph
         out = attend(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
     else:
-        if isinstance(mask, PrefixBlockMask):
-            k, v = _extend_cache(mask.cache, mask, attn, k, v)
+        if type(mask) is not TreeBlockMask:  # keys of other tokens too
+            k, v = _keys_and_values(mask, attn, k, v)
         out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
     return attn.output_proj(out.transpose(1, 2).flatten(2))

@@ -85,6 +85,7 @@ class GRPOConfig:
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # of trained parameters and optimizer state; frozen ones have dtype
     compile: bool = False
     activation_checkpointing: bool = True  # less memory for a second forward
+    activation_offloading: bool = False  # activations are in main memory until the backward
     seed: int = 0
 
     # A step: group_size completions of each prompt, then num_iterations passes in minibatches optimizer steps each
@@ -99,6 +100,7 @@ class GRPOConfig:
     max_resamplings: int = 0  # how often groups whose rewards are equal are replaced by other problems' (DAPO)
     max_cache_tokens: int = 65536  # tokens whose keys and values are stored at a time while sampling
     max_tokens: int = 16384  # of a micro-batch of one rank; micro-batches accumulate gradients exactly
+    context_parallel: int = 1  # ranks that share a micro-batch, for prompts that one cannot hold; see docs/scaling.md
     sharing: Literal["auto", True, False] = "auto"  # encode prompts once; "auto": if the cost model says that it pays
     self_check: bool = True  # verify that shared equals baseline before the first update (a few seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from flexpg.sampling import Samples
+from flexpg.training.distributed import World
 from flexpg.training.environments import EnvironmentConfig, Message, Step, answers
 from flexpg.training.episodes import Episode, Turn, sampled_turns
 from flexpg.training.prompts import assistant_message, completion_text
@@ -56,7 +58,7 @@ def sample_dialogues(
     *,
     prompt_format: Literal["plain", "bos", "chat"],
     max_prompt: int,
-    on_any_rank: Callable[[bool], bool],
+    world: World | None,
 ) -> list[list[Episode]]:
     """Sample episodes of some problems.
 
@@ -73,27 +75,31 @@ def sample_dialogues(
         seeds: One per problem.
         prompt_format: How messages become tokens, see `next_prompt`.
         max_prompt: Tokens of the longest prompt.
-        on_any_rank: Returns whether something is true on any rank, where all ranks have to sample as often as one
-            another; the identity elsewhere.
+        world: The ranks, if all of them have to sample as often as one another; they then raise errors of environments
+            together. None if this rank is on its own.
 
     Returns:
         For each problem its episodes.
     """
-    dialogues = [
-        Dialogue(prompt, [_user(problem)], [_user(problem)], environment.begin(problem))
-        for problem, prompt in zip(problems, prompts, strict=True)
-        for _ in range(group_size)
-    ]
-    sampled = sample(list(prompts), group_size, list(seeds))
-    _extend(dialogues, sampled_turns(prompts, sampled), environment, tokenizer, prompt_format, max_prompt)
+    errors = nullcontext if world is None else world.raise_together
+    with errors():
+        dialogues = [
+            Dialogue(prompt, [_user(problem)], [_user(problem)], environment.begin(problem))
+            for problem, prompt in zip(problems, prompts, strict=True)
+            for _ in range(group_size)
+        ]
+    turns = sampled_turns(prompts, sample(list(prompts), group_size, list(seeds)))
+    with errors():
+        _extend(dialogues, turns, environment, tokenizer, prompt_format, max_prompt)
     for turn in range(2, environment.max_turns + 1):
         going_on = [n for n, own in enumerate(dialogues) if not own.is_over]
-        if not on_any_rank(bool(going_on)):
+        if not (going_on if world is None else world.all_reduce_max(len(going_on))):
             break
         own_prompts = [dialogues[n].prompt for n in going_on]
         own_seeds = [_seed(seeds[n // group_size], turn, n % group_size) for n in going_on]
         turns = sampled_turns(own_prompts, sample(own_prompts, 1, own_seeds))
-        _extend([dialogues[n] for n in going_on], turns, environment, tokenizer, prompt_format, max_prompt)
+        with errors():
+            _extend([dialogues[n] for n in going_on], turns, environment, tokenizer, prompt_format, max_prompt)
     episodes = [Episode(own.turns, own.reward, is_finished=not own.is_cut) for own in dialogues]
     return [episodes[n : n + group_size] for n in range(0, len(episodes), group_size)]
 

@@ -26,10 +26,12 @@ class Engine(Protocol):
         is_shared: Whether one engine, such as a server, samples for all ranks, so that only rank 0 loads weights into
             it. Otherwise every rank has its own.
         version: The version of the weights that it samples from, 0 before `load_weights`.
+        max_model_len: Tokens of the longest sequence that it samples, prompt and completion; None without a limit.
     """
 
     is_shared: bool
     version: int
+    max_model_len: int | None
 
     def sample(
         self,
@@ -62,6 +64,46 @@ class Engine(Protocol):
         """Release the engine."""
 
 
+def limit_length(engine: Engine, needed: int, wanted: int) -> int:
+    """Return how many tokens an episode may have with an engine: as many as wanted, or what the engine can sample.
+
+    Args:
+        engine: The engine.
+        needed: Tokens of the longest sequence, prompt and completion, that it must be able to sample.
+        wanted: At least `needed`.
+
+    Raises:
+        ValueError: If it cannot sample what is needed.
+    """
+    limit = wanted if engine.max_model_len is None else engine.max_model_len
+    if needed > limit:
+        raise ValueError(
+            f"the sampler's max_model_len must be at least {needed}, for environment.max_length or for the longest "
+            f"prompt and sampling.max_new_tokens, got {limit}"
+        )
+    return min(wanted, limit)
+
+
+def load_into_engine(engine: Engine, folder: Path, version: int, world: World) -> None:
+    """Load weights into an engine, or into each rank's own; all ranks call it.
+
+    Args:
+        engine: The engine.
+        folder: As in `Engine.load_weights`.
+        version: What its version is from now on.
+        world: The ranks.
+
+    Raises:
+        RankError: If one of them was not loaded, on all ranks.
+    """
+    world.barrier()  # until rank 0 has written the folder
+    with world.raise_on_all_ranks(OSError, RuntimeError, ValueError):
+        if world.is_first or not engine.is_shared:
+            engine.load_weights(folder, version)
+            if engine.version != version:
+                raise RuntimeError(f"the sampler must have version {version}, got {engine.version}")
+
+
 def check_engine(
     engine: Engine,
     prompt: Tensor,
@@ -84,17 +126,20 @@ def check_engine(
         dtype: Of the trainer's computation.
 
     Raises:
-        RuntimeError: If they differ by more than TOLERANCE on average, on all ranks.
+        RuntimeError: If they differ by more than TOLERANCE on average; on several ranks a RankError on all of them,
+            also if the engine of one does not sample.
     """
     params = replace(params, max_new_tokens=min(params.max_new_tokens, 8))
-    samples = engine.sample([prompt], 1, params, [0])
+    with world.raise_together():
+        samples = engine.sample([prompt], 1, params, [0])
     rollouts = Rollouts.from_groups([prompt], [samples.completions], rewards=[[0.0]])
     own = logprobs_of(rollouts)[0].cpu().double()
     gap = (own - samples.logprobs[0].cpu().double()).abs().mean().item()
     gap = world.all_reduce_max(gap if math.isfinite(gap) else math.inf)
-    if gap > TOLERANCE[dtype]:
-        raise RuntimeError(
-            f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from the "
-            f"trainer's on average with version {engine.version} (limit {TOLERANCE[dtype]}); check that its "
-            "checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
-        )
+    with world.raise_together():
+        if gap > TOLERANCE[dtype]:
+            raise RuntimeError(
+                f"the sampler must sample from the weights that are trained, got log-probabilities {gap:.3g} away from "
+                f"the trainer's on average with version {engine.version} (limit {TOLERANCE[dtype]}); check that its "
+                "checkpoint, dtype and temperature are those of the recipe, and that it loads tied weights"
+            )

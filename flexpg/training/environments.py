@@ -3,7 +3,7 @@
     environment:
       _component_: my_project.Environment  # a class or a function
       max_turns: 8  # of the model
-      max_length: 4096  # tokens of an episode; by default as many as the run's budgets allow
+      max_length: 4096  # tokens of an episode; by default as many as the run's budgets and its sampler allow
       timeout_s: 60.0  # of one answer
       level: hard  # further options are its own
 
@@ -55,7 +55,7 @@ class EnvironmentConfig:
     Attributes:
         begin: Returns what answers in one episode of a problem.
         max_turns: Turns of the model in an episode, at least 1.
-        max_length: Tokens of the longest episode; None for as many as the run's budgets allow.
+        max_length: Tokens of the longest episode; None for as many as the run's budgets and its sampler allow.
         timeout_s: Seconds within which it has to answer.
     """
 
@@ -103,6 +103,32 @@ def build_environment(described: Mapping[str, Any]) -> EnvironmentConfig:
             f"{config.timeout_s}"
         )
     return config
+
+
+def longest_episode(
+    environment: EnvironmentConfig, first_turn: int, budget: int, check_fits: Callable[[int], None]
+) -> int:
+    """Return how many tokens an episode may have.
+
+    Args:
+        environment: The environment.
+        first_turn: Tokens of the longest prompt and its completion.
+        budget: Tokens for which a run has memory.
+        check_fits: Raises ValueError if the model was not made for a length.
+
+    Raises:
+        ValueError: If `max_length` exceeds the budget or what the model was made for, or a first turn exceeds it.
+    """
+    length = environment.max_length or budget
+    if length > budget:
+        raise ValueError(f"environment.max_length must be at most {budget}, got {length}")
+    if first_turn > length:
+        raise ValueError(f"environment.max_length must be at least {first_turn}, got {length}")
+    try:
+        check_fits(length)
+    except ValueError as error:
+        raise ValueError(f"environment.max_length: {error}") from None
+    return length
 
 
 def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeout_s: float) -> list[Answer]:

@@ -86,6 +86,8 @@ def _model(keys: TorchtuneKeys, out: Translation) -> None:
     out.set("compile", keys.get("compile", False), keys.path("compile"))
     name = "enable_activation_checkpointing"
     out.set("activation_checkpointing", keys.get(name, False), keys.path(name))
+    if (name := "enable_activation_offloading") in keys.paths:
+        out.set("activation_offloading", keys.get(name), keys.path(name))
     if (seed := keys.get("seed")) is not None:
         out.set("seed", seed, keys.path("seed"))
     elif "seed" in keys.paths:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 from flexpg.analysis.flops import ModelShape, update_flops
 from flexpg.analysis.work import baseline_work, encoded_work, prompts_once_work, recomputed_tokens, total_work
 from flexpg.micro_batches import MicroBatch, by_cache
+from flexpg.training.distributed import World
 from flexpg.training.episodes import Episode
 from flexpg.tree import padded_length
 
-# Sharing that saves less than this is not used: packed sequences have costs of their own (masks, merging).
-MIN_SPEEDUP = 1.05
 # The seconds of a step, by what they were spent on.
 SECONDS = {
     "sample_s": "sampling",
@@ -26,6 +24,7 @@ SECONDS = {
     "logprobs_s": "old and reference log-probabilities",
     "train_s": "update",
 }
+MAXIMUM = "sampler_ratio_max"  # a metric whose largest value counts; of others, means over loss tokens
 
 
 def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dict[str, float]:
@@ -113,6 +112,55 @@ def flop_ratio(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -
     return update_flops(baseline, 0, shape).total / update_flops(shared, 0, shape).total
 
 
+class UpdateMetrics:
+    """Metrics of an optimizer step, added up over its micro-batches.
+
+    Args:
+        total_tokens: Loss tokens of the mini-batch, of all ranks.
+    """
+
+    def __init__(self, total_tokens: int) -> None:
+        self.total_tokens = total_tokens
+        self.sums = {"loss": 0.0}
+        self.largest: dict[str, float] = {}
+
+    def add(self, batch: MicroBatch, loss: Tensor, entropies: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch.
+
+        Args:
+            batch: The micro-batch.
+            loss: Its part of the mini-batch's loss.
+            entropies: [n, C] float, 0 where a token does not count.
+            metrics: Means over its loss tokens, and MAXIMUM.
+        """
+        tokens = batch.rollouts.num_loss_tokens
+        weight = tokens / self.total_tokens
+        self.sums["loss"] += loss.item()
+        means = {**metrics, "entropy": entropies.detach().sum() / max(tokens, 1)}
+        if MAXIMUM in means:
+            self.largest[MAXIMUM] = max(means.pop(MAXIMUM).item(), self.largest.get(MAXIMUM, 0.0))
+        for name, mean in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + mean.item() * weight
+
+    def of_all_ranks(self, world: World) -> dict[str, float]:
+        """Return the metrics of the mini-batch; all ranks call it."""
+        largest = {name: world.all_reduce_max(value) for name, value in self.largest.items()}
+        return world.all_reduce_sum(self.sums) | largest
+
+
+def mean_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the optimizer steps that have it.
+
+    >>> mean_metrics([{"loss": 1.0, "kl": 0.5}, {"loss": 2.0}])
+    {'loss': 1.5, 'kl': 0.5}
+    """
+    columns: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            columns.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in columns.items()}
+
+
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return shares and ratios of a step's sums.
 
@@ -132,13 +180,6 @@ def rates(metrics: Mapping[str, float]) -> dict[str, float]:
         "tokens_per_s": metrics["tokens_baseline"] / total,
         "padding_fraction": metrics["padding"] / (metrics["padding"] + metrics["tokens_encoded"]),
     }
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Return a clock in seconds, read when the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def peak_memory_gib(device: torch.device) -> float:

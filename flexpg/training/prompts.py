@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchtune.data import Message
 
 from flexpg.training.causal_lm import CheckpointTokenizer
+from flexpg.training.episodes import Episode
 from flexpg.training.models import library_of
 from flexpg.training.reward_calls import Group
 from flexpg.training.tasks.problem import Problem
@@ -126,17 +127,22 @@ def assistant_message(tokenizer: Any, prompt: Sequence[int], completion: Sequenc
     return parsed or {"role": "assistant", "content": completion_text(tokenizer, completion)}
 
 
-def completion_group(tokenizer: Any, problem: Problem, completions: Sequence[Tensor], first: int = 0) -> Group:
-    """Return the completions of a problem as rewards read them.
+def completion_groups(
+    tokenizer: Any, problems: Sequence[Problem], groups: Sequence[Sequence[Episode]], first: Sequence[int]
+) -> list[Group]:
+    """Return the last turns of episodes as rewards read them.
 
     Args:
         tokenizer: A torchtune tokenizer, or one with its methods.
-        problem: The problem.
-        completions: Token ids, stop tokens included.
-        first: The number of the first rollout, for errors.
+        problems: P problems.
+        groups: Their episodes.
+        first: For each problem the number of its first episode, for errors.
     """
-    ids = [tokens.tolist() for tokens in completions]
-    return Group(problem, [completion_text(tokenizer, own) for own in ids], ids, first)
+    ids = [[episode.turns[-1].completion.tolist() for episode in group] for group in groups]
+    return [
+        Group(problem, [completion_text(tokenizer, tokens) for tokens in own], own, number)
+        for problem, own, number in zip(problems, ids, first, strict=True)
+    ]
 
 
 def _has_text(tokenizer: Any, token: int) -> bool:

@@ -88,6 +88,29 @@ def best_and_worst(
     ]
 
 
+def samples_of_step(
+    step: int,
+    scored: Sequence[tuple[Problem, Sequence[Episode], Scores]],
+    advantages: Tensor,
+    tokenizer: Any,
+    num_problems: int = 2,
+) -> list[Sample]:
+    """Return the best and the worst episode of a step's first problems.
+
+    Args:
+        step: The step.
+        scored: Its problems, each with G episodes and their rewards.
+        advantages: [problems, G] float.
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        num_problems: How many problems to show.
+    """
+    return [
+        sample
+        for (problem, episodes, scores), own in zip(scored[:num_problems], advantages.tolist(), strict=False)
+        for sample in best_and_worst(step, problem, episodes, scores, own, tokenizer)
+    ]
+
+
 class SamplesLog:
     """The file of a run's samples, one JSON object on each line.
 

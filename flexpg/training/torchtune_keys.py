@@ -50,12 +50,11 @@ DROPPED = {  # keys without a counterpart: why none is needed
     **dict.fromkeys(("inference.steps_before_weight_sync", "training.steps_before_weight_sync"), ON_POLICY),
     **dict.fromkeys(("loss.num_output_chunks", "loss.ignore_index", "loss.mask_pre_projection"), CHUNKS),
 }
-NOT_OFFLOADED = "nothing is offloaded to the CPU; lower max_tokens and max_cache_tokens if memory runs out"
 IF_SET = {  # keys that are dropped unless they are set: what to do then
     "resume_from_checkpoint": "resume=true continues runs of recipes/grpo.py only; to start from weights that "
     "torchtune has saved, set checkpointer.checkpoint_dir and checkpoint_files to them",
-    "fsdp_cpu_offload": NOT_OFFLOADED,
-    "enable_activation_offloading": NOT_OFFLOADED,
+    "fsdp_cpu_offload": "weights and optimizer stay on their devices; if memory runs out, lower max_tokens and "
+    "max_cache_tokens, or set activation_offloading=true",
     "stop_token_ids": "completions end at the tokenizer's stop_tokens; use a tokenizer that has these",
 }
 

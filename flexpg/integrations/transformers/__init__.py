@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from flexpg.context_parallel import ContextShard
 from flexpg.integrations.fsdp import run_as_forward, sharded_modules
 from flexpg.integrations.transformers.attention import register
 from flexpg.integrations.transformers.checks import check_architecture, check_no_dropout, exact_forward, unwrap
@@ -55,7 +56,12 @@ def enable(model: nn.Module) -> None:
 
 
 def forward(
-    model: nn.Module, tree: PrefixTree, *, prefix: PrefixCache | None = None, step_has_images: bool = False
+    model: nn.Module,
+    tree: PrefixTree,
+    *,
+    prefix: PrefixCache | None = None,
+    shard: ContextShard | None = None,
+    step_has_images: bool = False,
 ) -> Tensor:
     """Compute the hidden states of a packed sequence, equal to those of the baseline.
 
@@ -64,29 +70,31 @@ def forward(
             sharded by FSDP2 or not.
         tree: The packed sequence, with tokens, on the model's device.
         prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
+        shard: The range of the packed sequence that this rank computes; None for all of it.
         step_has_images: Whether a prompt of the step has images, here or on another rank: all ranks then need gradients
             of a vision encoder that is sharded with the model, which are 0 without images.
 
     Returns:
-        [1, S, E] hidden states after the final norm.
+        [1, S, E] hidden states after the final norm, or those of the shard.
 
     Raises:
         ValueError: If the model is not enabled, has dropout or noise in training, or the tree does not fit it.
         TypeError: If prefixes cannot be shared exactly in the model.
     """
-    packed = packed_input(model, tree, prefix)
+    packed = packed_input(model, tree, prefix, shard)
+    encoded = packed.mask.tree if shard is None else shard.tree
 
     def hidden_states() -> Tensor:
         base = unwrap(model)
-        check_inputs(base, packed.mask.tree)
+        check_inputs(base, encoded)
         with (
-            exact_forward(model, packed.mask.tree, None if prefix is None else prefix.tree),
+            exact_forward(model, encoded, None if prefix is None else prefix.tree),
             with_images(base, packed) as arguments,
         ):
             hidden = backbone(base)(**arguments, use_cache=False).last_hidden_state
         if step_has_images and sharded_modules(model):
             hidden = hidden + zero_of_towers(base).to(hidden)
-        return whole_sequence(hidden, tree, prefix)
+        return whole_sequence(hidden, tree, prefix, shard)
 
     return run_as_forward(model, hidden_states)
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from flexpg.backends.dispatch import attention
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix_cache import PrefixBlockMask
+from flexpg.prefix_cache import PrefixBlockMask, PrefixShardMask
 from flexpg.sample_cache import SampleBlockMask
 
 NAME = "flexpg"  # of the attention implementation
@@ -138,7 +138,7 @@ def attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     chunk = chunk_of(module)
     if (calls := attended.get()) is not None:  # None in the recomputation of activation checkpointing
-        if module in calls and isinstance(attention_mask, PrefixBlockMask | SampleBlockMask):
+        if module in calls and isinstance(attention_mask, PrefixBlockMask | PrefixShardMask | SampleBlockMask):
             raise TypeError(
                 f"{name} computes attention more than once per forward, so a prompt cannot be cached for it; raise "
                 "max_tokens until every group fits, and sample with model.generate(...)"
@@ -149,8 +149,7 @@ def attention_forward(
     width = value.shape[-1]
     if width < key.shape[-1]:  # DeepSeek
         value = functional.pad(value, (0, key.shape[-1] - width))
-    if isinstance(attention_mask, PrefixBlockMask):
-        key, value = attention_mask.cache.extend(attention_mask, module, key, value)
+    key, value = attention_mask.keys_and_values(module, key, value)
     options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     if isinstance(attention_mask, SampleBlockMask):
         out = attention_mask.cache.attend(module, query, key, value, chunk=chunk, **options)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from flexpg.context_parallel import ShardBlockMask
 from flexpg.integrations.transformers.composite import backbone, language_model, text_config
 from flexpg.integrations.transformers.image_checks import (
     BIDIRECTIONAL,
@@ -52,8 +53,8 @@ class EncodedItems:
     owners: tuple[str, ...]
 
 
-def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
-    """Return what a forward from `first_query` on encodes, each different image once."""
+def encoded_items(tree: PrefixTree, first: int = 0, stop: int | None = None) -> list[EncodedItems]:
+    """Return what a forward of the packed tokens from `first` up to `stop` encodes, each different image once."""
     if tree.inputs is None:
         return []
     node = tree.node.cpu().numpy()
@@ -65,13 +66,15 @@ def encoded_items(tree: PrefixTree, first_query: int = 0) -> list[EncodedItems]:
             for i, item in enumerate(own.items):
                 mine = np.flatnonzero(own.item == i)
                 packed = node[n, mine]
-                if item.kind == kind and packed[0] >= first_query:
+                is_here = (packed >= first) & (packed < (stop or tree.padded_length))
+                if item.kind == kind and is_here.any():
                     items.setdefault(item.identity, (item, own.name))
                     feature[packed] = np.stack([np.full(len(mine), item.identity), own.row[mine]], 1)
         if items:
             starts = accumulate((item.num_tokens for item, _ in items.values()), initial=0)
             offset = dict(zip(items, starts, strict=False))
-            identities, rows = feature[feature[:, 0] >= 0].T
+            here = feature[first:stop]
+            identities, rows = here[here[:, 0] >= 0].T
             index = np.array([offset[own] for own in identities.tolist()]) + rows
             unique, owners = zip(*items.values(), strict=True)
             found.append(EncodedItems(kind, unique, index, owners))
@@ -106,14 +109,16 @@ def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[st
         model: The transformers model.
         packed: What goes through it.
     """
-    mask = packed.mask
+    mask, tree = packed.mask, packed.mask.tree
+    if isinstance(mask, ShardBlockMask):
+        tree = mask.shard.tree
     encoded_now = slice(mask.first_query, mask.first_query + packed.input_ids.shape[1])
     arguments: dict[str, Any] = {
         "input_ids": packed.input_ids,
-        "position_ids": position_ids(model, mask.tree)[..., encoded_now],
+        "position_ids": position_ids(model, tree)[..., encoded_now],
         "attention_mask": mask_by_kind(model, mask),
     }
-    encoded = encoded_items(mask.tree, mask.first_query)
+    encoded = encoded_items(tree, encoded_now.start, encoded_now.stop)
     for own in encoded:
         arguments |= _taken(model, _on_device(model, concatenated(own.items)))
     with _in_packed_order(backbone(model), encoded):

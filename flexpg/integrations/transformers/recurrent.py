@@ -19,9 +19,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from flexpg.integrations.transformers.segment_plan import PROMPT, Plan, plan_prompts, plan_segments
+from flexpg.collectives import receive_states, send_states
+from flexpg.context_parallel import ShardBlockMask
+from flexpg.integrations.transformers.segment_plan import (
+    PROMPT,
+    Plan,
+    RangePlan,
+    plan_prompts,
+    plan_range,
+    plan_segments,
+)
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix_cache import PrefixBlockMask
+from flexpg.prefix_cache import PrefixBlockMask, PrefixShardMask
 from flexpg.sample_cache import SampleBlockMask
 
 States = dict[tuple[str, int], Tensor]  # (kind, number of the state) -> [B, ...]
@@ -36,6 +45,7 @@ _checked: set[type] = set()  # kinds of layers that were seen to continue from a
 
 
 _plans: WeakKeyDictionary[TreeBlockMask, Plan] = WeakKeyDictionary()
+_range_plans: WeakKeyDictionary[TreeBlockMask, RangePlan | None] = WeakKeyDictionary()
 
 
 class SegmentStates:
@@ -216,6 +226,8 @@ def _segmented(
     Returns:
         [1, S', E]; 0 at padding.
     """
+    if isinstance(mask, ShardBlockMask):  # every rank needs the state before its range
+        return _over_ranks(module, call, hidden, mask)
     plan = _plans.get(mask) or plan_segments(mask, hidden.shape[1])
     _plans[mask] = plan
     cache = mask.cache if isinstance(mask, PrefixBlockMask) else None
@@ -225,6 +237,35 @@ def _segmented(
     out = _run(plan, call, hidden, kept)
     if cache is not None and not mask.first_query:
         cache.keep_states(module, _gather([kept[0]]))
+    return out
+
+
+def _over_ranks(
+    module: nn.Module,
+    call: Callable[[Tensor, States | None], tuple[Tensor, States]],
+    hidden: Tensor,
+    mask: ShardBlockMask,
+) -> Tensor:
+    """Compute a recurrent layer over this rank's range of a packed sequence.
+
+    States pass from each rank to the next. With a cached prompt, and where a state after a single token would pass, the
+    inputs of all ranks are gathered instead, and each rank computes the whole layer.
+    """
+    shard = mask.shard
+    if mask not in _range_plans:
+        is_cached = isinstance(mask, PrefixShardMask)
+        _range_plans[mask] = None if is_cached else plan_range(shard.tree, shard.borders, shard.rank)
+    ranged = _range_plans[mask]
+    if ranged is None:
+        whole = _segmented(module, call, shard.gather(hidden, 1), mask.whole)
+        return whole[:, shard.start - shard.first : shard.stop - shard.first]
+    kept: dict[int, tuple[States, int]] = {}
+    if ranged.received:
+        states = receive_states(shard.group, hidden.device)
+        kept |= {segment: (own, 0) for segment, own in zip(ranged.received, states, strict=True)}
+    out = _run(ranged.plan, call, hidden, kept)
+    if ranged.sent:
+        out = send_states([_gather([kept[segment]]) for segment in ranged.sent], out, shard.group)
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ class Plan:
     gather: Tensor
 
 
+@dataclass(frozen=True)
+class RangePlan:
+    """The calls of a recurrent layer for one rank's range of a packed sequence.
+
+    Attributes:
+        plan: The calls.
+        received: The numbers of segments, or parts of them, whose states come from the rank before.
+        sent: Those whose states go to the next rank.
+    """
+
+    plan: Plan
+    received: list[int]
+    sent: list[int]
+
+
 def plan_segments(mask: TreeBlockMask, size: int) -> Plan:
     """Plan the calls for a packed sequence of which `size` hidden states are computed.
 
@@ -56,31 +72,90 @@ def plan_segments(mask: TreeBlockMask, size: int) -> Plan:
     that writes into the state: a leaf is padded by a second token, and an inner segment is put in front of each of its
     children instead.
     """
-    tree, first = mask.tree, mask.first_query
-    segments = tree.segments.tolist()
-    parents = _parents(segments)
-    has_children = {parent for (start, *_), parent in zip(segments, parents, strict=True) if start >= first}
-    is_prompt = isinstance(mask, PrefixBlockMask) and not first
+    is_prompt = isinstance(mask, PrefixBlockMask) and not mask.first_query
+    segments = mask.tree.segments.tolist()
+    wanted = {0} if is_prompt else set()
+    return _plan(segments, mask.first_query, len(mask.tree.end), size, wanted, mask.tree.end.device, outside=PROMPT)
+
+
+def plan_range(tree: PrefixTree, borders: Sequence[int], rank: int) -> RangePlan | None:
+    """Plan the calls for a rank's range of a packed sequence, which continue states of the ranks before it.
+
+    Segments are cut at the borders of ranges. Each rank hands on the states that a later rank continues.
+
+    Args:
+        tree: The packed sequence.
+        borders: Rank r computes the tokens from `borders[r]` up to `borders[r + 1]`.
+        rank: This rank.
+
+    Returns:
+        None, on all ranks, if a state after a segment of one token would be handed on: such a segment is not called.
+    """
+    pieces = []
+    for start, stop, end in tree.segments.tolist():
+        cuts = [start, *(border for border in borders if start < border < stop), stop]
+        pieces += [(since, until, end) for since, until in pairwise(cuts)]
+    parents = _parents(pieces)
+
+    def open_at(border: int) -> list[int]:
+        """Return the pieces before a border that pieces after it continue."""
+        after = {parent for (start, *_), parent in zip(pieces, parents, strict=True) if start >= border}
+        return sorted(n for n in after if n is not None and pieces[n][0] < border)
+
+    handed_on = {n for border in borders[1:-1] for n in open_at(border)}
+    if any(pieces[n][1] - pieces[n][0] == 1 for n in handed_on):
+        return None
+    first, last = borders[rank], borders[rank + 1]
+    received, sent = open_at(first) if rank else [], open_at(last) if rank + 2 < len(borders) else []
+    if not any(first <= start < last for start, *_ in pieces):  # only padding, which takes part for its weights' sake
+        pieces.append((first, first + 2, last))
+    plan = _plan(pieces, first, last, last - first, set(sent), tree.end.device)
+    return RangePlan(plan, received, sent)
+
+
+def _plan(
+    pieces: Sequence[tuple[int, int, int]],
+    first: int,
+    last: int,
+    size: int,
+    wanted: set[int],
+    device: torch.device,
+    outside: int | None = None,
+) -> Plan:
+    """Plan the calls for segments, or parts of them, that begin in a range of the packed sequence.
+
+    Args:
+        pieces: (start, stop, end of its subtree) of each.
+        first: The packed index of the first hidden state.
+        last: One past that of the last.
+        size: Hidden states, with padding.
+        wanted: Pieces whose state is needed, besides those that have children.
+        device: Of the plan.
+        outside: What to call a parent before `first`; None for its own number.
+    """
+    parents = _parents(pieces)
+    own = [n for n, (start, *_) in enumerate(pieces) if first <= start < last]
+    has_children = {parents[n] for n in own} | wanted
     tokens: dict[int, list[int]] = {}  # what each segment reads: its own tokens, after those of an absorbed parent
     state_of: dict[int, int | None] = {}  # the segment whose state it continues
     depth: dict[int, int] = {}
     absorbed: set[int] = set()
-    for n, (start, stop, _) in enumerate(segments):
-        if start < first:
-            continue
+    for n in own:
+        start, stop, _ = pieces[n]
         parent = parents[n]
-        outside = parent is not None and segments[parent][0] < first
+        is_outside = parent is not None and pieces[parent][0] < first
         before = tokens[parent] if parent in absorbed else []
         tokens[n] = [*before, *range(start - first, stop - first)]
-        state_of[n] = PROMPT if outside else state_of[parent] if parent in absorbed else parent
-        depth[n] = 0 if parent is None or outside else depth[parent] + (parent not in absorbed)
+        state_of[n] = state_of[parent] if parent in absorbed else parent
+        if is_outside:
+            state_of[n] = parent if outside is None else outside
+        depth[n] = 0 if parent is None or is_outside else depth[parent] + (parent not in absorbed)
         if len(tokens[n]) == 1 and n in has_children and state_of[n] is not None:
             absorbed.add(n)
     by_call: dict[tuple[int, bool, int], list[int]] = {}
     for n in tokens:
         if n not in absorbed:
-            needs_state = n in has_children or (is_prompt and n == 0)
-            key = (depth[n], state_of[n] is None, len(tokens[n]) if needs_state else 0)
+            key = (depth[n], state_of[n] is None, len(tokens[n]) if n in has_children else 0)
             by_call.setdefault(key, []).append(n)
     steps: list[Step] = []
     place: dict[int, int] = {}  # of a token's output among those of all calls
@@ -91,20 +166,20 @@ def plan_segments(mask: TreeBlockMask, size: int) -> Plan:
             length = max(length, 2)
         rows = []
         for n in members:
-            own = tokens[n]
-            rows.append([*own, *[own[-1]] * (length - len(own))])
-            for at, token in enumerate(own):
+            read = tokens[n]
+            rows.append([*read, *[read[-1]] * (length - len(read))])
+            for at, token in enumerate(read):
                 place.setdefault(token, offset + at)  # an absorbed token is in several calls, with the same output
             offset += length
         states = [None if is_first else state_of[n] for n in members]
         steps.append(
             Step(
-                torch.tensor(rows, device=tree.end.device),
-                None if is_first else [own for own in states if own is not None],
+                torch.tensor(rows, device=device),
+                None if is_first else [parent for parent in states if parent is not None],
                 [n if inner_length else None for n in members],
             )
         )
-    gather = torch.tensor([place.get(token, offset) for token in range(size)], device=tree.end.device)
+    gather = torch.tensor([place.get(token, offset) for token in range(size)], device=device)
     return Plan(steps, gather)
 
 

@@ -19,7 +19,7 @@ from flexpg.integrations.trl.versions import TESTED as TESTED_TRL  # first: it r
 
 # isort: split
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, ParallelismConfig, TorchDynamoPlugin, parse_flag_from_env
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
@@ -110,10 +110,12 @@ def check_options(options: TrainingArguments | None) -> None:
         options: The trainer's `args`; None for TRL's defaults.
 
     Raises:
-        ValueError: If the model would be compiled, get noise, or generate with continuous batching.
+        ValueError: If the model would be compiled, get noise, or generate with continuous batching, or if sequences
+            would be divided over ranks.
     """
     recompiles = "every batch's prefix tree would recompile"
     plugins = [TorchDynamoPlugin()]  # what `accelerate launch` sets in the environment
+    parallelism = [ParallelismConfig()] if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG") else []
     if options is not None:
         if options.torch_compile:
             raise ValueError(f"torch_compile must be False: {recompiles}")
@@ -123,6 +125,15 @@ def check_options(options: TrainingArguments | None) -> None:
             raise ValueError("neftune_noise_alpha must be None: noise would differ between the copies of a prefix")
         if is_initialized():  # by an Accelerator, whose settings the trainer's takes over
             plugins.append(AcceleratorState().dynamo_plugin)
+        if options.parallelism_config is not None:
+            parallelism.append(options.parallelism_config)
+    for config in parallelism:
+        if config.cp_enabled or config.sp_enabled:
+            raise ValueError(
+                f"accelerate's parallelism_config must have cp_size=1 and sp_size=1, got {config.cp_size} and "
+                f"{config.sp_size}: TRL has no context parallelism for prompts in groups; use the recipe, "
+                "recipes/grpo.py, with context_parallel"
+            )
     for plugin in plugins:
         if plugin.backend != DynamoBackend.NO:
             raise ValueError(

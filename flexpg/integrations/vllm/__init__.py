@@ -79,6 +79,7 @@ class Engine:
 
     def __init__(self, transport: Transport, shapes: dict[str, list[int]]) -> None:
         self.is_shared = transport.is_shared
+        self.max_model_len = transport.max_model_len
         self._transport = transport
         self._shapes = shapes
         self._seen = 0  # the newest version that it had
@@ -193,10 +194,10 @@ class Engine:
                 )
         if 0 < params.temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE} with vLLM, got {params.temperature}")
-        if longest + params.max_new_tokens > self._transport.max_model_len:
+        if longest + params.max_new_tokens > self.max_model_len:
             raise ValueError(
                 f"max_model_len must be at least {longest + params.max_new_tokens}, for a prompt of {longest} tokens "
-                f"and max_new_tokens={params.max_new_tokens}, got {self._transport.max_model_len}"
+                f"and max_new_tokens={params.max_new_tokens}, got {self.max_model_len}"
             )
 
 

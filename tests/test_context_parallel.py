@@ -1,0 +1,372 @@
+"""One packed sequence over several ranks: log-probabilities and gradients are those of one rank."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import warnings
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import hf_models as hf
+import pytest
+import torch
+import torch.distributed as dist
+from baseline import in_float64, tiny_model
+from cases import image_tree, largest_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import run_processes
+from test_packed_logprobs import checkpoint_layers, gradients, loss_weights, packed_update
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import flexpg
+from flexpg import PrefixTree, Rollouts, block_mask, pack, packed_logprobs
+from flexpg.context_parallel import ContextShard, cut, padded_to, token_ranges
+from flexpg.integrations import integration_for
+from flexpg.integrations.transformers.segment_plan import plan_range
+from flexpg.masks import dense_mask
+from flexpg.tree import BLOCK, PAIRS_PER_TOKEN
+
+PROMPT, BUDGET = 300, 480  # tokens; a budget in which the first group's prompt is cached
+WHOLE = 4000
+ROUNDS_TO_FLOAT32 = 1e-5  # float64 errors of models whose layers compute in float32
+
+
+def make_rollouts() -> Rollouts:
+    """Return two groups over several blocks of 128 tokens, with completions that begin alike and masked tokens."""
+    rng = random.Random(0)
+
+    def draw(length: int) -> list[int]:
+        return [rng.randrange(50) for _ in range(length)]
+
+    start = draw(90)
+    completions = [[[*start, *draw(60)], [*start, *draw(9)], draw(100), draw(40)], [draw(33), draw(3)]]
+    rewards = [[1.0] * len(group) for group in completions]
+    rollouts = Rollouts.from_groups([draw(PROMPT), draw(70)], completions, rewards)
+    is_tool = torch.rand(rollouts.loss_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.2
+    return replace(rollouts, loss_mask=rollouts.completion_mask & ~is_tool)
+
+
+def make_model(name: str) -> nn.Module:
+    """Return an enabled model in float64; a name is `KIND OPTION ...`, torchtune's with a colon."""
+    kind, *options = name.split()
+    library, _, builder = kind.partition(":")
+    if builder:
+        model = in_float64(tiny_model(builder, max_seq_len=512))
+    else:
+        model = hf.tiny_model(library, **hf.FLOAT64_EXPERTS)
+        model = hf.in_float64(hf.with_lora(model) if "lora" in options else model)
+    if "checkpointing" in options:
+        checkpoint_layers(model)
+    return flexpg.enable(model)
+
+
+# The ranges of ranks
+
+
+trees = st.builds(
+    lambda prompts, completions: PrefixTree.from_lengths(prompts, [completions] * len(prompts)),
+    st.lists(st.integers(1, 700), min_size=1, max_size=3),
+    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+)
+
+
+@given(trees, st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_token_ranges_are_whole_blocks_of_about_equal_cost(tree, size):
+    tree = padded_to(tree, size)
+    borders = token_ranges(tree, size)
+    assert borders[0] == 0 and borders[-1] == tree.padded_length and len(borders) == size + 1
+    assert all(b % BLOCK == 0 and b > a for a, b in pairwise(borders))
+    cost = (1 + (tree.position_ids + 1) / PAIRS_PER_TOKEN).double().cumsum(0)
+    for rank in range(1, size):
+        goal, found = float(cost[-1]) * rank / size, float(cost[borders[rank] - 1])
+        tightest = size >= tree.padded_length // BLOCK // 2  # few blocks are left for the others
+        assert tightest or abs(found - goal) <= float(cost[:BLOCK][-1]) * 2
+
+
+def test_token_ranges_of_deeper_tokens_are_shorter():
+    borders = token_ranges(PrefixTree.from_lengths([100 * BLOCK], [[100 * BLOCK]]), 2)
+    assert 100 * BLOCK < borders[1] < 150 * BLOCK  # half of the tokens have less than half of the pairs
+
+
+def test_token_ranges_do_not_cut_images():
+    tree = image_tree((300, 300), (300, 300), completions=(40,))
+    ends = torch.tensor([stop for _, stop in tree.blocks.tolist()])
+    starts = torch.tensor([start for start, _ in tree.blocks.tolist()])
+    assert any(((starts < cut) & (cut < ends)).any() for cut in range(BLOCK, tree.padded_length, BLOCK))
+    for size in (2, 3):
+        for border in token_ranges(tree, size)[1:-1]:
+            assert not ((starts < border) & (border < ends)).any()
+    with pytest.raises(ValueError, match="cut between images can have at most"):
+        token_ranges(tree, tree.padded_length // BLOCK)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_mask_of_a_range_is_that_part_of_the_whole_mask(window):
+    tree = PrefixTree.from_sequences([own.tolist() for own in make_rollouts().sequences])
+    whole = dense_mask(tree.end)
+    if window is not None:
+        whole &= tree.position_ids[:, None] - tree.position_ids[None, :] < window
+    for start, stop in ((0, 256), (128, 384), (256, 640)):
+        mask = block_mask(cut(tree, stop), window, first_query=start)
+        index = torch.arange(stop)
+        found = mask.mask_mod(index.new_zeros(()), index.new_zeros(()), index[: stop - start, None], index[None, :])
+        assert torch.equal(found, whole[start:stop, :stop])
+        assert torch.equal(cut(tree, stop).position_ids, tree.position_ids[:stop])
+
+
+# Log-probabilities and gradients
+
+
+def updates(rank: int, cases: list[tuple[str, int]]) -> list[dict[str, Tensor]]:
+    dist.init_process_group("gloo")
+    rollouts = make_rollouts()
+    found = [
+        packed_update(make_model(name), rollouts, max_tokens=max_tokens, context_parallel=dist.group.WORLD)
+        for name, max_tokens in cases
+    ]
+    dist.destroy_process_group()
+    return found
+
+
+def assert_equal_to_one_rank(size: int, cases: list[tuple[str, int]], budget: float = 1e-12) -> None:
+    expected = [packed_update(make_model(name), make_rollouts(), max_tokens=most) for name, most in cases]
+    for found in run_processes(size, updates, cases):
+        for case, own, single in zip(cases, found, expected, strict=True):
+            assert largest_error(own, single) < budget, case
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_context_parallel_equals_one_rank(size):
+    assert_equal_to_one_rank(size, [("torchtune:llama3_2", WHOLE), ("torchtune:llama3_2", BUDGET)])
+
+
+@pytest.mark.distributed
+def test_context_parallel_with_lora_and_checkpointing():
+    names = ["qwen2 lora", "qwen2 checkpointing", "torchtune:llama3_2 checkpointing"]
+    assert_equal_to_one_rank(3, [(name, BUDGET) for name in names])
+
+
+@pytest.mark.distributed
+def test_context_parallel_with_windows_softcaps_sinks_and_chunks():
+    # Windows of 7 tokens and more; gemma2 has a softcap, gpt_oss sinks, llama4 chunks, qwen2 tied embeddings.
+    names = ["torchtune:gemma2", "qwen2", "gemma2", "gpt_oss", "llama4", "gemma3", "qwen3_moe"]
+    assert_equal_to_one_rank(3, [(name, budget) for name in names for budget in (WHOLE, BUDGET)], ROUNDS_TO_FLOAT32)
+
+
+def gathered_inputs(rank: int, budget: int) -> int:
+    """Return how many recurrent layers of an update gathered their inputs."""
+    dist.init_process_group("gloo")
+    model, rollouts, count = make_model("mamba2"), make_rollouts(), 0
+    gather = ContextShard.gather
+
+    def counting(shard: ContextShard, x: Tensor, dim: int) -> Tensor:
+        nonlocal count
+        count += 1
+        return gather(shard, x, dim)
+
+    ContextShard.gather = counting
+    packed_update(model, rollouts, max_tokens=budget, context_parallel=dist.group.WORLD)
+    dist.destroy_process_group()
+    return count
+
+
+@pytest.mark.distributed
+def test_recurrent_layers_gather_their_inputs_for_cached_prompts_only():
+    assert run_processes(3, gathered_inputs, WHOLE) == [0] * 3
+    for count in run_processes(2, gathered_inputs, BUDGET):
+        assert count > 0
+
+
+def test_ranges_with_a_state_after_one_token_have_no_plan():
+    tree = PrefixTree.from_lengths([129], [[300, 300]])  # the prompt's second part is one token
+    assert plan_range(tree, [0, 128, 384, tree.padded_length], 0) is None
+    plans = [plan_range(tree, [0, 256, tree.padded_length], rank) for rank in range(2)]
+    assert [(own.received, own.sent) for own in plans] == [([], [0, 1]), ([0, 1], [])]
+
+
+@pytest.mark.distributed
+def test_context_parallel_of_recurrent_layers():
+    names = ["qwen3_5", "qwen3_5 checkpointing", "qwen3_5 lora", "mamba2", "lfm2"]
+    assert_equal_to_one_rank(2, [(name, budget) for name in names for budget in (WHOLE, BUDGET)], ROUNDS_TO_FLOAT32)
+    assert_equal_to_one_rank(4, [("qwen3_5", WHOLE), ("bamba", WHOLE)], ROUNDS_TO_FLOAT32)
+
+
+def entropy_update(rank: int, group: bool) -> dict[str, Tensor]:
+    """Return log-probabilities, entropies and gradients of a loss of both, on top of earlier gradients."""
+    if group:
+        dist.init_process_group("gloo")
+    model, rollouts = make_model("torchtune:llama3_2"), make_rollouts()
+    weights = loss_weights(rollouts)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    own = {"max_tokens": WHOLE, "return_entropy": True, "entropy_grad": True, "temperature": 0.7}
+    own |= {"context_parallel": dist.group.WORLD} if group else {}
+    for batch, logprobs, entropies in packed_logprobs(model, rollouts, **own):
+        (logprobs * weights[batch.indices] + entropies * weights[batch.indices].flip(0)).sum().backward()
+    with torch.no_grad():
+        ((_, scored, _),) = packed_logprobs(model, rollouts, **own)
+    assert torch.equal(scored, logprobs)
+    return {"logprobs": logprobs.detach(), "entropies": entropies.detach()} | gradients(model)
+
+
+@pytest.mark.distributed
+def test_context_parallel_entropies_and_gradient_accumulation():
+    expected = entropy_update(0, False)
+    for found in run_processes(2, entropy_update, True):
+        assert largest_error(found, expected) < 1e-12
+
+
+def fsdp_update(rank: int, name: str, sharded: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return an update of two data ranks, of which each is two context ranks."""
+    dist.init_process_group("gloo")
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    model, rollouts = make_model(name), make_rollouts()
+    flat = mesh["data", "context"]._flatten("all") if sharded == (0, 1) else mesh["data"]
+    for layer in integration_for(model).layers(model).values():
+        fully_shard(layer, mesh=flat)
+    fully_shard(model, mesh=flat)
+    data = mesh.get_local_rank("data")
+    batches = [batch for batch in pack(rollouts, BUDGET, world_size=2) if batch.rank == data]
+    update = packed_update(model, rollouts, batches, scale=2.0, context_parallel=mesh["context"])
+    dist.all_reduce(update["logprobs"], group=mesh.get_group("data"))
+    found = {key: x.full_tensor() if key != "logprobs" else x for key, x in update.items()}
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["torchtune:llama3_2", "qwen2 checkpointing"])
+def test_context_parallel_with_fsdp_averages_over_data_ranks_only(name):
+    expected = packed_update(make_model(name), make_rollouts(), max_tokens=WHOLE)
+    for found in run_processes(4, fsdp_update, name, (0, 1)):
+        assert largest_error(found, expected) < 1e-12
+
+
+@pytest.mark.distributed
+def test_context_parallel_fsdp_over_other_ranks_raises():
+    with pytest.raises(ValueError, match="a mesh that contains the ranks of context_parallel"):
+        run_processes(4, fsdp_update, "qwen2", (0,))
+
+
+# Communication and memory
+
+
+def communication(rank: int, checkpointing: bool) -> dict[str, int]:
+    """Return how many elements go through each collective in one update."""
+    dist.init_process_group("gloo")
+    counts: dict[str, int] = {}
+
+    def counting(name: str) -> Any:
+        own = getattr(dist, name)
+
+        def call(out: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+            parts = out if isinstance(out, list) else given
+            counts[name] = counts.get(name, 0) + sum(part.numel() for part in parts)
+            return own(out, given, *args, **kwargs)
+
+        return call
+
+    dist.all_gather, dist.reduce_scatter = counting("all_gather"), counting("reduce_scatter")
+    model = make_model("torchtune:llama3_2" + " checkpointing" * checkpointing)
+    packed_update(model, make_rollouts(), max_tokens=WHOLE, context_parallel=dist.group.WORLD)
+    shard = ContextShard(pack(make_rollouts(), WHOLE)[0].tree, dist.group.WORLD)
+    widest = max(b - a for a, b in pairwise(shard.borders))
+    dist.destroy_process_group()
+    return counts | {"tokens": 2 * widest}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_context_parallel_gathers_keys_and_values_once_per_layer(checkpointing):
+    for found in run_processes(2, communication, checkpointing):
+        per_layer = found["tokens"] * 2 * 2 * 8  # keys and values, two heads of 8
+        assert found["reduce_scatter"] == 2 * per_layer
+        assert found["all_gather"] == 2 * per_layer * (1 + checkpointing)
+
+
+def saved_elements(rank: int, size: int) -> int:
+    """Return the elements that layers save for their backward, each storage counted once."""
+    if size > 1:
+        dist.init_process_group("gloo")
+    model, storages = make_model("torchtune:llama3_2 checkpointing"), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    options = {"context_parallel": dist.group.WORLD} if size > 1 else {}
+    rollouts = make_rollouts()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in packed_logprobs(
+            model, replace(rollouts, loss_mask=rollouts.loss_mask & False), max_tokens=WHOLE, **options
+        ):
+            pass
+    weights = {own.untyped_storage().data_ptr() for own in model.parameters()}
+    return sum(x.numel() for key, x in storages.items() if key not in weights and x.is_floating_point())
+
+
+@pytest.mark.distributed
+def test_context_parallel_saves_a_part_of_the_activations():
+    whole = saved_elements(0, 1)
+    for size in (2, 4):
+        for found in run_processes(size, saved_elements, size):
+            assert found < 1.1 * whole / size + 0.1 * whole
+
+
+# Misuse and faults
+
+
+def other_rollouts(rank: int) -> None:
+    dist.init_process_group("gloo")
+    rollouts = make_rollouts().select(range(6 - rank))
+    next(iter(packed_logprobs(make_model("qwen2"), rollouts, max_tokens=WHOLE, context_parallel=dist.group.WORLD)))
+
+
+@pytest.mark.distributed
+def test_context_parallel_ranks_with_other_rollouts_raise():
+    with pytest.raises(ValueError, match="all ranks of context_parallel must have the same rollouts"):
+        run_processes(2, other_rollouts)
+
+
+def broken_loop(rank: int) -> list[str]:
+    dist.init_process_group("gloo")
+    model, rollouts = make_model("qwen2"), make_rollouts()
+    before = torch.ones_like(next(model.parameters()))
+    next(model.parameters()).grad = before.clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _, logprobs in packed_logprobs(model, rollouts, max_tokens=BUDGET, context_parallel=dist.group.WORLD):
+            logprobs.sum().backward()
+            break
+    dist.destroy_process_group()
+    return [str(own.message) for own in caught if own.category is RuntimeWarning]
+
+
+@pytest.mark.distributed
+def test_context_parallel_loop_that_is_left_warns():
+    for messages in run_processes(2, broken_loop):
+        assert any("gradients are not summed over context_parallel" in message for message in messages)
+
+
+def dying_rank(rank: int) -> None:
+    dist.init_process_group("gloo")
+    model, rollouts = make_model("qwen2"), make_rollouts()
+    for _, logprobs in packed_logprobs(model, rollouts, max_tokens=WHOLE, context_parallel=dist.group.WORLD):
+        if rank == 1:
+            os._exit(1)
+        logprobs.sum().backward()
+
+
+@pytest.mark.distributed
+def test_context_parallel_rank_that_dies_ends_the_others_within_a_minute():
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        run_processes(2, dying_rank)
+    assert time.monotonic() - started < 60
