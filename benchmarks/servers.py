@@ -80,6 +80,7 @@ class ProcessEngine:
     """
 
     is_shared = True
+    max_model_len = None
 
     def __init__(self, path: str) -> None:
         self.version = 0
