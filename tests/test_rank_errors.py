@@ -128,7 +128,7 @@ FAULTS = {  # the setup, options, step of the checkpoint, type of the error, mes
 def test_error_of_one_rank_saves_on_all_and_resumes_to_the_same_steps(tmp_path, uninterrupted, fault):
     setup, options, step, kind, message = FAULTS[fault]
     config, own = SETUPS[setup]
-    other, failed = run_processes(2, fail, tmp_path, config, [*own, *options])
+    other, failed = run_processes(2, fail, tmp_path, config, [*own, *options], timeout_s=60)
     assert failed == (kind, message)
     assert other[0] == "RankError" and message in other[1] and "rank 1 of 2" in other[1], other
     assert (tmp_path / f"checkpoints/step_{step:06d}").exists() and newest(tmp_path) == step
