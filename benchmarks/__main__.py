@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of ru
     "shapes": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "memory": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "scaling": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "context_parallel": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "sharing": {"cpu": [], "cuda": ["device=cuda", "dtype=bf16"]},
     "sampling": {"cpu": ["--repeats", "3"], "cuda": CUDA, "tiny": ["--tiny"]},
     "step": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
