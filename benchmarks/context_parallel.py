@@ -10,7 +10,7 @@ of the tokens. All numbers of ranks alternate in the same processes, those that 
 
 A peak is the most that torch's allocator holds at a time, minus what it held before; that of the rank with the highest.
 Gradients of parameters do not count: each is freed as soon as it is computed, in updates that are not timed. The
-estimate is the cost model's for a rank's share of the tokens, plus the keys and values of one layer. Bytes are those of
+estimate is the cost model's, `flexpg.analysis.ranks.context_parallel_bytes`. Bytes are those of
 the tensors that a rank gathers and sums in one update, its own part included: keys and values in the forward and again
 when a layer is recomputed, and their gradients.
 """
@@ -36,7 +36,7 @@ from benchmarks.models import SHAPES, build_decoder
 from benchmarks.record import run
 from benchmarks.timing import alternate, paired_ratio, quartiles
 from flexpg import Rollouts
-from flexpg.analysis.flops import activation_bytes
+from flexpg.analysis.ranks import context_parallel_bytes
 from flexpg.analysis.torchtune_shape import shape_of
 
 
@@ -149,13 +149,7 @@ def counted_bytes() -> Iterator[dict[str, int]]:
 def estimate_mib(model: nn.Module, rollouts: Rollouts, ranks: int) -> float:
     """Return the cost model's estimate of a rank's peak."""
     shape, itemsize, tokens = shape_of(model), next(model.parameters()).itemsize, rollouts.tree.num_tokens
-    loss_tokens = -(-rollouts.num_loss_tokens // ranks)
-    estimate = activation_bytes(
-        -(-tokens // ranks), loss_tokens, shape, itemsize=itemsize, activation_checkpointing=True
-    )
-    if ranks > 1:
-        estimate += tokens * 2 * shape.num_kv_heads * shape.head_dim * itemsize
-    return estimate / MIB
+    return context_parallel_bytes(tokens, rollouts.num_loss_tokens, shape, ranks, itemsize=itemsize) / MIB
 
 
 def random_rollouts(case: Case, device: torch.device) -> Rollouts:

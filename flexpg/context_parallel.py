@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from flexpg.collectives import gather_parts
 from flexpg.masks import TreeBlockMask
-from flexpg.tree import BLOCK, PAIRS_PER_TOKEN, PrefixTree
+from flexpg.tree import BLOCK, PrefixTree
 
 
 class ContextShard:
@@ -119,10 +119,9 @@ class ShardBlockMask(TreeBlockMask):
 
 
 def token_ranges(tree: PrefixTree, size: int, first: int = 0) -> list[int]:
-    """Return where a packed sequence is cut for `size` ranks, so that they cost about the same.
+    """Return where a packed sequence is cut for `size` ranks, so that they have about equally many tokens, and memory.
 
-    A token costs one unit, and every key that it sees a small part of one. Cuts are at block borders, and not inside of
-    an image, which is encoded on one rank.
+    Cuts are at block borders, and not inside of an image, which is encoded on one rank.
 
     Args:
         tree: The packed sequence, of at least `size` blocks from `first` on.
@@ -138,9 +137,6 @@ def token_ranges(tree: PrefixTree, size: int, first: int = 0) -> list[int]:
     >>> token_ranges(PrefixTree.from_lengths([640], [[320, 320]]), 2)
     [0, 640, 1280]
     """
-    cost = 1 + (tree.position_ids + 1) / PAIRS_PER_TOKEN  # [S] float32
-    cost[tree.num_tokens :] = 1
-    total = cost[first:].view(-1, BLOCK).sum(1, dtype=torch.float64).cumsum(0).cpu()  # at the end of each block
     cuts = torch.arange(first + BLOCK, tree.padded_length, BLOCK)
     if tree.block_end is not None:
         farthest = tree.block_end.cummax(0).values.cpu()  # an image block that begins before a cut ends before it
@@ -151,8 +147,8 @@ def token_ranges(tree: PrefixTree, size: int, first: int = 0) -> list[int]:
     for rank in range(1, size):
         allowed = cuts[rank - 1 : len(cuts) - (size - 1 - rank)]  # one for each border before and after this one
         allowed = allowed[allowed > borders[-1]]
-        until = total[(allowed - first) // BLOCK - 1]
-        borders.append(int(allowed[(until - total[-1] * rank / size).abs().argmin()]))
+        even = first + (tree.padded_length - first) * rank / size
+        borders.append(int(allowed[(allowed - even).abs().argmin()]))
     return [*borders, tree.padded_length]
 
 

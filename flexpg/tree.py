@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 BLOCK = 128  # tokens per block of FlexAttention
 MIN_BLOCKS = 2  # torch.compile specializes on a dimension of size 1 and would recompile for it
 
-# A visible pair costs 4 E operations per layer, a token at least 24 E^2: at width E = 2048, this many pairs per token.
-PAIRS_PER_TOKEN = 6 * 2048
-
 Tokens = Tensor | np.ndarray | Sequence[int]
 
 

@@ -201,7 +201,7 @@ def test_report_by_ranks_divides_activations_and_adds_what_is_gathered(checkpoin
         ranks = row["ranks"]
         own = activation_bytes(
             math.ceil(tokens / ranks),
-            math.ceil(loss_tokens / ranks),
+            loss_tokens,
             SHAPE,
             itemsize=4,
             activation_checkpointing=checkpointing,

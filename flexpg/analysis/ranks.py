@@ -25,8 +25,8 @@ def context_parallel_bytes(
 
     Args:
         num_tokens: Tokens of the packed sequence.
-        num_loss_tokens: Completion tokens whose logits are computed, which ranks share evenly only if completions are
-            on all of them; so that is the bytes of an average rank.
+        num_loss_tokens: Completion tokens whose logits are computed, all on one rank: after a long prompt, completions
+            are at the end.
         shape: The model.
         ranks: Ranks of the context-parallel group.
         itemsize: Bytes per entry: 2 for bfloat16, 4 for float32.
@@ -38,7 +38,7 @@ def context_parallel_bytes(
     """
     own = activation_bytes(
         -(-num_tokens // ranks),
-        -(-num_loss_tokens // ranks),
+        num_loss_tokens,  # which may all be on the last rank
         shape,
         itemsize=itemsize,
         activation_checkpointing=activation_checkpointing,
