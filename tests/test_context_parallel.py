@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 import warnings
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import hf_models as hf
@@ -33,6 +35,7 @@ from flexpg.tree import BLOCK
 
 PROMPT, BUDGET = 300, 480  # tokens; a budget in which the first group's prompt is cached
 WHOLE = 4000
+SCALING = Path(__file__).parent.parent / "docs/scaling.md"
 ROUNDS_TO_FLOAT32 = 1e-5  # float64 errors of models whose layers compute in float32
 
 
@@ -245,6 +248,20 @@ def test_context_parallel_with_fsdp_averages_over_data_ranks_only(name):
 def test_context_parallel_fsdp_over_other_ranks_raises():
     with pytest.raises(ValueError, match="a mesh that contains the ranks of context_parallel"):
         run_processes(4, fsdp_update, "qwen2", (0,))
+
+
+def run_snippet(rank: int) -> dict[str, Tensor]:
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", SCALING.read_text(), re.DOTALL)[0], names)
+    dist.destroy_process_group()
+    return gradients(names["model"])
+
+
+@pytest.mark.distributed
+def test_snippet_of_the_documentation_has_the_gradients_of_one_rank():
+    (expected,) = run_processes(1, run_snippet)
+    for found in run_processes(2, run_snippet):
+        assert largest_error(found, expected) < 1e-4  # in float32
 
 
 # Communication and memory

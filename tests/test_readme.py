@@ -1,6 +1,7 @@
 """The snippets of README and docs run as typed, and links resolve.
 
-Those of cost.md, conversations.md and rewards.md run in test_flops.py, test_conversations.py and test_rewards.py.
+Those of cost.md, conversations.md, rewards.md and scaling.md run in test_flops.py, test_conversations.py,
+test_rewards.py and test_context_parallel.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("cost.md", "conversations.md", "rewards.md", "recipes.md")  # recipes.md loads what a run has trained
+ELSEWHERE = ("cost.md", "conversations.md", "rewards.md", "scaling.md")
+ELSEWHERE += ("recipes.md",)  # which loads what a run has trained
 SNIPPETS = {path.name: re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL) for path in PAGES}
 SOLUTIONS = "example_model_solutions.jsonl"  # four models' solutions of a problem on each line, which report.md reads
 
