@@ -78,8 +78,8 @@ def token_logprobs(
         return_entropy: Also return the entropy of each predicted distribution, in nats.
         entropy_grad: Whether entropies have a gradient, for an entropy bonus; the backward then needs more memory for
             each chunk of logits.
-        row_of: [S] int64, the row of `hidden` that belongs to each packed token, -1 for none: only what the given rows
-            predict is scored. None if `hidden` is complete.
+        row_of: [S] int64, the row of `hidden` that belongs to each packed token, or -1: only what these rows predict is
+            scored. None if `hidden` is complete.
 
     Returns:
         [N, C] float32 (float64 for float64 logits), 0 where `loss_mask` is False; with `return_entropy`, two of them.

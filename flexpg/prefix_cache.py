@@ -147,7 +147,7 @@ class PrefixCache:
         return ContextShard(self.with_padding(tree), self.shard.group, first=self.tree.padded_length)
 
     def row_of(self, tree: PrefixTree, shard: ContextShard) -> Tensor:
-        """Return [S] int64, the row of this rank's hidden states for each token of a micro-batch; -1 for none.
+        """Return [S] int64, the row of this rank's hidden states for each token of a micro-batch, or -1.
 
         Args:
             tree: The micro-batch's tree.

@@ -12,8 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 def offload_activations(device: torch.device) -> saved_tensors_hooks:
     """Return a context in which what autograd saves for the backward is copied to main memory, and back when needed.
 
-    Weights and broadcast tensors stay where they are: they take no memory of their own, or FSDP gathers them again. Of
-    layers that are recomputed in the backward, only the inputs are saved. It is torch's `save_on_cpu`, except that this
+    Weights and broadcast tensors stay where they are: they exist anyway, or FSDP gathers them again. Of layers
+    that are recomputed in the backward, only the inputs are saved. It is torch's `save_on_cpu`, except that this
     one also copies weights and, to pinned memory, loses the strides that compiled backwards rely on (torch 2.13).
 
     Args:
