@@ -101,13 +101,16 @@ def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
     Gradients from before are left as they are, and added. A parameter that has no gradient on any rank gets none.
     """
     trained = [own for own in model.parameters() if own.requires_grad]
+    if not (trained and torch.is_grad_enabled()):
+        yield
+        return
     before = [own.grad for own in trained]
     for own in trained:
         own.grad = None
     try:
         yield
         has_grad = torch.tensor([own.grad is not None for own in trained], dtype=torch.int32)
-        has_grad = has_grad.to(trained[0].device) if trained else has_grad
+        has_grad = has_grad.to(trained[0].device)
         dist.all_reduce(has_grad, group=group)
         for own, count in zip(trained, has_grad.tolist(), strict=True):
             if count:

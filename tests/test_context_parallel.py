@@ -207,7 +207,8 @@ def entropy_update(rank: int, group: bool) -> dict[str, Tensor]:
         (logprobs * weights[batch.indices] + entropies * weights[batch.indices].flip(0)).sum().backward()
     with torch.no_grad():
         ((_, scored, _),) = packed_logprobs(model, rollouts, **own)
-    assert torch.equal(scored, logprobs)
+        ((_, by_frozen, _),) = packed_logprobs(model.requires_grad_(False), rollouts, **own)
+    assert torch.equal(scored, logprobs) and torch.equal(by_frozen, logprobs)
     return {"logprobs": logprobs.detach(), "entropies": entropies.detach()} | gradients(model)
 
 
