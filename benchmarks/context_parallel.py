@@ -5,7 +5,7 @@
     python -m benchmarks.context_parallel --tiny             # seconds, as a test
 
 An update is forward, log-probabilities, loss and backward of one group in one packed sequence, with activation
-checkpointing, so that layers keep their inputs only. On one rank it is the usual one; on several, each computes a range
+checkpointing, so that layers keep their inputs only. On one rank it is the usual one; on several, each computes a part
 of the tokens. All numbers of ranks alternate in the same processes, those that take no part wait.
 
 A peak is the most that torch's allocator holds at a time, minus what it held before; that of the rank with the highest.

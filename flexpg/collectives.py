@@ -21,26 +21,27 @@ from torch.nn import functional
 Kind = tuple[torch.Size, torch.dtype]
 
 
-def gather_parts(x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Tensor:
-    """Return the parts of all ranks, one after the other; gradients are summed over ranks and scattered back.
+def gather_ranges(x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Tensor:
+    """Return the ranges of all ranks, one after the other; gradients are summed over ranks and scattered back.
 
     Args:
-        x: This rank's part.
-        dim: The dimension in which parts follow one another.
+        x: This rank's ranges: the one of its own number, then the one as far from the end.
+        dim: The dimension in which ranges follow one another.
         group: The ranks.
-        lengths: Of the part of each rank.
+        lengths: Of each range; twice as many as ranks.
     """
-    gathered: Tensor = _GatherParts.apply(x, dim, group, lengths)
+    gathered: Tensor = _GatherRanges.apply(x, dim, group, lengths)
     return gathered
 
 
-def send_states(states: Sequence[Mapping[Any, Tensor]], out: Tensor, group: ProcessGroup) -> Tensor:
-    """Send a recurrent layer's states to the next rank; their gradients come back in the backward.
+def send_states(states: Sequence[Mapping[Any, Tensor]], out: Tensor, group: ProcessGroup, rank: int) -> Tensor:
+    """Send a recurrent layer's states to another rank; their gradients come back in the backward.
 
     Args:
         states: Tensors by name, of each segment.
         out: The layer's output, whose backward waits for the gradients.
         group: The ranks.
+        rank: The receiver, in the group.
 
     Returns:
         `out`.
@@ -48,18 +49,18 @@ def send_states(states: Sequence[Mapping[Any, Tensor]], out: Tensor, group: Proc
     tensors = [own for each in states for own in each.values()]
     has_grad = any(own.requires_grad for own in tensors)
     kinds = [{key: (own.shape, own.dtype) for key, own in each.items()} for each in states]
-    dist.send_object_list([(kinds, has_grad)], group=group, group_dst=group.rank() + 1, device=out.device)
-    zero: Tensor = _SendToNext.apply(group, *tensors)
+    dist.send_object_list([(kinds, has_grad)], group=group, group_dst=rank, device=out.device)
+    zero: Tensor = _Send.apply(group, rank, *tensors)
     return out + zero.to(out)
 
 
-def receive_states(group: ProcessGroup, device: torch.device) -> list[dict[Any, Tensor]]:
-    """Return the states that the rank before this one sends."""
+def receive_states(group: ProcessGroup, rank: int, device: torch.device) -> list[dict[Any, Tensor]]:
+    """Return the states that another rank of a group sends."""
     message: list[Any] = [None]
-    dist.recv_object_list(message, group=group, group_src=group.rank() - 1, device=device)
+    dist.recv_object_list(message, group=group, group_src=rank, device=device)
     kinds, has_grad = message[0]
     anchor = torch.zeros((), device=device, requires_grad=has_grad and torch.is_grad_enabled())
-    tensors = iter(_ReceiveFromPrevious.apply(anchor, group, [kind for each in kinds for kind in each.values()]))
+    tensors = iter(_Receive.apply(anchor, group, rank, [kind for each in kinds for kind in each.values()]))
     return [{key: next(tensors) for key in each} for each in kinds]
 
 
@@ -129,23 +130,26 @@ def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
                 own.grad = earlier if own.grad is None else earlier.add_(own.grad)
 
 
-class _GatherParts(torch.autograd.Function):
+class _GatherRanges(torch.autograd.Function):
     """All-gather of parts of different lengths; the backward is a reduce-scatter."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Tensor:
         ctx.dim, ctx.group, ctx.lengths = dim, group, lengths
-        own = _padded(_first(x, dim), max(lengths))
-        parts = [torch.empty_like(own) for _ in lengths]
+        pairs = [*zip(lengths, reversed(lengths), strict=True)][: group.size()]
+        own = _padded(_first(x, dim), max(map(sum, pairs)))
+        parts = [torch.empty_like(own) for _ in pairs]
         dist.all_gather(parts, own, group)
-        whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        ranges = [part[: sum(pair)].split(pair) for part, pair in zip(parts, pairs, strict=True)]
+        whole = torch.cat([first for first, _ in ranges] + [second for _, second in reversed(ranges)])
         return whole.movedim(0, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        parts = _first(grad, ctx.dim).split(ctx.lengths)
-        longest, own = max(ctx.lengths), ctx.lengths[dist.get_rank(ctx.group)]
+        ranges = _first(grad, ctx.dim).split(ctx.lengths)
+        parts = [torch.cat(pair) for pair in zip(ranges, reversed(ranges), strict=True)][: ctx.group.size()]
+        longest, own = max(map(len, parts)), len(parts[ctx.group.rank()])
         # In float32 or better: bfloat16 would lose small gradients among large ones.
         wide = torch.promote_types(grad.dtype, torch.float32)
         padded = [_padded(part, longest).to(wide) for part in parts]
@@ -154,14 +158,14 @@ class _GatherParts(torch.autograd.Function):
         return total[:own].movedim(0, ctx.dim).to(grad.dtype), None, None, None
 
 
-class _SendToNext(torch.autograd.Function):
-    """Send to the next rank; the backward receives."""
+class _Send(torch.autograd.Function):
+    """Send to another rank; the backward receives."""
 
     @staticmethod
-    def forward(ctx, group: ProcessGroup, *states: Tensor) -> Tensor:
-        ctx.group, ctx.kinds = group, [(own.shape, own.dtype) for own in states]
+    def forward(ctx, group: ProcessGroup, rank: int, *states: Tensor) -> Tensor:
+        ctx.group, ctx.rank, ctx.kinds = group, rank, [(own.shape, own.dtype) for own in states]
         for own in states:
-            dist.send(own.contiguous(), group=group, group_dst=group.rank() + 1)
+            dist.send(own.contiguous(), group=group, group_dst=rank)
         return states[0].new_zeros(())
 
     @staticmethod
@@ -169,27 +173,27 @@ class _SendToNext(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grads = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds]
         for own in grads:
-            dist.recv(own, group=ctx.group, group_src=ctx.group.rank() + 1)
-        return None, *grads
+            dist.recv(own, group=ctx.group, group_src=ctx.rank)
+        return None, None, *grads
 
 
-class _ReceiveFromPrevious(torch.autograd.Function):
-    """Receive from the rank before; the backward sends."""
+class _Receive(torch.autograd.Function):
+    """Receive from another rank; the backward sends."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, group: ProcessGroup, kinds: list[Kind]) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx, anchor: Tensor, group: ProcessGroup, rank: int, kinds: list[Kind]) -> tuple[Tensor, ...]:
+        ctx.group, ctx.rank = group, rank
         states = [torch.empty(shape, dtype=dtype, device=anchor.device) for shape, dtype in kinds]
         for own in states:
-            dist.recv(own, group=group, group_src=group.rank() - 1)
+            dist.recv(own, group=group, group_src=rank)
         return tuple(states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         for own in grads:
-            dist.send(own.contiguous(), group=ctx.group, group_dst=ctx.group.rank() - 1)
-        return None, None, None
+            dist.send(own.contiguous(), group=ctx.group, group_dst=ctx.rank)
+        return None, None, None, None
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -1,7 +1,10 @@
-"""One packed sequence over the ranks of a group: each computes a range of its tokens in all layers.
+"""One packed sequence over the ranks of a group: each computes a part of its tokens in all layers.
+
+The sequence is cut into twice as many ranges as there are ranks. Rank r takes range r and the r-th from the end, so
+that all have equally many tokens and, as tokens at the end see more keys, about equally many pairs.
 
 In attention the queries of a rank are its own tokens, and the keys and values are those of all ranks up to the end of
-its range: they are gathered in every layer, and their gradients are summed and scattered back. In depth-first order the
+a range: they are gathered in every layer, and their gradients are summed and scattered back. In depth-first order the
 ancestors of a token are before it, so the mask is that of the tree, cut at the end of the range. A token is predicted
 at its parent, so the rank that owns the parent scores it, and no hidden state leaves its rank.
 
@@ -22,13 +25,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from flexpg.collectives import gather_parts
+from flexpg.collectives import gather_ranges
 from flexpg.masks import TreeBlockMask
 from flexpg.tree import BLOCK, PrefixTree
 
 
 class ContextShard:
-    """The range of a packed sequence that this rank of a group computes.
+    """The two ranges of a packed sequence that this rank of a group computes.
 
     Args:
         tree: The packed sequence.
@@ -40,44 +43,51 @@ class ContextShard:
         group: The ranks.
         rank: This rank in the group.
         first: The packed index of the first token that is computed at all.
-        tree: The packed sequence, with at least one block for every rank.
-        borders: Rank r of the group computes the tokens from `borders[r]` up to `borders[r + 1]`.
-        start: The packed index of this rank's first token.
-        stop: One past that of its last token.
+        tree: The packed sequence, with at least one block for every range.
+        borders: Range i is the tokens from `borders[i]` up to `borders[i + 1]`.
+        own: The numbers of this rank's ranges, ascending.
+        index: [n] int64, the packed indices of this rank's tokens.
+        stop: One past the last of them.
     """
 
     def __init__(self, tree: PrefixTree, group: ProcessGroup, first: int = 0) -> None:
         self.group, self.rank, self.first = group, dist.get_rank(group), first
-        size = dist.get_world_size(group)
-        self.tree = padded_to(tree, first // BLOCK + size)
-        self.borders = token_ranges(self.tree, size, first)
-        self.start, self.stop = self.borders[self.rank], self.borders[self.rank + 1]
+        count = 2 * dist.get_world_size(group)
+        self.tree = padded_to(tree, first // BLOCK + count)
+        self.borders = token_ranges(self.tree, count, first)
+        self.own = self.rank, count - 1 - self.rank
+        ranges = [self.range_of(number) for number in self.own]
+        self.index = torch.cat([torch.arange(start, stop, device=tree.end.device) for start, stop in ranges])
+        self.stop = ranges[-1][1]
 
     @property
     def row_of(self) -> Tensor:
         """[S] int64, the row of this rank's hidden states for each packed token; -1 for those of other ranks."""
-        index = torch.arange(self.tree.padded_length, device=self.tree.end.device)
-        return torch.where((index >= self.start) & (index < self.stop), index - self.start, -1)
+        rows = torch.arange(len(self.index), device=self.index.device)
+        return torch.full_like(self.tree.end, -1, dtype=torch.int64).scatter(0, self.index, rows)
 
-    @property
-    def visible(self) -> PrefixTree:
-        """The tree up to the end of this rank's range, which holds all that its tokens see."""
-        return cut(self.tree, self.stop)
+    def range_of(self, number: int) -> tuple[int, int]:
+        """Return where a range begins and ends."""
+        return self.borders[number], self.borders[number + 1]
+
+    def owner_of(self, number: int) -> int:
+        """Return the rank that computes a range."""
+        return min(number, len(self.borders) - 2 - number)
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """Return a tensor of all tokens from this rank's part; gradients are summed over ranks and scattered back.
 
         Args:
-            x: [..., start to stop, ...].
+            x: [..., n, ...].
             dim: The dimension of tokens.
         """
-        return gather_parts(x, dim, self.group, [b - a for a, b in pairwise(self.borders)])
+        return gather_ranges(x, dim, self.group, [b - a for a, b in pairwise(self.borders)])
 
     def gather_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all tokens up to this rank's last one, from `first` on, by one collective.
 
         Args:
-            k: [1, Hkv, stop - start, D].
+            k: [1, Hkv, n, D].
             v: Likewise.
         """
         keys, values = self.gather(torch.cat([k, v]), 2)[:, :, : self.stop - self.first].split(1)
@@ -85,22 +95,36 @@ class ContextShard:
 
 
 class ShardBlockMask(TreeBlockMask):
-    """The TreeBlockMask of a rank's queries, with the range that its keys are gathered for.
+    """The TreeBlockMask of a rank's queries, which are those of its two ranges.
+
+    Its own block tables are those of the second range.
 
     Attributes:
-        shard: The rank's range of the packed sequence.
+        shard: The rank's part of the packed sequence.
+        ranges: The masks of both ranges.
     """
 
     def __init__(
         self,
         shard: ContextShard,
-        tree: PrefixTree | None = None,
         window: int | None = None,
         chunk: int | None = None,
         bidirectional: bool = False,
     ) -> None:
-        super().__init__(shard.visible if tree is None else tree, window, shard.start, chunk, bidirectional)
-        self.shard = shard
+        (start, stop), (second, last) = map(shard.range_of, shard.own)
+        super().__init__(cut(shard.tree, last), window, second, chunk, bidirectional)
+        first = TreeBlockMask(cut(shard.tree, stop), window, start, chunk, bidirectional)
+        self.shard, self.ranges = shard, (first, TreeBlockMask(self.tree, window, second, chunk, bidirectional))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[1, 1, queries, keys]."""
+        return 1, 1, len(self.shard.index), self.shard.stop
+
+    @property
+    def query_positions(self) -> Tensor:
+        """[n] int64, the positions of the queries."""
+        return self.shard.tree.position_ids[self.shard.index]
 
     @cached_property
     def whole(self) -> TreeBlockMask:
@@ -115,17 +139,17 @@ class ShardBlockMask(TreeBlockMask):
         raise TypeError("ShardBlockMask cannot be pickled or copied: it holds a process group; pickle mask.shard.tree")
 
     def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
-        return ShardBlockMask(self.shard, tree, window, chunk, bidirectional)
+        return ShardBlockMask(self.shard, window, chunk, bidirectional)
 
 
 def token_ranges(tree: PrefixTree, size: int, first: int = 0) -> list[int]:
-    """Return where a packed sequence is cut for `size` ranks, so that they have about equally many tokens, and memory.
+    """Return where a packed sequence is cut into `size` ranges of about equally many tokens.
 
     Cuts are at block borders, and not inside of an image, which is encoded on one rank.
 
     Args:
         tree: The packed sequence, of at least `size` blocks from `first` on.
-        size: Number of ranks.
+        size: Number of ranges.
         first: The packed index of the first token that is computed, a multiple of 128.
 
     Returns:

@@ -117,6 +117,7 @@ class TreeBlockMask(BlockMask):
     """
 
     ndim = 4  # [1, 1, S, S]; some transformers models check it
+    ranges: tuple[TreeBlockMask, ...] = ()  # masks of parts of the queries, if they are not one range
 
     def __init__(
         self,
@@ -177,6 +178,11 @@ class TreeBlockMask(BlockMask):
     def for_images(self, bidirectional: bool) -> TreeBlockMask:
         """Return the same mask with image blocks that are bidirectional, or not; computed once."""
         return self._with_limits(self.window, self.chunk, bidirectional)
+
+    @property
+    def query_positions(self) -> Tensor:
+        """[Q] int64, the positions of the queries."""
+        return self.tree.position_ids[self.first_query :]
 
     def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the queries of a layer attend to: here its keys and values as they are.

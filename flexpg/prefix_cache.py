@@ -45,11 +45,11 @@ class PrefixCache:
         inputs: The prompt's images, or None.
         forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and this
             cache, in which the layers store their keys and values.
-        group: The ranks that share the prompt, each of which computes and stores a range of it; None for this one only.
+        group: The ranks that share the prompt, each of which computes and stores a part of it; None for this one only.
 
     Attributes:
         tree: The prompt as a packed sequence.
-        shard: This rank's range of it, or None.
+        shard: This rank's part of it, or None.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class PrefixCache:
         return PrefixBlockMask(self, self.with_padding(tree), first_query=self.tree.padded_length)
 
     def shard_of(self, tree: PrefixTree) -> ContextShard | None:
-        """Return this rank's range of a micro-batch, or of the prompt; None for all of it.
+        """Return this rank's part of a micro-batch, or of the prompt; None for all of it.
 
         Args:
             tree: The micro-batch's tree, of whole sequences; or the prompt's.
@@ -151,12 +151,12 @@ class PrefixCache:
 
         Args:
             tree: The micro-batch's tree.
-            shard: This rank's range of it. Its hidden states come after those of this rank's range of the prompt.
+            shard: This rank's part of it. Its hidden states come after those of this rank's part of the prompt.
         """
         assert self.shard is not None
         length, size = self.tree.num_tokens, self.tree.padded_length
         prompt, rest = self.shard.row_of[:length], shard.row_of[size:]
-        rest = torch.where(rest < 0, rest, rest + self.shard.stop - self.shard.start)
+        rest = torch.where(rest < 0, rest, rest + len(self.shard.index))
         return torch.cat([prompt, rest[: tree.num_tokens - length]])
 
     def with_padding(self, tree: PrefixTree) -> PrefixTree:
@@ -300,7 +300,7 @@ class PrefixShardMask(ShardBlockMask):
         return self.cache.extend(self, layer, k, v)
 
     def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
-        return PrefixShardMask(self.cache, self.shard, tree, window, chunk, bidirectional)
+        return PrefixShardMask(self.cache, self.shard, window, chunk, bidirectional)
 
 
 @dataclass(frozen=True)
@@ -331,12 +331,12 @@ def packed_input(
         model: The model, whose compiled layers are looked at.
         tree: The packed sequence, of S tokens.
         prefix: A cached prompt with which all sequences begin, or whose own forward this is.
-        shard: The range of the packed sequence that this rank computes; None for all of it.
+        shard: The part of the packed sequence that this rank computes; None for all of it.
     """
     if shard is not None:
-        own = slice(shard.start, shard.stop)
         sharded = ShardBlockMask(shard) if prefix is None else PrefixShardMask(prefix, shard)
-        return PackedInput(shard.tree.input_ids[:, own], shard.tree.position_ids[None, own], sharded)
+        input_ids, position_ids = shard.tree.input_ids[:, shard.index], shard.tree.position_ids[shard.index]
+        return PackedInput(input_ids, position_ids[None], sharded)
     mask = TreeBlockMask(tree) if prefix is None else prefix.mask_for(tree)
     keep_padding = (
         mask.tree.end.device.type != "cpu"
@@ -357,7 +357,7 @@ def whole_sequence(
         hidden: [1, S', E].
         tree: The packed sequence, of S tokens.
         prefix: The cached prompt, if any.
-        shard: The range of the packed sequence that this rank computes, if not all of it.
+        shard: The part of the packed sequence that this rank computes, if not all of it.
 
     Returns:
         [1, S, E], or those of the shard as they are; the values at padding have no meaning.

@@ -287,7 +287,8 @@ def communication(rank: int, checkpointing: bool) -> dict[str, int]:
     model = make_model("torchtune:llama3_2" + " checkpointing" * checkpointing)
     packed_update(model, make_rollouts(), max_tokens=WHOLE, context_parallel=dist.group.WORLD)
     shard = ContextShard(pack(make_rollouts(), WHOLE)[0].tree, dist.group.WORLD)
-    widest = max(b - a for a, b in pairwise(shard.borders))
+    lengths = [b - a for a, b in pairwise(shard.borders)]
+    widest = max(lengths[0] + lengths[3], lengths[1] + lengths[2])
     dist.destroy_process_group()
     return counts | {"tokens": 2 * widest}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,14 @@ def attention(
         raise ValueError(f"sinks must be [{q.shape[1]}], one logit per query head, got {list(sinks.shape)}")
     if window is not None:
         mask = mask.for_window(window)
+    if mask.ranges:
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "backend": backend}
+        parts = zip(q.split([part.shape[-2] for part in mask.ranges], 2), mask.ranges, strict=True)
+        outs = [
+            attention(rows, k[:, :, : part.shape[-1]], v[:, :, : part.shape[-1]], part, **options)
+            for rows, part in parts
+        ]
+        return torch.cat(outs, 2)
     hides = any(size is not None and size < mask.tree.max_length for size in (mask.window, mask.chunk))
     chosen = _choose(backend, q, is_plain=not hides and softcap is None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -49,7 +49,7 @@ class Integration(Protocol):
     ) -> Tensor:
         """Compute the hidden states [1, S, E] of a packed sequence, after the final norm.
 
-        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is. `shard` is the range
+        `prefix` is a cached prompt with which all sequences begin, or whose own forward this is. `shard` is the part
         that this rank computes, whose hidden states are returned; None for the whole sequence. With `step_has_images`,
         a vision encoder that is sharded with the model gets gradients, which are 0 without images.
         """
@@ -207,7 +207,7 @@ def packed_logprobs(
             each chunk of logits.
         autocast_dtype: Run the forwards under torch.autocast with this dtype; None to leave autocast unchanged.
         context_parallel: Ranks with the same rollouts and model that share the work on every packed sequence, for
-            prompts that are too long for one: a process group, or a one-dimensional DeviceMesh. Each computes a range
+            prompts that are too long for one: a process group, or a one-dimensional DeviceMesh. Each computes a part
             of the tokens. All get the same log-probabilities and, when the loop ends, the gradients of one rank alone;
             FSDP2 averages them as usual, over a mesh that contains these ranks. None for this rank only.
 

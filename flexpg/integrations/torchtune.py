@@ -75,7 +75,7 @@ def forward(
         model: A torchtune decoder (llama, qwen2, mistral, phi3, gemma2 ...), with or without activation checkpointing.
         tree: The packed sequence, with tokens, on the model's device.
         prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
-        shard: The range of the packed sequence that this rank computes; None for all of it.
+        shard: The part of the packed sequence that this rank computes; None for all of it.
         step_has_images: Must be False.
 
     Returns:

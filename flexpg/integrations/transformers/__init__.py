@@ -70,7 +70,7 @@ def forward(
             sharded by FSDP2 or not.
         tree: The packed sequence, with tokens, on the model's device.
         prefix: A cached prompt with which all sequences begin, from `flexpg.integrations.encode_prefix`.
-        shard: The range of the packed sequence that this rank computes; None for all of it.
+        shard: The part of the packed sequence that this rank computes; None for all of it.
         step_has_images: Whether a prompt of the step has images, here or on another rank: all ranks then need gradients
             of a vision encoder that is sharded with the model, which are 0 without images.
 

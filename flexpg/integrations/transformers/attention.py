@@ -177,7 +177,7 @@ def _with_temperatures_by_position(module: Any, query: Tensor, mask: TreeBlockMa
     def temperature(positions: Tensor) -> Tensor:  # as in Llama4TextAttention
         return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    positions = mask.tree.position_ids[mask.first_query :][: query.shape[2]][None]  # [1, T]
+    positions = mask.query_positions[: query.shape[2]][None]  # [1, T]
     if isinstance(mask, SampleBlockMask) and mask.cache.is_filled:
         positions = mask.cache.positions()[:, None]  # [B, 1]
     indices = torch.arange(query.shape[2], device=query.device)

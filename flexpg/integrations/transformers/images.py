@@ -53,11 +53,17 @@ class EncodedItems:
     owners: tuple[str, ...]
 
 
-def encoded_items(tree: PrefixTree, first: int = 0, stop: int | None = None) -> list[EncodedItems]:
-    """Return what a forward of the packed tokens from `first` up to `stop` encodes, each different image once."""
+def encoded_items(tree: PrefixTree, encoded: np.ndarray) -> list[EncodedItems]:
+    """Return what a forward of some packed tokens encodes, each different image once.
+
+    Args:
+        tree: The packed sequence.
+        encoded: [n] int64, the packed indices of the tokens.
+    """
     if tree.inputs is None:
         return []
     node = tree.node.cpu().numpy()
+    is_here = np.isin(np.arange(tree.padded_length), encoded)
     found = []
     for kind in FEATURES:
         feature = np.full((tree.padded_length, 2), -1)  # of each packed token: identity of the item, and its row
@@ -66,14 +72,13 @@ def encoded_items(tree: PrefixTree, first: int = 0, stop: int | None = None) -> 
             for i, item in enumerate(own.items):
                 mine = np.flatnonzero(own.item == i)
                 packed = node[n, mine]
-                is_here = (packed >= first) & (packed < (stop or tree.padded_length))
-                if item.kind == kind and is_here.any():
+                if item.kind == kind and is_here[packed].any():
                     items.setdefault(item.identity, (item, own.name))
                     feature[packed] = np.stack([np.full(len(mine), item.identity), own.row[mine]], 1)
         if items:
             starts = accumulate((item.num_tokens for item, _ in items.values()), initial=0)
             offset = dict(zip(items, starts, strict=False))
-            here = feature[first:stop]
+            here = feature[encoded]
             identities, rows = here[here[:, 0] >= 0].T
             index = np.array([offset[own] for own in identities.tolist()]) + rows
             unique, owners = zip(*items.values(), strict=True)
@@ -109,16 +114,18 @@ def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[st
         model: The transformers model.
         packed: What goes through it.
     """
-    mask, tree = packed.mask, packed.mask.tree
+    mask = packed.mask
     if isinstance(mask, ShardBlockMask):
-        tree = mask.shard.tree
-    encoded_now = slice(mask.first_query, mask.first_query + packed.input_ids.shape[1])
+        tree, encoded_now = mask.shard.tree, mask.shard.index
+    else:
+        tree, last = mask.tree, mask.first_query + packed.input_ids.shape[1]
+        encoded_now = torch.arange(mask.first_query, last, device=tree.end.device)
     arguments: dict[str, Any] = {
         "input_ids": packed.input_ids,
         "position_ids": position_ids(model, tree)[..., encoded_now],
         "attention_mask": mask_by_kind(model, mask),
     }
-    encoded = encoded_items(tree, encoded_now.start, encoded_now.stop)
+    encoded = encoded_items(tree, encoded_now.cpu().numpy())
     for own in encoded:
         arguments |= _taken(model, _on_device(model, concatenated(own.items)))
     with _in_packed_order(backbone(model), encoded):

@@ -45,7 +45,7 @@ _checked: set[type] = set()  # kinds of layers that were seen to continue from a
 
 
 _plans: WeakKeyDictionary[TreeBlockMask, Plan] = WeakKeyDictionary()
-_range_plans: WeakKeyDictionary[TreeBlockMask, RangePlan | None] = WeakKeyDictionary()
+_range_plans: WeakKeyDictionary[TreeBlockMask, list[RangePlan | None]] = WeakKeyDictionary()
 
 
 class SegmentStates:
@@ -246,27 +246,31 @@ def _over_ranks(
     hidden: Tensor,
     mask: ShardBlockMask,
 ) -> Tensor:
-    """Compute a recurrent layer over this rank's range of a packed sequence.
+    """Compute a recurrent layer over this rank's ranges of a packed sequence.
 
-    States pass from each rank to the next. With a cached prompt, and where a state after a single token would pass, the
-    inputs of all ranks are gathered instead, and each rank computes the whole layer.
+    States pass from each range to the next. With a cached prompt, and where a state after a single token would pass,
+    the inputs of all ranks are gathered instead, and each rank computes the whole layer.
     """
     shard = mask.shard
     if mask not in _range_plans:
         is_cached = isinstance(mask, PrefixShardMask)
-        _range_plans[mask] = None if is_cached else plan_range(shard.tree, shard.borders, shard.rank)
-    ranged = _range_plans[mask]
-    if ranged is None:
-        whole = _segmented(module, call, shard.gather(hidden, 1), mask.whole)
-        return whole[:, shard.start - shard.first : shard.stop - shard.first]
+        _range_plans[mask] = [None if is_cached else plan_range(shard.tree, shard.borders, own) for own in shard.own]
+    outs = []
     kept: dict[int, tuple[States, int]] = {}
-    if ranged.received:
-        states = receive_states(shard.group, hidden.device)
-        kept |= {segment: (own, 0) for segment, own in zip(ranged.received, states, strict=True)}
-    out = _run(ranged.plan, call, hidden, kept)
-    if ranged.sent:
-        out = send_states([_gather([kept[segment]]) for segment in ranged.sent], out, shard.group)
-    return out
+    lengths = [stop - start for start, stop in map(shard.range_of, shard.own)]
+    for number, ranged, rows in zip(shard.own, _range_plans[mask], hidden.split(lengths, 1), strict=True):
+        if ranged is None:
+            whole = _segmented(module, call, shard.gather(hidden, 1), mask.whole)
+            return whole[:, shard.index - shard.first]
+        before, after = shard.owner_of(number - 1), shard.owner_of(number + 1)
+        if ranged.received and before != shard.rank:
+            states = receive_states(shard.group, before, hidden.device)
+            kept |= {segment: (own, 0) for segment, own in zip(ranged.received, states, strict=True)}
+        out = _run(ranged.plan, call, rows, kept)
+        if ranged.sent and after != shard.rank:
+            out = send_states([_gather([kept[segment]]) for segment in ranged.sent], out, shard.group, after)
+        outs.append(out)
+    return torch.cat(outs, 1)
 
 
 def _sampled(

@@ -52,12 +52,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class RangePlan:
-    """The calls of a recurrent layer for one rank's range of a packed sequence.
+    """The calls of a recurrent layer for one range of a packed sequence.
 
     Attributes:
         plan: The calls.
-        received: The numbers of segments, or parts of them, whose states come from the rank before.
-        sent: Those whose states go to the next rank.
+        received: The numbers of segments, or parts of them, whose states come from the range before.
+        sent: Those whose states go to the next range.
     """
 
     plan: Plan
@@ -78,18 +78,18 @@ def plan_segments(mask: TreeBlockMask, size: int) -> Plan:
     return _plan(segments, mask.first_query, len(mask.tree.end), size, wanted, mask.tree.end.device, outside=PROMPT)
 
 
-def plan_range(tree: PrefixTree, borders: Sequence[int], rank: int) -> RangePlan | None:
-    """Plan the calls for a rank's range of a packed sequence, which continue states of the ranks before it.
+def plan_range(tree: PrefixTree, borders: Sequence[int], number: int) -> RangePlan | None:
+    """Plan the calls for a range of a packed sequence, which continue states of the ranges before it.
 
-    Segments are cut at the borders of ranges. Each rank hands on the states that a later rank continues.
+    Segments are cut at the borders of ranges. Each range hands on the states that a later one continues.
 
     Args:
         tree: The packed sequence.
-        borders: Rank r computes the tokens from `borders[r]` up to `borders[r + 1]`.
-        rank: This rank.
+        borders: Range i is the tokens from `borders[i]` up to `borders[i + 1]`.
+        number: Of the range.
 
     Returns:
-        None, on all ranks, if a state after a segment of one token would be handed on: such a segment is not called.
+        None, for all ranges, if a state after a segment of one token would be handed on: such a segment is not called.
     """
     pieces = []
     for start, stop, end in tree.segments.tolist():
@@ -105,8 +105,8 @@ def plan_range(tree: PrefixTree, borders: Sequence[int], rank: int) -> RangePlan
     handed_on = {n for border in borders[1:-1] for n in open_at(border)}
     if any(pieces[n][1] - pieces[n][0] == 1 for n in handed_on):
         return None
-    first, last = borders[rank], borders[rank + 1]
-    received, sent = open_at(first) if rank else [], open_at(last) if rank + 2 < len(borders) else []
+    first, last = borders[number], borders[number + 1]
+    received, sent = open_at(first) if number else [], open_at(last) if number + 2 < len(borders) else []
     if not any(first <= start < last for start, *_ in pieces):  # only padding, which takes part for its weights' sake
         pieces.append((first, first + 2, last))
     plan = _plan(pieces, first, last, last - first, set(sent), tree.end.device)
