@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flexpg.backends.flex import packed_flex_attention
+from flexpg.context_parallel import cut
 from flexpg.masks import TreeBlockMask, block_mask, dense_mask
 from flexpg.rollouts import Rollouts
 from flexpg.tree import PrefixTree
@@ -113,6 +114,7 @@ CASES = {
     "bf16 sinks window": Case(GROUPS, heads=(4, 2), window=50, has_sinks=True),
     "bf16 first_query": Case(GROUPS, first=128),
     "bf16 first_query window": Case(FULL, heads=(4, 2), window=150, first=256, softcap=2.0),
+    "bf16 range": Case(cut(GROUPS, 256), first=128),  # of a rank, with context parallelism
     "bf16 branching": Case(branching(), heads=(2, 2)),
     "bf16 branching first_query": Case(branching(seed=2), heads=(3, 1), window=30, first=128),
     "bf16 borders 128": Case(BORDERS[0]),
