@@ -33,6 +33,7 @@ from torch import Tensor, multiprocessing, nn
 import flexpg
 from benchmarks.memory import MIB, free_gradient, peak_bytes
 from benchmarks.models import SHAPES, build_decoder
+from benchmarks.ranks import join
 from benchmarks.record import run
 from benchmarks.timing import alternate, paired_ratio, quartiles
 from flexpg import Rollouts
@@ -79,13 +80,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
 
 def rank_main(rank: int, count: int, case: Case, device_type: str, repeats: int, folder: Path) -> None:
     """Run one of `count` ranks, which writes what it measured into the folder."""
-    torch.set_num_threads(1)
-    on_cpu = device_type == "cpu"
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", rank)
-    if not on_cpu:
-        torch.cuda.set_device(device)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo" if on_cpu else "nccl", init_method=store, rank=rank, world_size=count)
+    device = join(rank, count, device_type, folder)
     model = flexpg.enable(build_decoder(case.model, device, checkpointing=True))
     rollouts = random_rollouts(case, device)
     groups = {n: dist.new_group(range(n)) for n in case.ranks if n <= count}

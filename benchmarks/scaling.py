@@ -32,6 +32,7 @@ from torchtune.modules import TransformerDecoder
 
 import flexpg
 from benchmarks.models import SHAPES, build_decoder
+from benchmarks.ranks import join
 from benchmarks.record import run
 from benchmarks.timing import alternate, paired_ratio, quartiles
 from benchmarks.update import Case as Lengths
@@ -155,13 +156,7 @@ def measure_ranks(case: Case, device: torch.device, repeats: int) -> dict[str, A
 
 def rank_main(rank: int, count: int, case: Case, device_type: str, repeats: int, folder: Path) -> None:
     """Run one of `count` ranks; the first writes the times into the folder."""
-    torch.set_num_threads(1)
-    on_cpu = device_type == "cpu"
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", rank)
-    if not on_cpu:
-        torch.cuda.set_device(device)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo" if on_cpu else "nccl", init_method=store, rank=rank, world_size=count)
+    device = join(rank, count, device_type, folder)
     model, rollouts = flexpg.enable(build_decoder(case.model, device)), random_rollouts(case, device)
     max_tokens = case.prompt[0] + case.group[0] * case.completion  # one group per micro-batch
 

@@ -132,7 +132,7 @@ class ShardBlockMask(TreeBlockMask):
         return TreeBlockMask(self.shard.tree)
 
     def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of this rank's range and of all before it."""
+        """Return the keys and values of this rank's tokens and of all before the last of them."""
         return self.shard.gather_keys(k, v)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -168,10 +168,10 @@ def token_ranges(tree: PrefixTree, size: int, first: int = 0) -> list[int]:
     if len(cuts) < size - 1:
         raise ValueError(f"a sequence that is cut between images can have at most {len(cuts) + 1} parts, got {size}")
     borders = [first]
-    for rank in range(1, size):
-        allowed = cuts[rank - 1 : len(cuts) - (size - 1 - rank)]  # one for each border before and after this one
+    for number in range(1, size):
+        allowed = cuts[number - 1 : len(cuts) - (size - 1 - number)]  # one for each border before and after this one
         allowed = allowed[allowed > borders[-1]]
-        even = first + (tree.padded_length - first) * rank / size
+        even = first + (tree.padded_length - first) * number / size
         borders.append(int(allowed[(allowed - even).abs().argmin()]))
     return [*borders, tree.padded_length]
 
