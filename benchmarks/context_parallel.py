@@ -126,13 +126,13 @@ def counted_bytes() -> Iterator[dict[str, int]]:
     counts = {"all_gather": 0, "reduce_scatter": 0}
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
-    def counting_all_gather(parts: list[Tensor], own: Tensor, group: dist.ProcessGroup) -> Any:
+    def counting_all_gather(parts: list[Tensor], own: Tensor, **options: Any) -> Any:
         counts["all_gather"] += sum(part.nbytes for part in parts)
-        return all_gather(parts, own, group)
+        return all_gather(parts, own, **options)
 
-    def counting_reduce_scatter(own: Tensor, parts: list[Tensor], group: dist.ProcessGroup) -> Any:
+    def counting_reduce_scatter(own: Tensor, parts: list[Tensor], **options: Any) -> Any:
         counts["reduce_scatter"] += sum(part.nbytes for part in parts)
-        return reduce_scatter(own, parts, group=group)
+        return reduce_scatter(own, parts, **options)
 
     dist.all_gather, dist.reduce_scatter = counting_all_gather, counting_reduce_scatter
     try:

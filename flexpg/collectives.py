@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,18 @@ def gather_ranges(x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) 
         group: The ranks.
         lengths: Of each range; twice as many as ranks.
     """
-    gathered: Tensor = _GatherRanges.apply(x, dim, group, lengths)
-    return gathered
+    return start_to_gather(x, dim, group, lengths)()
+
+
+def start_to_gather(x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Callable[[], Tensor]:
+    """Start `gather_ranges` and return a function that waits for it and returns its result, to be called once.
+
+    What is computed between the two calls overlaps with the communication. In the backward, the sum over ranks
+    overlaps with the backward of the same part.
+    """
+    gather = _Gather(dim, group, lengths)
+    token: Tensor = _StartGather.apply(x, gather)
+    return partial(_FinishGather.apply, token, gather)
 
 
 def send_states(states: Sequence[Mapping[Any, Tensor]], out: Tensor, group: ProcessGroup, rank: int) -> Tensor:
@@ -130,32 +141,74 @@ def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
                 own.grad = earlier if own.grad is None else earlier.add_(own.grad)
 
 
-class _GatherRanges(torch.autograd.Function):
-    """All-gather of parts of different lengths; the backward is a reduce-scatter."""
+class _Gather:
+    """An all-gather of parts of different lengths, and the reduce-scatter of its gradient, while they run."""
+
+    def __init__(self, dim: int, group: ProcessGroup, lengths: list[int]) -> None:
+        self.dim, self.group, self.lengths = dim, group, lengths
+        self.pairs = [*zip(lengths, reversed(lengths), strict=True)][: group.size()]
+        self.longest = max(map(sum, self.pairs))
+        self.work: Any = None
+        self.parts: list[Tensor] = []
+        self.own: Tensor | None = None  # kept until the work is done
+
+    def start(self, x: Tensor) -> None:
+        self.own = _padded(_first(x, self.dim), self.longest)
+        self.parts = [torch.empty_like(self.own) for _ in self.pairs]
+        self.work = dist.all_gather(self.parts, self.own, group=self.group, async_op=True)
+
+    def finish(self) -> Tensor:
+        self.work.wait()
+        ranges = [part[: sum(pair)].split(pair) for part, pair in zip(self.parts, self.pairs, strict=True)]
+        self.work, self.parts, self.own = None, [], None
+        whole = torch.cat([first for first, _ in ranges] + [second for _, second in reversed(ranges)])
+        return whole.movedim(0, self.dim)
+
+    def start_sum(self, grad: Tensor) -> None:
+        ranges = _first(grad, self.dim).split(self.lengths)
+        parts = [torch.cat(pair) for pair in zip(ranges, reversed(ranges), strict=True)][: self.group.size()]
+        # In float32 or better: bfloat16 would lose small gradients among large ones.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        self.parts = [_padded(part, self.longest).to(wide) for part in parts]
+        self.own = torch.empty_like(self.parts[0])
+        self.work = dist.reduce_scatter(self.own, self.parts, group=self.group, async_op=True)
+
+    def finish_sum(self) -> Tensor:
+        self.work.wait()
+        assert self.own is not None
+        total = self.own[: sum(self.pairs[self.group.rank()])].movedim(0, self.dim)
+        self.work, self.parts, self.own = None, [], None
+        return total
+
+
+class _StartGather(torch.autograd.Function):
+    """Start an all-gather; the backward waits for the sum of gradients over ranks."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) -> Tensor:
-        ctx.dim, ctx.group, ctx.lengths = dim, group, lengths
-        pairs = [*zip(lengths, reversed(lengths), strict=True)][: group.size()]
-        own = _padded(_first(x, dim), max(map(sum, pairs)))
-        parts = [torch.empty_like(own) for _ in pairs]
-        dist.all_gather(parts, own, group)
-        ranges = [part[: sum(pair)].split(pair) for part, pair in zip(parts, pairs, strict=True)]
-        whole = torch.cat([first for first, _ in ranges] + [second for _, second in reversed(ranges)])
-        return whole.movedim(0, dim)
+    def forward(ctx, x: Tensor, gather: _Gather) -> Tensor:
+        ctx.gather, ctx.dtype = gather, x.dtype
+        gather.start(x)
+        return x.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, token: Tensor):
+        return ctx.gather.finish_sum().to(ctx.dtype), None
+
+
+class _FinishGather(torch.autograd.Function):
+    """Wait for an all-gather; the backward starts to sum the gradient over ranks."""
+
+    @staticmethod
+    def forward(ctx, token: Tensor, gather: _Gather) -> Tensor:
+        ctx.gather = gather
+        return gather.finish()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        ranges = _first(grad, ctx.dim).split(ctx.lengths)
-        parts = [torch.cat(pair) for pair in zip(ranges, reversed(ranges), strict=True)][: ctx.group.size()]
-        longest, own = max(map(len, parts)), len(parts[ctx.group.rank()])
-        # In float32 or better: bfloat16 would lose small gradients among large ones.
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        padded = [_padded(part, longest).to(wide) for part in parts]
-        total = torch.empty_like(padded[0])
-        dist.reduce_scatter(total, padded, group=ctx.group)
-        return total[:own].movedim(0, ctx.dim).to(grad.dtype), None, None, None
+        ctx.gather.start_sum(grad)
+        return grad.new_zeros(()), None
 
 
 class _Send(torch.autograd.Function):

@@ -14,6 +14,7 @@ of other models, `flexpg.collectives.summed_gradients` does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from flexpg.collectives import gather_ranges
+from flexpg.collectives import gather_ranges, start_to_gather
 from flexpg.masks import TreeBlockMask
 from flexpg.tree import BLOCK, PrefixTree
 
@@ -83,15 +84,28 @@ class ContextShard:
         """
         return gather_ranges(x, dim, self.group, [b - a for a, b in pairwise(self.borders)])
 
-    def gather_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all tokens up to this rank's last one, from `first` on, by one collective.
+    def start_to_gather_keys(
+        self, k: Tensor, v: Tensor, stop: int | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start to gather keys and values, by one collective.
 
         Args:
             k: [1, Hkv, n, D].
             v: Likewise.
+            stop: One past the last token whose keys are wanted; None for this rank's last token.
+
+        Returns:
+            A function that returns those of all tokens from `first` up to `stop`; to be called once.
         """
-        keys, values = self.gather(torch.cat([k, v]), 2)[:, :, : self.stop - self.first].split(1)
-        return keys, values
+        count = (self.stop if stop is None else stop) - self.first
+        lengths = [b - a for a, b in pairwise(self.borders)]
+        finish = start_to_gather(torch.cat([k, v]), 2, self.group, lengths)
+
+        def keys_and_values() -> tuple[Tensor, Tensor]:
+            keys, values = finish()[:, :, :count].split(1)
+            return keys, values
+
+        return keys_and_values
 
 
 class ShardBlockMask(TreeBlockMask):
@@ -131,9 +145,9 @@ class ShardBlockMask(TreeBlockMask):
         """The mask of the whole packed sequence, for layers whose inputs are gathered."""
         return TreeBlockMask(self.shard.tree)
 
-    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of this rank's tokens and of all before the last of them."""
-        return self.shard.gather_keys(k, v)
+    def start_keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start to gather the keys and values of all tokens up to this rank's last one."""
+        return self.shard.start_to_gather_keys(k, v)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("ShardBlockMask cannot be pickled or copied: it holds a process group; pickle mask.shard.tree")

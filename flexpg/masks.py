@@ -192,7 +192,11 @@ class TreeBlockMask(BlockMask):
             k: [1, Hkv, S', D] of the tokens that are encoded now.
             v: Likewise.
         """
-        return k, v
+        return self.start_keys_and_values(layer, k, v)()
+
+    def start_keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Return a function that returns `keys_and_values`; masks of several ranks communicate until it is called."""
+        return lambda: (k, v)
 
     def to(self, device: torch.device | str) -> TreeBlockMask:
         """Return the same mask on `device`; computed once, however many layers ask for it."""

@@ -81,27 +81,38 @@ class PrefixCache:
         """Whether a gradient has arrived from a micro-batch."""
         return any(grad is not None for grad in self._grads)
 
-    def extend(self, mask: TreeBlockMask, layer: Hashable, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values with those of the prompt in front; the prompt's own are stored.
+    def extend(self, mask: TreeBlockMask, layer: Hashable, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Store the prompt's keys and values, or put them in front of those of a micro-batch.
 
         Args:
             mask: The mask of this forward.
             layer: What tells the model's layers apart.
             k: [1, Hkv, S', D] of the tokens that are encoded now.
             v: Likewise.
+
+        Returns:
+            A function that returns the layer's keys and values; ranks communicate until it is called.
         """
         self._check_grad_mode()
         is_prompt = mask.first_query < self.tree.padded_length
         if is_prompt and layer not in self._layers:  # activation checkpointing calls the layer a second time
             self._layers[layer] = self._detached(k), self._detached(v)
-        if isinstance(mask, ShardBlockMask):
-            k, v = mask.shard.gather_keys(k, v)
+        own = mask.shard.start_to_gather_keys(k, v) if isinstance(mask, ShardBlockMask) else lambda: (k, v)
         if is_prompt:
-            return k, v
-        cached = self._layers[layer]
+            return own
+        keys, values = self._layers[layer]
+
+        def cached() -> tuple[Tensor, Tensor]:
+            return keys, values
+
         if self.shard is not None:
-            cached = tuple(self.shard.gather(torch.cat(cached), 2).split(1))
-        return torch.cat([cached[0], k], 2), torch.cat([cached[1], v], 2)
+            cached = self.shard.start_to_gather_keys(keys, values, self.tree.padded_length)
+
+        def keys_and_values() -> tuple[Tensor, Tensor]:
+            (first_k, first_v), (k, v) = cached(), own()
+            return torch.cat([first_k, k], 2), torch.cat([first_v, v], 2)
+
+        return keys_and_values
 
     def keep_states(self, layer: Hashable, states: Mapping[Any, Tensor]) -> None:
         """Store the states of a recurrent layer after the prompt's last token.
@@ -266,8 +277,8 @@ class PrefixBlockMask(TreeBlockMask):
         super().__init__(tree, window, first_query, chunk, bidirectional)
         self.cache = cache
 
-    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values with those of the prompt in front."""
+    def start_keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Return a function that returns a layer's keys and values with those of the prompt in front."""
         return self.cache.extend(self, layer, k, v)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -295,8 +306,8 @@ class PrefixShardMask(ShardBlockMask):
         """The mask of the whole packed sequence, for layers whose inputs are gathered."""
         return PrefixBlockMask(self.cache, self.shard.tree, first_query=self.shard.first)
 
-    def keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values with those of the prompt in front."""
+    def start_keys_and_values(self, layer: Any, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Return a function that returns a layer's keys and values with those of the prompt in front."""
         return self.cache.extend(self, layer, k, v)
 
     def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:

@@ -302,6 +302,49 @@ def test_context_parallel_gathers_keys_and_values_once_per_layer(checkpointing):
         assert found["all_gather"] == 2 * per_layer * (1 + checkpointing)
 
 
+def events_of_a_layer(rank: int, max_tokens: int) -> list[str]:
+    """Return the order in which one layer's update starts and awaits collectives and computes its projections."""
+    dist.init_process_group("gloo")
+    events: list[str] = []
+
+    class Work:
+        def __init__(self, name: str, work: Any) -> None:
+            self.name, self.work = name, work
+
+        def wait(self) -> None:
+            events.append(f"wait for {self.name}")
+            self.work.wait()
+
+    def recording(name: str) -> Any:
+        own = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append(f"start {name}")
+            return Work(name, own(*args, **kwargs))
+
+        return call
+
+    dist.all_gather, dist.reduce_scatter = recording("all_gather"), recording("reduce_scatter")
+    model = make_model("torchtune:llama3_2")
+    attn = model.layers[1].attn
+    for name in ("q_proj", "k_proj"):
+        proj = getattr(attn, name)
+        proj.register_forward_hook(lambda *_, name=name: events.append(name))
+        proj.weight.register_hook(lambda _, name=name: events.append(f"gradient of {name}"))
+    packed_update(model, make_rollouts(), max_tokens=max_tokens, context_parallel=dist.group.WORLD)
+    dist.destroy_process_group()
+    return events
+
+
+@pytest.mark.distributed
+def test_context_parallel_communicates_while_queries_are_projected():
+    forward = ["k_proj", "start all_gather", "q_proj", "wait for all_gather"]
+    backward = ["start reduce_scatter", "gradient of q_proj", "wait for reduce_scatter", "gradient of k_proj"]
+    for events in run_processes(2, events_of_a_layer, WHOLE):
+        layer = events[events.index("k_proj") :]
+        assert layer[:8] == [*forward, *backward]
+
+
 def saved_elements(rank: int, size: int) -> int:
     """Return the elements that layers save for their backward, each storage counted once."""
     if size > 1:

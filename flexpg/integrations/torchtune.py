@@ -8,7 +8,7 @@ activation checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
@@ -189,8 +189,15 @@ _attend_cached = torch.compiler.disable(SampleCache.attend)  # compiled layers w
 
 
 @torch.compiler.disable  # compiled layers would recompile for every layer and prefix
-def _keys_and_values(mask: TreeBlockMask, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return mask.keys_and_values(attn, k, v)
+def _start_keys_and_values(
+    mask: TreeBlockMask, attn: nn.Module, k: Tensor, v: Tensor
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    return mask.start_keys_and_values(attn, k, v)
+
+
+@torch.compiler.disable
+def _finished(keys_and_values: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return keys_and_values()
 
 
 def _attention_forward(
@@ -204,12 +211,16 @@ def _attention_forward(
     """Torchtune's attention forward, extended to flexpg's masks."""
     if not isinstance(mask, TreeBlockMask | SampleCache):
         return type(attn).forward(attn, x, y, mask=mask, input_pos=input_pos)
-    q, k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-    if attn.pos_embeddings is not None:
-        q, k = attn.pos_embeddings(q, input_pos=input_pos), attn.pos_embeddings(k, input_pos=input_pos)
-    q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-    if attn.q_norm is not None:
-        q, k = attn.q_norm(q), attn.k_norm(k)
+
+    def heads(proj: nn.Module, rotate: nn.Module | None = None, norm: nn.Module | None = None) -> Tensor:
+        z = proj(x).unflatten(-1, (-1, attn.head_dim))
+        z = (z if rotate is None else rotate(z, input_pos=input_pos)).transpose(1, 2)  # [B, H, T, D]
+        return z if norm is None else norm(z)
+
+    k, v = heads(attn.k_proj, attn.pos_embeddings, attn.k_norm), heads(attn.v_proj)
+    shares_keys = isinstance(mask, TreeBlockMask) and type(mask) is not TreeBlockMask  # with a cache or other ranks
+    pending = _start_keys_and_values(mask, attn, k, v) if shares_keys else None
+    q = heads(attn.q_proj, attn.pos_embeddings, attn.q_norm)  # while ranks exchange keys
     scale, window, softcap = None, None, None
     if isinstance(attn, Gemma2Attention):
         scale, window, softcap = attn.scaling, attn.sliding_window_size, attn.softcapping
@@ -217,7 +228,7 @@ def _attention_forward(
         attend = SampleCache.attend if mask.is_filled and mask.compiled else _attend_cached  # a step is one graph
         out = attend(mask, attn, q, k, v, scale=scale, window=window, softcap=softcap)
     else:
-        if type(mask) is not TreeBlockMask:  # keys of other tokens too
-            k, v = _keys_and_values(mask, attn, k, v)
+        if pending is not None:
+            k, v = _finished(pending)
         out = attention(q, k, v, mask, scale=scale, window=window, softcap=softcap)
     return attn.output_proj(out.transpose(1, 2).flatten(2))
