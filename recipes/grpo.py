@@ -78,7 +78,7 @@ from flexpg.training.metrics import (
 from flexpg.training.models import build_model, library_of, replace_weights
 from flexpg.training.nonfinite import abort_nonfinite
 from flexpg.training.offloading import offload_activations
-from flexpg.training.packed_step import PackedStep, check_minibatches, pack_step
+from flexpg.training.packed_step import PackedStep, batches_to_check, check_minibatches, pack_step
 from flexpg.training.problem_order import ProblemOrder, derive_seed
 from flexpg.training.prompts import completion_groups, tokenize_problems
 from flexpg.training.resume import newest_checkpoint, read_own_progress, same_options
@@ -306,7 +306,7 @@ class GRPORecipe(FTRecipeInterface):
         with self.memory_hint("max_tokens"):
             result = self_check(
                 self.model,
-                packed.minibatches[0],
+                batches_to_check(packed.minibatches[0], self.cfg.max_tokens, self.world),
                 temperature=self.sampling.temperature,
                 autocast_dtype=self.autocast_dtype,
             )

@@ -111,15 +111,19 @@ def test_more_ranks_than_prompts_or_test_problems_are_refused(tmp_path):
         assert expected in message
 
 
-def check_and_train(rank: int, output_dir: Path, option: str) -> Any:
-    run = make(output_dir, *OPTIONS, "max_tokens=600", "num_steps=1", option)
+def check_and_train(rank: int, output_dir: Path, *options: str) -> Any:
+    run = make(output_dir, *OPTIONS, "max_tokens=600", "num_steps=1", *options)
     run.train()
     run.cleanup()
     return run.history[0]["loss"], run.history[0]["self_check_s"] > 0
 
 
-def test_self_check_does_not_change_a_step_of_several_ranks(tmp_path):
-    found = [run_processes(2, check_and_train, tmp_path / own, f"self_check={own}") for own in ("true", "false")]
+@pytest.mark.parametrize("context", [1, 2])
+def test_self_check_does_not_change_a_step_of_several_ranks(tmp_path, context):
+    found = [
+        run_processes(2, check_and_train, tmp_path / own, f"self_check={own}", f"context_parallel={context}")
+        for own in ("true", "false")
+    ]
     losses, is_checked = zip(*[zip(*by_rank, strict=True) for by_rank in found], strict=True)
     assert losses[0] == losses[1] and is_checked == ((True, True), (False, False))
 

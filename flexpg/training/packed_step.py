@@ -10,12 +10,16 @@ from torch import Tensor
 from flexpg.analysis.flops import ModelShape
 from flexpg.micro_batches import MicroBatch
 from flexpg.packing import pack
+from flexpg.rollouts import Rollouts
 from flexpg.training.distributed import World
 from flexpg.training.episodes import StepRollouts
 from flexpg.training.metrics import cost_metrics, flop_ratio
 
 # Sharing that saves less than this is not used: packed sequences have costs of their own (masks, merging).
 MIN_SPEEDUP = 1.05
+
+
+CHECKED = 4  # rollouts that the self-check takes with context parallelism
 
 
 @dataclass
@@ -50,6 +54,27 @@ def check_minibatches(cfg: Any, world: World) -> None:
         )
     if world.context and cfg.sharing is False:
         raise ValueError("sharing must be auto or true with context_parallel, got false")
+
+
+def batches_to_check(batches: list[MicroBatch], max_tokens: int, world: World) -> list[MicroBatch]:
+    """Return the micro-batches that the self-check compares with the baseline, each on one rank.
+
+    With context parallelism, one rank cannot hold a whole sequence. So some rollouts of one prompt are shortened to what
+    a rank holds of a packed sequence: the last tokens of the prompt, and the first of the completions.
+
+    Args:
+        batches: A mini-batch of this rank.
+        max_tokens: Tokens of a packed sequence, on all of its ranks together.
+        world: The ranks.
+    """
+    if world.context is None:
+        return batches
+    most, rollouts = max_tokens // world.context_size, batches[0].rollouts
+    group = int(rollouts.group_ids[0])
+    same = (rollouts.group_ids == group).nonzero()[:CHECKED, 0].tolist()
+    completions = [rollouts.completions[n][: most // (2 * CHECKED)] for n in same]
+    shortened = Rollouts.from_groups([rollouts.prompts[group][-(most // 2) :]], [completions], [[0.0] * len(same)])
+    return pack(shortened, most)
 
 
 def pack_step(step: StepRollouts, cfg: Any, world: World, shape: ModelShape) -> PackedStep:
