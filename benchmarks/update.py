@@ -14,6 +14,7 @@ One torchtune model with the same weights computes the same log-probabilities [G
   values were expanded to all heads, as transformers and torchtune call it with a mask.
 - prefix_grouper_tuned: the same with key/value heads not expanded (`enable_gqa`) and flexpg's log-probabilities of
   completion tokens only, so that only its attention differs.
+- trl_tree: the layout of TRL's AsyncGRPO, which packs a prefix tree; its kernel is replaced (`benchmarks.trl_tree`).
 - flexpg.
 
 Embeddings, matrices and norms are the same modules in all of them. The bound is the ratio of FLOPs of the cost model,
@@ -42,6 +43,7 @@ from torchtune.rlhf import logits_to_logprobs, truncate_sequence_for_logprobs
 from benchmarks.models import build_decoder, hidden_states
 from benchmarks.record import run
 from benchmarks.timing import alternate, paired_ratio, quartiles
+from benchmarks.trl_tree import TrlTree
 from flexpg import PrefixTree, grpo_loss, token_logprobs
 from flexpg.analysis.flops import update_flops
 from flexpg.analysis.torchtune_shape import shape_of
@@ -118,11 +120,12 @@ class Implementation:
 
 
 def implementations(model: TransformerDecoder, group: Group) -> dict[str, Implementation]:
-    """Return all six by name."""
+    """Return all by name."""
     P, device = group.prompts.shape[1], group.batch.device
     dense_mask = cache(partial(get_causal_mask_from_padding_mask, group.present))  # [G, T, T], built at first use
     position_ids = get_position_ids_from_padding_mask(group.present)  # [G, T]
     grouper = PrefixGrouper([[P, *group.mask.sum(1).tolist()]], device=device)
+    tree = TrlTree(group.prompt, group.completions)
     starts = torch.cat([grouper.prefix_lens.new_zeros(1), group.present.sum(1).cumsum(0)]).int()
 
     def score(hidden: Tensor, tree: PrefixTree) -> Tensor:
@@ -169,6 +172,7 @@ def implementations(model: TransformerDecoder, group: Group) -> dict[str, Implem
         "torchtune": Implementation(torchtune),
         "prefix_grouper": Implementation(prefix_grouper, prefix_grouper_attention(grouper, expanded=True)),
         "prefix_grouper_tuned": Implementation(prefix_grouper_tuned, prefix_grouper_attention(grouper, expanded=False)),
+        "trl_tree": Implementation(partial(tree.logprobs, model, group.mask), tree.attend),
         "flexpg": Implementation(flexpg),
     }
 
