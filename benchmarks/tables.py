@@ -16,11 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen3Config
-
+from benchmarks import modelled
 from benchmarks.record import RESULTS
-from flexpg.analysis.ranks import context_parallel_bytes, largest_prompt
-from flexpg.analysis.transformers_shape import shape_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -33,6 +30,7 @@ COMPARED = {  # what benchmarks.update compares flexpg with
     "torchtune": "torchtune's GRPO",
     "prefix_grouper": "PrefixGrouper",
     "prefix_grouper_tuned": "PrefixGrouper, tuned",
+    "trl_tree": "TRL's tree packing",
 }
 ESTIMATED = ("baseline", "flexpg")  # what the cost model knows
 
@@ -309,27 +307,6 @@ def context_parallel(result: Result) -> str:
     return markdown([*header, "gathered and summed, MiB"], rows)
 
 
-def modelled_context_parallel() -> str:
-    """Return the cost model's activations per rank, and its longest prompt in 40 GiB, for published sizes."""
-    common = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
-    models = {
-        "Qwen3 4B": Qwen3Config(
-            **common, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32
-        ),
-        "Qwen3 32B": Qwen3Config(
-            **common, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64
-        ),
-    }
-    rows = []
-    for name, config in models.items():
-        shape = shape_of(config)
-        for ranks in (1, 2, 4, 8):
-            peak = context_parallel_bytes(131_072 + 8 * 1024, 8 * 1024, shape, ranks)
-            longest = largest_prompt([1024] * 8, shape, ranks, 40 * 2**30)
-            rows.append([name, ranks, f"{peak / 2**30:,.1f}", f"{longest:,}"])
-    return markdown(["model", "ranks", "activations per rank, GiB", "longest prompt within 40 GiB"], rows)
-
-
 def sharing(result: Result) -> str:
     """Return the demo with and without sharing."""
     prompts_once = result["token_ratio"] / result["token_ratio_prompts_once"]
@@ -494,7 +471,12 @@ def conversations_updates(result: Result) -> str:
     return markdown(header, rows)
 
 
-COMPUTED = {"headline": headline, "modelled_context_parallel": modelled_context_parallel}
+COMPUTED: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "modelled_context_parallel": lambda: markdown(*modelled.context_parallel()),
+    "modelled_savings": lambda: markdown(*modelled.savings()),
+    "modelled_memory": lambda: markdown(*modelled.memory()),
+}
 TABLES: dict[str, Callable[[Result], str]] = {
     "context_parallel": context_parallel,
     "update": update,
