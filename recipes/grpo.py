@@ -306,7 +306,7 @@ class GRPORecipe(FTRecipeInterface):
         with self.memory_hint("max_tokens"):
             result = self_check(
                 self.model,
-                batches_to_check(packed.minibatches[0], self.cfg.max_tokens, self.world),
+                batches_to_check(packed.minibatches[0], self.cfg.max_tokens, self.world.context_size),
                 temperature=self.sampling.temperature,
                 autocast_dtype=self.autocast_dtype,
             )

@@ -34,11 +34,11 @@ from recipe_runs import (
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 
-from flexpg import Rollouts, group_advantages, grpo_loss
+from flexpg import Rollouts, group_advantages, grpo_loss, pack
 from flexpg.training.config import component
 from flexpg.training.episodes import StepRollouts
 from flexpg.training.errors import out_of_memory_hint
-from flexpg.training.packed_step import pack_step
+from flexpg.training.packed_step import batches_to_check, pack_step
 from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
 from recipes.grpo import GRPORecipe, recipe_main
@@ -177,6 +177,17 @@ def test_sharing_auto_shares_if_the_cost_model_says_that_it_pays(tmp_path, monke
     metrics = train(make(tmp_path, *SMALL, "sharing=auto", "num_steps=1")).history[0]
     assert (metrics["tokens_encoded"] < metrics["tokens_baseline"]) == is_shared
     assert metrics["flop_ratio"] > 2 if is_shared else metrics["flop_ratio"] == 1
+
+
+def test_self_check_with_context_parallel_takes_what_one_rank_holds():
+    prompts = [torch.arange(3000) + n for n in range(2)]
+    completions = [[[n, 2, 3] * 200 for n in range(8)], [[4] * 10] * 8]
+    batches = pack(Rollouts.from_groups(prompts, completions, [[0.0] * 8] * 2), 10_000)
+    assert batches_to_check(batches, 10_000, 1) is batches
+    (batch,) = batches_to_check(batches, 10_000, 8)
+    assert 0.9 * 1250 < batch.tree.num_tokens <= 1250
+    assert batch.rollouts.prompts[0].tolist() == list(range(3000 - 625, 3000))
+    assert [len(own) for own in batch.rollouts.completions] == [156] * 4
 
 
 def test_bf16_changes_log_probabilities_little_and_keeps_fp32_parameters(tmp_path):

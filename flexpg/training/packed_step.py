@@ -56,20 +56,20 @@ def check_minibatches(cfg: Any, world: World) -> None:
         raise ValueError("sharing must be auto or true with context_parallel, got false")
 
 
-def batches_to_check(batches: list[MicroBatch], max_tokens: int, world: World) -> list[MicroBatch]:
+def batches_to_check(batches: list[MicroBatch], max_tokens: int, context_size: int) -> list[MicroBatch]:
     """Return the micro-batches that the self-check compares with the baseline, each on one rank.
 
-    With context parallelism, one rank cannot hold a whole sequence. So some rollouts of one prompt are shortened to what
-    a rank holds of a packed sequence: the last tokens of the prompt, and the first of the completions.
+    With context parallelism, one rank cannot hold a whole sequence. So some rollouts of one prompt are shortened to
+    what a rank holds of a packed sequence: the last tokens of the prompt, and the first of the completions.
 
     Args:
         batches: A mini-batch of this rank.
         max_tokens: Tokens of a packed sequence, on all of its ranks together.
-        world: The ranks.
+        context_size: How many those are.
     """
-    if world.context is None:
+    if context_size == 1:
         return batches
-    most, rollouts = max_tokens // world.context_size, batches[0].rollouts
+    most, rollouts = max_tokens // context_size, batches[0].rollouts
     group = int(rollouts.group_ids[0])
     same = (rollouts.group_ids == group).nonzero()[:CHECKED, 0].tolist()
     completions = [rollouts.completions[n][: most // (2 * CHECKED)] for n in same]
