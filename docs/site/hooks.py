@@ -21,6 +21,10 @@ CONFIG = ROOT / "flexpg/training/config.py"
 # Files of the repository that are pages under another name.
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#]+)(#[^)]*)?\)")
+LITERALS = {
+    f"`{name}`": f"flexpg.losses.{name}" for name in ("LossType", "ImportanceSamplingLevel", "ImportanceSamplingMode")
+}
+LITERALS["`ScaleRewards`"] = "flexpg.advantages.ScaleRewards"
 OPTIONS = re.compile(r"<!-- options: (\w+) -->")
 
 
@@ -59,31 +63,35 @@ def option_tables(name: str) -> str:
     """Return the options of a dataclass as tables, one for each comment line above a group of options."""
     text = CONFIG.read_text()
     (node,) = (own for own in ast.parse(text).body if isinstance(own, ast.ClassDef) and own.name == name)
-    lines, written, section = text.splitlines(), [], None
     fields = [own for own in node.body if isinstance(own, ast.AnnAssign)]
-    for field, previous in zip(fields, [None, *fields], strict=False):
-        above = [line.strip() for line in lines[(previous or node).lineno : field.lineno - 1]]
-        heading = next((line[2:] for line in above if line.startswith("# ")), None)
-        if heading or not written:
-            section = f"### {heading.partition(':')[0]}\n\n" if heading else ""
-            rest = heading.partition(": ")[2] if heading else ""
-            sentence = f"{rest[:1].upper()}{rest[1:]}.\n\n" if rest else ""
-            written.append(f"\n{section}{sentence}| option | type | default | meaning |\n| --- | --- | --- | --- |")
+    lines, written = text.splitlines(), []
+    for field, previous in zip(fields, [node, *fields], strict=False):
+        above = [line.strip() for line in lines[previous.lineno : field.lineno - 1]]
+        comment = next((line[2:] for line in above if line.startswith("# ")), "")
+        if comment or not written:
+            heading, _, rest = comment.partition(": ")
+            written += [f"\n### {heading}\n"] if heading else []
+            written += [f"{rest}.\n"] if rest else []
+            written += ["| option | type | default | meaning |\n| --- | --- | --- | --- |"]
         written.append(_row(field, lines))
     return "\n".join(written) + "\n"
 
 
 def _row(field: ast.AnnAssign, lines: list[str]) -> str:
-    default = "required" if (value := ast.unparse(field.value)) == "MISSING" else f"`{_default(value)}`"
     comments = [lines[n].partition("  # ")[2] for n in range(field.lineno - 1, field.end_lineno)]
-    name, kind, meaning = ast.unparse(field.target), ast.unparse(field.annotation), " ".join(filter(None, comments))
-    cells = [cell.replace("|", "\\|") for cell in (f"`{name}`", f"`{kind}`", default, meaning)]
-    return f"| {' | '.join(cells)} |"
+    meaning = " ".join(filter(None, comments)).replace("_", "\\_").replace("|", "\\|")
+    meaning = re.sub(r"docs/(\w+\.md)", r"[\1](../\1)", meaning)
+    kind = f"`{ast.unparse(field.annotation)}`"
+    kind = f"[{kind}][{LITERALS[kind]}]" if kind in LITERALS else kind
+    return f"| `{ast.unparse(field.target)}` | {kind} | {_default(field)} | {meaning} |"
 
 
-def _default(value: str) -> str:
+def _default(field: ast.AnnAssign) -> str:
     """Return a default as a YAML shows it: what a factory makes."""
-    made = re.fullmatch(r"field\(default_factory=(.*)\)", value)
-    if made is None:
-        return value
-    return {"dict": "{}"}.get(made[1], made[1].removeprefix("lambda: "))
+    value = ast.unparse(field.value)
+    if value == "MISSING":
+        return "required"
+    made = re.fullmatch(r"field\(default_factory=(?:lambda: )?(.*)\)", value, re.DOTALL)
+    if made is None or made[1].startswith("{"):
+        return f"`{value if made is None else made[1]}`"
+    return "`{}`" if made[1] == "dict" else "below"
