@@ -1,6 +1,7 @@
 """Hooks of the documentation site: what MkDocs does differently from GitHub, where the same pages are read.
 
 - Links to files outside docs/ lead to the repository, if REPOSITORY_URL is set; otherwise they are plain text.
+- Links to pages whose text is a file name have the page's title as their text.
 - CHANGELOG.md and CONTRIBUTING.md are pages of the site, and README.md is its home page.
 - `<!-- options: NAME -->` becomes tables of the options of a dataclass in flexpg/training/config.py.
 """
@@ -49,14 +50,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         inside = PAGES.get(path) or path.removeprefix("docs/")
         file = files.get_file_from_path(inside) if path in PAGES or path.startswith("docs/") else None
         if file is not None and file.inclusion.is_included():
+            text = _title(ROOT / path) if text.endswith(PurePosixPath(path).name) else text
             return f"[{text}]({relpath(inside, PurePosixPath(uri).parent)}{anchor})"
         if not (ROOT / path).exists():
             return found[0]  # reported by MkDocs
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
-        return text
+        return text if PurePosixPath(path).name in text else f"{text} (`{path}`)"
 
     return OPTIONS.sub(lambda found: option_tables(found[1]), LINK.sub(rewrite, markdown))
+
+
+def _title(path: Path) -> str:
+    return path.read_text().partition("# ")[2].partition("\n")[0]
 
 
 def option_tables(name: str) -> str:
