@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import flexpg
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = ("cost.md", "conversations.md", "rewards.md", "scaling.md")
@@ -47,3 +49,8 @@ def test_links_resolve(path):
         if section:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert section in {re.sub(r"[^\w -]", "", own).lower().replace(" ", "-") for own in headings}, target
+
+
+def test_api_reference_has_every_public_name():
+    pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    assert {name for name in flexpg.__all__ if pages.count(f"::: flexpg.{name}\n") != 1} == set()
