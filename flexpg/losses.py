@@ -84,9 +84,9 @@ def grpo_loss(
                    r, with k, lambda = vespo_k_pos, vespo_lambda_pos if A >= 0, else vespo_k_neg, vespo_lambda_neg
 
     Where completions were sampled by other weights or another engine, `sampler_logprobs` corrects for it: the term of
-    a token, without that of the KL, is multiplied by w = exp(old_logprobs - sampler_logprobs), for "sequence_*" modes
-    the product over the rollout's loss tokens. "*_truncate" clamps w to the clip bounds, "*_mask" sets it to 0 outside.
-    "vespo" multiplies these w into its own instead, which needs a "token_*" mode.
+    a token, without that of the KL, is multiplied by w = exp(old_logprobs - sampler_logprobs), for `"sequence_*"` modes
+    the product over the rollout's loss tokens. `"*_truncate"` clamps w to the clip bounds, `"*_mask"` sets it to 0
+    outside. "vespo" multiplies these w into its own instead, which needs a `"token_*"` mode.
 
     For any `loss_type`, `entropy_coef` times the mean of `entropies` over loss tokens is subtracted.
 

@@ -24,6 +24,7 @@ from processes import run_processes
 from test_packed_logprobs import checkpoint_layers, gradients, loss_weights, packed_update
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import flexpg
 from flexpg import PrefixTree, Rollouts, block_mask, pack, packed_logprobs
@@ -35,7 +36,7 @@ from flexpg.tree import BLOCK
 
 PROMPT, BUDGET = 300, 480  # tokens; a budget in which the first group's prompt is cached
 WHOLE = 4000
-SCALING = Path(__file__).parent.parent / "docs/scaling.md"
+DOCS = Path(__file__).parent.parent / "docs"
 ROUNDS_TO_FLOAT32 = 1e-5  # float64 errors of models whose layers compute in float32
 
 
@@ -251,17 +252,21 @@ def test_context_parallel_fsdp_over_other_ranks_raises():
         run_processes(4, fsdp_update, "qwen2", (0,))
 
 
-def run_snippet(rank: int) -> dict[str, Tensor]:
+def run_snippet(rank: int, page: str) -> dict[str, Tensor]:
     names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", SCALING.read_text(), re.DOTALL)[0], names)
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    (snippet,) = (own for own in snippets if "init_process_group" in own)
+    exec(snippet, names)
+    found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients(names["model"]).items()}
     dist.destroy_process_group()
-    return gradients(names["model"])
+    return found
 
 
 @pytest.mark.distributed
-def test_snippet_of_the_documentation_has_the_gradients_of_one_rank():
-    (expected,) = run_processes(1, run_snippet)
-    for found in run_processes(2, run_snippet):
+@pytest.mark.parametrize("page", ["own_loop.md", "scaling.md"])
+def test_snippet_of_the_documentation_has_the_gradients_of_one_rank(page):
+    (expected,) = run_processes(1, run_snippet, page)
+    for found in run_processes(2, run_snippet, page):
         assert largest_error(found, expected) < 1e-4  # in float32
 
 

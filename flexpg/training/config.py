@@ -88,7 +88,7 @@ class GRPOConfig:
     activation_offloading: bool = False  # activations are in main memory until the backward
     seed: int = 0
 
-    # A step: group_size completions of each prompt, then num_iterations passes in minibatches optimizer steps each
+    # A step: `group_size` completions per prompt, then `num_iterations` passes in `minibatches` optimizer steps each
     num_steps: int = 200
     prompts_per_step: int = 32
     group_size: int = 16

@@ -62,7 +62,7 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
     """Build the rewards of a configuration.
 
     Args:
-        described: name -> {"_component_": dotpath, "weight": 1.0, further options} of a function, of a class whose
+        described: name -> `{"_component_": dotpath, "weight": 1.0, further options}` of a function, of a class whose
             instances are called, or of a function that takes only options and returns the reward function.
         problems: What is scored; a reward may ask for the columns that all of them have.
 
