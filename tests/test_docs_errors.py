@@ -38,7 +38,7 @@ def text_of(node: ast.AST) -> str:
 
 
 def is_quoted(message: str) -> bool:
-    """Return whether a message of the source begins like this; … stands for values."""
+    """Return whether a message of the source begins like this, where … is any value."""
     pattern = re.compile(VALUE.join(map(re.escape, message.split("…"))))
     return any(map(pattern.match, messages()))
 
