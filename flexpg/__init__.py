@@ -23,7 +23,7 @@ from flexpg.sampling import SamplingParams
 from flexpg.tree import PrefixTree
 from flexpg.verify import self_check
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MicroBatch",

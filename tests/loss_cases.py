@@ -17,11 +17,16 @@ MAX_COMPLETION_LENGTH = 9
 OPTIONS = {"beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "max_completion_length": MAX_COMPLETION_LENGTH}
 VESPO = {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.25}
 NO_SEQUENCE_LEVEL = {"vespo"}
+NOT_IN_TRL: set[str] = set()  # loss types that TRL and liger-kernel cannot be compared with
+TYPES_AND_LEVELS = [
+    pair for pair in product(LOSS_TYPES, LEVELS) if pair[1] == "token" or pair[0] not in NO_SEQUENCE_LEVEL
+]
 each_level = pytest.mark.parametrize("level", LEVELS)
 each_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
-each_loss_type_and_level = pytest.mark.parametrize(
-    ("loss_type", "level"),
-    [pair for pair in product(LOSS_TYPES, LEVELS) if pair[1] == "token" or pair[0] not in NO_SEQUENCE_LEVEL],
+each_loss_type_and_level = pytest.mark.parametrize(("loss_type", "level"), TYPES_AND_LEVELS)
+each_trl_loss_type = pytest.mark.parametrize("loss_type", [own for own in LOSS_TYPES if own not in NOT_IN_TRL])
+each_trl_loss_type_and_level = pytest.mark.parametrize(
+    ("loss_type", "level"), [pair for pair in TYPES_AND_LEVELS if pair[0] not in NOT_IN_TRL]
 )
 
 

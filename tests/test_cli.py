@@ -2,12 +2,10 @@
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 RECIPES, TINY, TINY_YAML = ROOT / "recipes", ROOT / "recipes/assets/tiny", ROOT / "recipes/configs/tiny_cpu.yaml"
 CONFIGS = sorted(path.stem for path in RECIPES.glob("configs/*.yaml"))
 PYTHON_FILES = sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
-BUILD = "from setuptools import build_meta; build_meta.build_wheel({!r})"
 
 
 @pytest.fixture(autouse=True)
@@ -102,32 +99,6 @@ def test_cp_keeps_files_that_differ_unless_forced(tmp_path):
     main(["cp", "tiny_cpu", "--force"])
     assert changed.read_bytes() == TINY_YAML.read_bytes()
     main(["cp", "tiny_cpu"])
-
-
-@pytest.mark.slow
-def test_wheel_contains_every_package_and_copies_recipes_without_a_clone(tmp_path):
-    pytest.importorskip("setuptools", minversion="77", reason="a wheel is built by setuptools 77 or later")
-    clone, site, here = tmp_path / "clone", tmp_path / "site", tmp_path / "here"
-    for folder in (clone, site, here):
-        folder.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
-    for folder in ("flexpg", "recipes"):
-        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "-c", BUILD.format(str(tmp_path))], cwd=clone, check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        wheel.extractall(site)
-    assert {path.name.split("-")[0] for path in site.iterdir()} == {"flexpg"}  # torchtune installs a `recipes`
-    assert contents(site / "flexpg/recipes") == contents(RECIPES)
-    packages = {path.parent.relative_to(ROOT) for path in ROOT.glob("flexpg/**/__init__.py")}
-    assert all((site / package / "__init__.py").exists() for package in packages), packages
-    assert "flexpg = flexpg.__main__:main" in next(site.glob("*.dist-info/entry_points.txt")).read_text()
-
-    code = "from flexpg.__main__ import main, recipes_folder; print(recipes_folder()); main(['cp', 'all'])"
-    result = run_python(code, cwd=here, env={**os.environ, "PYTHONPATH": str(site)})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[0] == str(site / "flexpg/recipes")
-    assert contents(here / "recipes") == contents(RECIPES)
 
 
 # report

@@ -13,8 +13,8 @@ from loss_cases import (
     OPTIONS,
     VESPO,
     each_level,
-    each_loss_type,
-    each_loss_type_and_level,
+    each_trl_loss_type,
+    each_trl_loss_type_and_level,
     loss_and_grad,
     loss_and_metrics,
     options_of,
@@ -95,7 +95,7 @@ def trl_loss(
     return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
 
-@each_loss_type_and_level
+@each_trl_loss_type_and_level
 def test_grpo_loss_matches_trl(loss_type, level):
     batch = random_batch(num_rollouts=8, seed=2)
     theirs, their_metrics = trl_loss(batch, loss_type, level)
@@ -126,7 +126,7 @@ def test_two_sided_clipping_matches_trl(level):
     assert loss != loss_and_grad(batch, **options_of("dapo", level))[0]
 
 
-@each_loss_type
+@each_trl_loss_type
 @pytest.mark.parametrize("mode", get_args(ImportanceSamplingMode))
 def test_sampler_correction_matches_trl(mode, loss_type):
     if loss_type == "vespo" and mode.startswith("sequence"):
@@ -165,7 +165,7 @@ def test_vespo_limits_of_the_weight_match_trl():
         assert torch.allclose(grad, batch["logprobs"].grad, rtol=1e-12, atol=1e-15)
 
 
-@each_loss_type
+@each_trl_loss_type
 def test_rollout_without_loss_tokens_matches_trls_truncated_completion(loss_type):
     batch = random_batch(num_rollouts=8, seed=2)
     batch["loss_mask"][3] = False  # as Rollouts.keep_in_loss and TRL's mask_truncated_completions have it
@@ -177,7 +177,7 @@ def test_rollout_without_loss_tokens_matches_trls_truncated_completion(loss_type
     assert torch.allclose(grad, batch["logprobs"].grad, rtol=rounding, atol=1e-15)
 
 
-@each_loss_type
+@each_trl_loss_type
 def test_entropy_bonus_matches_trl(loss_type):
     batch = with_entropies(random_batch(num_rollouts=8, seed=2))
     theirs, their_metrics = trl_loss(batch, loss_type, entropy_coef=0.4)
@@ -193,7 +193,7 @@ def test_entropy_bonus_matches_trl(loss_type):
     assert metrics["entropy"].item() == pytest.approx(their_metrics["entropy"][0], rel=1e-12)
 
 
-@each_loss_type
+@each_trl_loss_type
 def test_micro_batches_match_trl_gradient_accumulation(loss_type):
     batch = random_batch(num_rollouts=8, seed=3)
     for part in (rows(batch, 0, 4), rows(batch, 4, 8)):
@@ -206,7 +206,7 @@ def test_micro_batches_match_trl_gradient_accumulation(loss_type):
         assert torch.allclose(ours, theirs, rtol=rounding, atol=0)
 
 
-@each_loss_type_and_level
+@each_trl_loss_type_and_level
 def test_grpo_loss_matches_liger(loss_type, level):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 

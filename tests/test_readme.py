@@ -16,6 +16,7 @@ import flexpg
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PAGES = [path for path in sorted(ROOT.glob("*.md")) if path.name != "README.md"]
 ELSEWHERE = ("cost.md", "conversations.md", "rewards.md", "scaling.md")
 ELSEWHERE += ("recipes.md",)  # which loads what a run has trained
 SNIPPETS = {path.name: re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL) for path in PAGES}
@@ -40,7 +41,7 @@ def test_snippets_run(page, clone):
             exec(snippet, names)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *OTHER_PAGES], ids=lambda path: path.name)
 def test_links_resolve(path):
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", path.read_text()):
         name, _, section = target.partition("#")
