@@ -17,7 +17,7 @@ NESTED = {"loss": LossConfig, "sampling": SamplingConfig}
 
 def columns(table: str) -> tuple[list[str], list[str]]:
     """Return the names in the first two columns of a table: the other library's and the recipe's."""
-    (text,) = re.findall(rf"<!-- options: {table} -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
+    (text,) = re.findall(rf"<!-- compared: {table} -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
     rows = [line.split("|")[1:3] for line in text.splitlines()[2:]]
     theirs, ours = (re.findall(r"`([^`]+)`", " ".join(cells)) for cells in zip(*rows, strict=True))
     return theirs, ours
