@@ -15,7 +15,7 @@ Option names, formulas and defaults are those of TRL 1.16. Departures:
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 import torch
 from torch import Tensor
@@ -193,15 +193,18 @@ def grpo_loss(
         gap = old - masked(sampler_logprobs).detach()
         weight, uncorrected = sampler_ratio(gap, importance_sampling_mode, *limits)  # [N, C] each
         per_token |= {"sampler_ratio": weight, "sampler_kl": gap.expm1() - gap}
-    if loss_type == "cispo":
-        losses, own = cispo_term(policy, log_ratio, advantages, high_margin)  # [N, C]
-    elif loss_type == "sapo":
-        losses, own = sapo_term(log_ratio, advantages, sapo_temperature_pos, sapo_temperature_neg)
-    elif loss_type == "vespo":
-        log_weight = None if weight is None else masked(weight.log())
-        losses, own = vespo_term(policy, log_ratio, advantages, log_weight, *gammas)
-    else:
-        losses, own = clipped_term(log_ratio, advantages, 1 - epsilon, 1 + high_margin, delta)
+    match loss_type:
+        case "cispo":
+            losses, own = cispo_term(policy, log_ratio, advantages, high_margin)  # [N, C]
+        case "sapo":
+            losses, own = sapo_term(log_ratio, advantages, sapo_temperature_pos, sapo_temperature_neg)
+        case "vespo":
+            log_weight = None if weight is None else masked(weight.log())
+            losses, own = vespo_term(policy, log_ratio, advantages, log_weight, *gammas)
+        case "grpo" | "bnpo" | "dr_grpo" | "dapo":
+            losses, own = clipped_term(log_ratio, advantages, 1 - epsilon, 1 + high_margin, delta)
+        case _:
+            assert_never(loss_type)
     per_token |= own
     if weight is not None and loss_type != "vespo":
         losses = losses * weight
