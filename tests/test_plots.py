@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from flexpg.analysis import plots
+from flexpg.analysis import palette, plots
 from flexpg.analysis.flops import ModelShape
 from flexpg.analysis.report import report, rollouts_from_lengths
 from flexpg.masks import block_mask, dense_mask
@@ -42,7 +42,7 @@ def test_token_colors_are_white_exactly_where_the_mask_is_false():
 
 
 def test_colors_tell_tokens_of_several_sequences_from_tokens_of_one():
-    is_shared = (plots._colors(FOREST) == to_rgb(plots.SHARED)).all(-1)
+    is_shared = (plots._colors(FOREST) == to_rgb(palette.PROMPT)).all(-1)
     own = [(sequence.unique(), n) for n, sequence in enumerate(FOREST.node)]
     sequences = sum((torch.arange(FOREST.num_tokens)[:, None] == nodes).any(1).int() for nodes, _ in own)
     assert (is_shared == (sequences > 1).numpy()).all() and 0 < is_shared.sum() < len(is_shared)
