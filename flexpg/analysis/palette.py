@@ -6,6 +6,8 @@ can tell apart. Figures are 8.3 inches wide: at the width of a README, 830 pixel
 
 from __future__ import annotations
 
+from typing import Any
+
 WIDTH = 8.3  # inches
 
 PROMPT = "#0072b2"  # tokens of prompts and other shared prefixes
@@ -20,7 +22,7 @@ INK, LINE, PAPER = "#222222", "#cccccc", "#ffffff"  # text, grid lines, backgrou
 SERIES = ("#6c7a89", "#cc6677", "#999933", "#8a6fc0", "#66aacc", "#b0a090")
 
 SMALL = 9.0  # points
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's types know the names of its options
     "font.size": 10.5,
     "axes.titlesize": 10.5,
     "axes.labelsize": 10.5,

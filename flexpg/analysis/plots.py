@@ -174,7 +174,7 @@ def _draw_group_sizes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid()
     handles = [Line2D([], [], color=INK, marker="s", linestyle="--", label="tokens")]
     handles += [Line2D([], [], color=INK, marker="o", label="FLOPs")]
-    axes.legend(handles=handles, loc="lower right", handlelength=2.4)
+    axes.legend(handles=handles, loc="best", handlelength=2.4)
 
 
 def _draw_budgets(axes: Axes, rows: Sequence[Row]) -> None:
@@ -244,9 +244,11 @@ def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
     n, palette = len(kinds), np.array([to_rgb(color) for color in BLOCKS.values()])
     axes.imshow(palette[kinds], interpolation="nearest", extent=(0, n, n, 0))
     axes.set(xlabel="key block", ylabel="query block")
-    axes.set(xticks=range(n + 1), yticks=range(n + 1))
-    axes.tick_params(labelbottom=n <= 16, labelleft=n <= 16)
-    axes.grid(color=LINE, linewidth=0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(0, n + 1, -(-n // 12)))
+        axis.set_ticks(range(n + 1) if n <= 32 else [], minor=True)
+        axis.set_tick_params(which="minor", length=0)
+    axes.grid(which="both", color=LINE, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(True)
     handles = [
         Patch(facecolor=color, edgecolor=BASELINE, label=f"{name}: {int((kinds == k).sum()):,}")
