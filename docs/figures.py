@@ -33,7 +33,19 @@ from benchmarks.record import RESULTS
 from benchmarks.tables import COMPARED, lengths
 from flexpg import PrefixTree, dense_mask
 from flexpg.__main__ import main as flexpg_command
-from flexpg.analysis.palette import BASELINE, COMPLETION, INK, LINE, PAPER, PROMPT, SHARED, SMALL, STYLE, WIDTH
+from flexpg.analysis.palette import (
+    BASELINE,
+    COMPLETION,
+    INK,
+    LINE,
+    PAPER,
+    PROMPT,
+    SHARED,
+    SHARED_TEXT,
+    SMALL,
+    STYLE,
+    WIDTH,
+)
 
 DOCS = Path(__file__).resolve().parent
 DPI = 200
@@ -68,7 +80,7 @@ def draw_packing(axes: plt.Axes, tree: PrefixTree) -> None:
     draw_sequence(axes, 6.1, [prompt, *completions])
     ratio = tree.baseline_tokens / tree.num_tokens
     count = f"{tree.num_tokens:,} tokens ({ratio:.1f}x fewer), the same gradients"
-    axes.text(0, 7.15, count, fontweight="bold", color="#00664b")
+    axes.text(0, 7.15, count, fontweight="bold", color=SHARED_TEXT)
     axes.set(xlim=(-10, 1.005 * tree.num_tokens), ylim=(7.3, -1.2))
     axes.set_axis_off()
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,3 +47,13 @@ def test_links_resolve(path):
         if section:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert section in {re.sub(r"[^\w -]", "", own).lower().replace(" ", "-") for own in headings}, target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pictures_have_alt_texts_and_are_opaque_and_small(path):
+    for alt_text, name in re.findall(r"!\[(.*?)\]\((.+?\.png)\)", path.read_text()):
+        file = path.parent / name
+        assert len(alt_text) > 80, name
+        assert file.stat().st_size < 150_000, name
+        with Image.open(file) as image:
+            assert image.width >= 1200 and not image.has_transparency_data, name

@@ -14,6 +14,7 @@ PROMPT = "#0072b2"  # tokens of prompts and other shared prefixes
 COMPLETION = "#e69f00"  # tokens of completions and everything else that belongs to one sequence
 BASELINE = "#999999"  # the baseline, and other implementations that flexpg is compared with
 SHARED = "#009e73"  # flexpg: computed on shared prefixes
+SHARED_TEXT = "#00664b"  # the same for text, dark enough on white
 PARTLY_SHARED = "#8fd3bd"  # less than that: only prompts are encoded once, or a block is computed in part
 REWARD = "#a65aa8"  # what a model has learned
 INK, LINE, PAPER = "#222222", "#cccccc", "#ffffff"  # text, grid lines, background
