@@ -115,11 +115,13 @@ def draw_curve(curve: list[float]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from flexpg.analysis.palette import BASELINE, LINE, REWARD
+
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.plot(range(1, len(curve) + 1), curve, color="0.8", label="reward of a step")
+    axes.plot(range(1, len(curve) + 1), curve, color=LINE, label="reward of a step")
     means = [sum(curve[max(0, n - 9) : n + 1]) / min(10, n + 1) for n in range(len(curve))]
-    axes.plot(range(1, len(curve) + 1), means, color="tab:blue", label="mean of ten steps")
-    axes.axhline(1 / 4, color="0.5", linestyle=":", label="guessing one of four answers")
+    axes.plot(range(1, len(curve) + 1), means, color=REWARD, label="mean of ten steps")
+    axes.axhline(1 / 4, color=BASELINE, linestyle=":", label="guessing one of four answers")
     axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.05), title="Naming and counting squares in pictures")
     axes.legend(frameon=False)
     Path("runs").mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
 """Figures show what was computed, and are drawn without a display."""
 
+import re
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from flexpg.analysis import plots
+from flexpg.analysis import palette, plots
 from flexpg.analysis.flops import ModelShape
 from flexpg.analysis.report import report, rollouts_from_lengths
 from flexpg.masks import block_mask, dense_mask
 from flexpg.tree import PrefixTree
 
+ROOT = Path(__file__).parent.parent
 TREE = PrefixTree.from_lengths([150, 70], [[30, 40, 50], [20, 20]])
 ROLLOUTS = rollouts_from_lengths([150, 70], [[30, 40, 50], [20, 20]])
 # A system prompt of two questions, one of whose completions continues in two ways; a duplicate; an unrelated sequence.
@@ -42,10 +45,17 @@ def test_token_colors_are_white_exactly_where_the_mask_is_false():
 
 
 def test_colors_tell_tokens_of_several_sequences_from_tokens_of_one():
-    is_shared = (plots._colors(FOREST) == to_rgb(plots.SHARED)).all(-1)
+    is_shared = (plots._colors(FOREST) == to_rgb(palette.PROMPT)).all(-1)
     own = [(sequence.unique(), n) for n, sequence in enumerate(FOREST.node)]
     sequences = sum((torch.arange(FOREST.num_tokens)[:, None] == nodes).any(1).int() for nodes, _ in own)
     assert (is_shared == (sequences > 1).numpy()).all() and 0 < is_shared.sum() < len(is_shared)
+
+
+@pytest.mark.parametrize("path", ["docs/figures.py", "flexpg/analysis/plots.py", "flexpg/training/run_curves.py"])
+def test_colors_of_figures_are_those_of_the_palette(path):
+    text = (ROOT / path).read_text().replace('TEXT = "#123456"', "")  # replaced by the color of the page
+    assert "flexpg.analysis.palette import" in text
+    assert not re.findall(r"""["'](?:#[0-9a-fA-F]{3,8}|tab:\w+|C\d|black|white|gr[ae]y|red|green|blue)["']""", text)
 
 
 def test_block_kinds_match_the_mask():

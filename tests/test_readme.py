@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import flexpg
 
@@ -55,3 +56,13 @@ def test_links_resolve(path):
 def test_api_reference_has_every_public_name():
     pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
     assert {name for name in flexpg.__all__ if pages.count(f"::: flexpg.{name}\n") != 1} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pictures_have_alt_texts_and_are_opaque_and_small(path):
+    for alt_text, name in re.findall(r"!\[(.*?)\]\((.+?\.png)\)", path.read_text()):
+        file = path.parent / name
+        assert len(alt_text) > 80, name
+        assert file.stat().st_size < 150_000, name
+        with Image.open(file) as image:
+            assert image.width >= 1200 and not image.has_transparency_data, name

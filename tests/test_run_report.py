@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from recipe_runs import TINY, load
 
+from flexpg.analysis.palette import SERIES
 from flexpg.analysis.plots import plot_reward
 from flexpg.training.run_curves import TEXT, draw_curves
 from flexpg.training.run_report import changed_options, write_report
@@ -115,7 +116,7 @@ def test_curves_are_valid_svg_with_gaps_where_a_value_is_nan():
         *("Reward and held-out accuracy", "Seconds of a step", "Loss", "Entropy, nats per token"),
         *("Completion length, tokens", "Truncated completions, clipped tokens (fractions)"),
     }
-    paths = re.findall(r'<path d="([^"]*)" clip-path[^>]*stroke: #3d8bd4', curves["Loss"])
+    paths = re.findall(rf'<path d="([^"]*)" clip-path[^>]*stroke: {SERIES[0]}', curves["Loss"])
     assert len(paths) == 1 and paths[0].count("M") == 2  # a line is interrupted
 
 

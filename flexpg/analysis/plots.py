@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
 import torch
@@ -15,8 +16,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from flexpg.analysis.palette import (
+    BASELINE,
+    COMPLETION,
+    INK,
+    LINE,
+    PAPER,
+    PARTLY_SHARED,
+    PROMPT,
+    REWARD,
+    SHARED,
+    SMALL,
+    STYLE,
+    WIDTH,
+)
 from flexpg.analysis.report import Report, Row, short
 from flexpg.analysis.work import prompts_once_work
 from flexpg.masks import block_mask, tree_mask_mod
@@ -24,11 +39,10 @@ from flexpg.rollouts import Rollouts
 from flexpg.tree import BLOCK, PrefixTree
 
 MAX_PIXELS = 2048
-SHARED, OWN = "#1f6fb4", "#f0a860"  # tokens of several sequences, and of one
-COLORS = {"baseline": "#b8b8b8", "prompts_once": "#9ecae1", "shared": SHARED}
-REWARD, ACCURACY = "#9fd5b5", "#1b7f4b"
-BLOCKS = {"skipped": "white", "partial: the mask is evaluated": "#c9c9c9", "full": "#6e6e6e"}
+TOKENS = {PROMPT: "several sequences (prompts)", COMPLETION: "one sequence (completions)"}
+COLORS = {"baseline": BASELINE, "prompts_once": PARTLY_SHARED, "shared": SHARED}
 LABELS = {"baseline": "baseline", "prompts_once": "prompts encoded once", "shared": "shared prefixes encoded once"}
+BLOCKS = {"skipped": PAPER, "partial": PARTLY_SHARED, "full": SHARED}
 
 
 class Figure(matplotlib.figure.Figure):
@@ -40,6 +54,7 @@ class Figure(matplotlib.figure.Figure):
         return file.getvalue()
 
 
+@matplotlib.rc_context(STYLE)
 def plot_reward(rewards: Sequence[float], accuracies: Mapping[int, float]) -> Figure:
     """Plot the training reward of every step and the held-out accuracy.
 
@@ -47,21 +62,23 @@ def plot_reward(rewards: Sequence[float], accuracies: Mapping[int, float]) -> Fi
         rewards: Mean reward of step 1, 2, ...
         accuracies: Held-out accuracy by step; step 0 is before training.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = _axes(figure.subplots())
-    axes.plot(range(1, len(rewards) + 1), rewards, color=REWARD, label="training reward (mean of the step)")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    label = "training reward (mean of the step)"
+    axes.plot(range(1, len(rewards) + 1), rewards, color=REWARD, linewidth=1, alpha=0.8, label=label)
     steps = sorted(accuracies)
     held_out = [accuracies[step] for step in steps]
-    axes.plot(steps, held_out, "o-", color=ACCURACY, clip_on=False, label="held-out accuracy (greedy)")
+    axes.plot(steps, held_out, "o-", color=REWARD, linewidth=2.5, clip_on=False, label="held-out accuracy (greedy)")
     axes.set(xlabel="GRPO step", ylabel="reward, accuracy", xlim=(0, max(len(rewards), 1)))
     if all(0 <= value <= 1 for value in (*rewards, *accuracies.values())):
         axes.set_ylim(-0.02, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    axes.grid()
+    axes.legend(loc="lower right")
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def plot_mask(tree: PrefixTree) -> Figure:
     """Plot the attention mask of a packed sequence, by token and by FlexAttention's blocks.
 
@@ -69,14 +86,16 @@ def plot_mask(tree: PrefixTree) -> Figure:
         tree: The packed sequence; of more than 2,048 tokens, that many are shown.
     """
     tree = tree.to("cpu")
-    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
     by_token, by_block = figure.subplots(1, 2)
     _draw_tokens(by_token, tree)
+    by_token.set_title(f"mask: {tree.num_tokens:,} tokens,\n{tree.num_pairs:,} visible pairs")
     _draw_blocks(by_block, tree)
-    _add_legend(figure)
+    _add_legend(by_token)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def plot_tree(tree: PrefixTree) -> Figure:
     """Plot a prefix tree next to its mask: every segment is a bar at the height of its rows of the mask.
 
@@ -87,28 +106,31 @@ def plot_tree(tree: PrefixTree) -> Figure:
         tree: The packed sequence; of more than 2,048 tokens, the mask shows that many.
     """
     tree = tree.to("cpu")
-    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
     as_tree, by_token = figure.subplots(1, 2, sharey=True)
     _draw_tokens(by_token, tree)
-    by_token.set(aspect="auto", ylabel="")  # to be as high as the tree
+    by_token.set(aspect="auto")  # to be as high as the tree
+    by_token.set_title(f"mask: {tree.num_tokens:,} tokens,\n{tree.num_pairs:,} visible pairs")
     _draw_segments(as_tree, tree)
     _add_legend(figure)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def plot_savings(rollouts: Rollouts) -> Figure:
     """Plot the tokens and visible pairs of a step by the baseline, with every prompt once, and shared."""
     tree, once = rollouts.tree, prompts_once_work(rollouts)
-    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     counts = {"tokens": (tree.baseline_tokens, once.num_tokens, tree.num_tokens)}
     counts["visible pairs"] = (tree.baseline_pairs, once.num_pairs, tree.num_pairs)
     _draw_counts(figure.subplots(), counts)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def plot_report(found: Report) -> Figure:
     """Plot a report: the work of each implementation, the ratios by group size, and memory by token budget."""
-    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(9, 8))
     labels = {"tokens": "tokens", "pairs": "visible pairs", "flops": "FLOPs"}
     counts = {label: tuple(found.total[way][name] for way in COLORS) for name, label in labels.items()}
@@ -121,11 +143,6 @@ def plot_report(found: Report) -> Figure:
     return figure
 
 
-def _axes(axes: Axes) -> Axes:
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
 def _draw_counts(axes: Axes, counts: Mapping[str, Sequence[int]]) -> None:
     """Draw a bar for each implementation, relative to the baseline, for each of the named counts."""
     for y, values in enumerate(counts.values()):
@@ -133,11 +150,12 @@ def _draw_counts(axes: Axes, counts: Mapping[str, Sequence[int]]) -> None:
             middle, length = y + 0.26 * (n - 1), count / values[0]
             axes.barh(middle, length, 0.24, color=COLORS[name], label=None if y else LABELS[name])
             note = f"{short(count)}   ({1 / length:.1f}x fewer)" if n else short(count)
-            axes.text(length + 0.015, middle, note, va="center", fontsize="small")
-    axes.set(yticks=range(len(counts)), yticklabels=list(counts), xticks=[], xlim=(0, 1.2))
+            axes.text(length + 0.015, middle, note, va="center", fontsize=SMALL)
+    axes.set(yticks=range(len(counts)), yticklabels=list(counts), xticks=[], xlim=(0, 1.13))
     axes.invert_yaxis()
-    axes.figure.legend(loc="outside upper center", frameon=False, ncols=3)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize="medium")
+    axes.figure.legend(loc="outside upper center", ncols=3)
+    axes.spines["bottom"].set_visible(False)
 
 
 def _draw_group_sizes(axes: Axes, rows: Sequence[Row]) -> None:
@@ -149,15 +167,14 @@ def _draw_group_sizes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     axes.set(
-        xlabel="group size G (the first G completions of every prompt)",
-        ylabel="times fewer than the baseline",
+        xlabel="group size G\n(first G completions of every prompt)",
+        ylabel="baseline / shared, or prompts once",
         ylim=(0, None),
     )
-    axes.grid(alpha=0.3)
-    handles = [Line2D([], [], color="#444444", marker="o", label="FLOPs")]
-    handles += [Line2D([], [], color="#444444", marker="s", linestyle="--", label="tokens")]
-    axes.legend(handles=handles, loc="lower right", frameon=False)
-    _axes(axes)
+    axes.grid()
+    handles = [Line2D([], [], color=INK, marker="s", linestyle="--", label="tokens")]
+    handles += [Line2D([], [], color=INK, marker="o", label="FLOPs")]
+    axes.legend(handles=handles, loc="best", handlelength=2.4)
 
 
 def _draw_budgets(axes: Axes, rows: Sequence[Row]) -> None:
@@ -168,24 +185,31 @@ def _draw_budgets(axes: Axes, rows: Sequence[Row]) -> None:
     for shift, name, prefix in ((-0.2, "baseline", "baseline_"), (0.2, "shared", "")):
         heights = [row[f"{prefix}activation_bytes"] / scale for _, row in fitting]
         bars = axes.bar([x + shift for x, _ in fitting], heights, 0.38, color=COLORS[name])
-        axes.bar_label(bars, [short(row[f"{prefix}micro_batches"]) for _, row in fitting], fontsize="small")
+        axes.bar_label(bars, [short(row[f"{prefix}micro_batches"]) for _, row in fitting], fontsize=SMALL)
     for x, row in enumerate(rows):
         if "tokens" not in row:
-            axes.text(x, 0, "does\nnot fit", ha="center", va="bottom", fontsize="small")
+            axes.text(x, 0, "does\nnot fit", ha="center", va="bottom", fontsize=SMALL)
     axes.set_xticks(range(len(rows)), [f"{row['max_tokens']:,}" for row in rows])
-    axes.set(xlabel="token budget (on the bars: number of micro-batches)", ylabel=f"peak activations, {unit}")
+    axes.set(xlabel="token budget\n(on the bars: micro-batches)", ylabel=f"peak activations, {unit}")
     axes.set(xlim=(-0.6, len(rows) - 0.4), ylim=(0, 1.1 * tallest / scale))
-    _axes(axes)
 
 
 def _draw_tokens(axes: Axes, tree: PrefixTree) -> None:
+    """Draw the mask by token, and in the keys of every large shared prefix how many sequences see it."""
     size = tree.num_tokens
     axes.imshow(_token_colors(tree), interpolation="nearest", extent=(0, size, size, 0))
     start, stop, subtree_end = tree.segments.numpy().T
     is_wide = stop - start > size / 100
-    axes.vlines(start[is_wide], start[is_wide], subtree_end[is_wide], color="white", linewidth=0.8)
+    axes.vlines(start[is_wide], start[is_wide], subtree_end[is_wide], color=PAPER, linewidth=0.8)
+    sequences = _sequences(tree)[start]
+    width, height = stop - start, subtree_end - stop
+    for k in ((sequences > 1) & (width > size / 6) & (height > size / 4)).nonzero()[0]:
+        text = f"{width[k]:,} tokens of\n{sequences[k]:,} sequences"
+        center = (start[k] + stop[k]) / 2, (stop[k] + subtree_end[k]) / 2
+        axes.text(*center, text, rotation=90, color=PAPER, ha="center", va="center", fontsize=SMALL)
+    _show_thousands(axes)
+    axes.spines[["top", "right"]].set_visible(True)
     axes.set(xlabel="key (packed index)", ylabel="query (packed index)")
-    axes.set_title(f"{size:,} tokens, {tree.num_pairs:,} visible pairs", fontsize="medium")
 
 
 def _draw_segments(axes: Axes, tree: PrefixTree) -> None:
@@ -193,50 +217,59 @@ def _draw_segments(axes: Axes, tree: PrefixTree) -> None:
     start, stop, _ = tree.segments.numpy().T
     left, middle, length = tree.position_ids.numpy()[start], (start + stop) / 2, stop - start
     right, colors = left + length, _colors(tree)[start]
-    height = np.minimum(0.8 * length, tree.num_tokens / 40)
+    height = np.minimum(0.8 * length, tree.num_tokens / 32)
     axes.barh(middle, length, height, left, color=colors, edgecolor=colors, linewidth=0.5)
     parent = tree.parent.numpy()[start]
     parent = np.searchsorted(start, parent, side="right") - 1  # the segment of the parent; -1 for roots
     last_child = middle.copy()
     np.maximum.at(last_child, parent[parent >= 0], middle[parent >= 0])
     axes.vlines(right, middle, last_child, color=colors, linewidth=0.8)
-    for k in (length >= tree.num_tokens / 40).nonzero()[0]:  # high enough for a line of text
+    for k in (length >= tree.num_tokens / 36).nonzero()[0]:  # high enough for a line of text
         axes.annotate(
             f"{length[k]:,}",
             (right[k], middle[k]),
             (3, 0),
             textcoords="offset points",
             va="center",
-            fontsize="x-small",
+            fontsize=SMALL,
         )
-    axes.set(xlabel="position", ylabel="packed index", xlim=(0, 1.1 * right.max()), ylim=(tree.num_tokens, 0))
-    axes.set_title(f"{len(start):,} segments with their lengths in tokens", fontsize="medium")
-    _axes(axes)
+    _show_thousands(axes)
+    axes.set(xlabel="position in the sequence", ylabel="packed index")
+    axes.set(xlim=(0, 1.18 * right.max()), ylim=(tree.num_tokens, 0))
+    axes.set_title(f"prefix tree: {len(start):,} segments\nwith their lengths in tokens")
 
 
 def _draw_blocks(axes: Axes, tree: PrefixTree) -> None:
     kinds = _block_kinds(tree)
     n, palette = len(kinds), np.array([to_rgb(color) for color in BLOCKS.values()])
     axes.imshow(palette[kinds], interpolation="nearest", extent=(0, n, n, 0))
-    axes.set(xlabel=f"key block of {BLOCK} tokens", ylabel=f"query block of {BLOCK} tokens")
-    axes.set(xticks=range(n + 1), yticks=range(n + 1))
-    axes.tick_params(labelbottom=n <= 24, labelleft=n <= 24)
-    axes.grid(color="#dddddd", linewidth=0.5)
-    axes.legend(
-        handles=[
-            Patch(facecolor=color, edgecolor="#999999", label=f"{name} ({int((kinds == k).sum()):,})")
-            for k, (name, color) in enumerate(BLOCKS.items())
-        ],
-        loc="upper right",
-        fontsize="small",
-    )
-    axes.set_title(f"block mask of {n} x {n} blocks", fontsize="medium")
+    axes.set(xlabel="key block", ylabel="query block")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(0, n + 1, -(-n // 12)))
+        axis.set_ticks(range(n + 1) if n <= 32 else [], minor=True)
+        axis.set_tick_params(which="minor", length=0)
+    axes.grid(which="both", color=LINE, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(True)
+    handles = [
+        Patch(facecolor=color, edgecolor=BASELINE, label=f"{name}: {int((kinds == k).sum()):,}")
+        for k, (name, color) in enumerate(BLOCKS.items())
+    ]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, columnspacing=1.0)
+    axes.set_title(f"block mask: {n:,} x {n:,} blocks\nof {BLOCK} x {BLOCK} tokens")
 
 
-def _add_legend(figure: Figure) -> None:
-    names = {SHARED: "tokens of several sequences", OWN: "tokens of one sequence"}
-    handles = [Patch(color=color, label=name) for color, name in names.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+def _show_thousands(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _add_legend(place: Figure | Axes) -> None:
+    handles = [Patch(color=color, label=f"tokens of {name}") for color, name in TOKENS.items()]
+    if isinstance(place, Axes):
+        place.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    else:
+        place.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
 def _token_colors(tree: PrefixTree) -> np.ndarray:
@@ -247,10 +280,14 @@ def _token_colors(tree: PrefixTree) -> np.ndarray:
     return np.where(visible[..., None], _colors(tree)[shown][None], 1.0)
 
 
+def _sequences(tree: PrefixTree) -> np.ndarray:
+    """Return [tokens] int, the number of sequences that each token belongs to."""
+    return torch.bincount(tree.node[tree.node >= 0], minlength=tree.num_tokens).numpy()
+
+
 def _colors(tree: PrefixTree) -> np.ndarray:
     """Return [tokens, 3] RGB by whether a token belongs to several sequences."""
-    sequences = torch.bincount(tree.node[tree.node >= 0], minlength=tree.num_tokens).numpy()
-    return np.where(sequences[:, None] > 1, to_rgb(SHARED), to_rgb(OWN))
+    return np.where(_sequences(tree)[:, None] > 1, to_rgb(PROMPT), to_rgb(COMPLETION))
 
 
 def _block_kinds(tree: PrefixTree) -> np.ndarray:

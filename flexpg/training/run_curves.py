@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flexpg.analysis.palette import REWARD, SERIES
 from flexpg.training.metrics import SECONDS
 
 History = Sequence[Mapping[str, float]]
 TEXT = "#123456"  # in figures, replaced by the color of the page's text
-COLORS = ("#3d8bd4", "#e58a2b", "#35a06f", "#a874d8", "#d95763", "#8a929c")
 CURVES = {  # title: metrics; those that a run does not have are left out
     "Loss": ("loss",),
     "Gradient norm": ("grad_norm",),
@@ -71,10 +71,17 @@ def _draw_reward(history: History, accuracies: Mapping[int, float]) -> str:
     figure, axes = _figure(10.4, 3.2)
     rewards = values_by_step(history, "reward")
     marker = _marker(rewards)
-    axes.plot(range(1, len(rewards) + 1), rewards, marker, color=COLORS[0], label="training reward (mean of the step)")
+    axes.plot(
+        range(1, len(rewards) + 1),
+        rewards,
+        marker,
+        color=REWARD,
+        linewidth=1,
+        label="training reward (mean of the step)",
+    )
     steps = sorted(accuracies)
     held_out = [accuracies[step] for step in steps]
-    axes.plot(steps, held_out, "o-", color=COLORS[1], label="held-out accuracy (greedy)")
+    axes.plot(steps, held_out, "o-", color=REWARD, linewidth=2.5, label="held-out accuracy (greedy)")
     return _svg(figure, axes, has_legend=True)
 
 
@@ -82,7 +89,7 @@ def _draw_lines(lines: Mapping[str, Sequence[float]]) -> str:
     figure, axes = _figure(5.0, 2.6)
     for n, (name, values) in enumerate(lines.items()):
         label = name.replace("$", r"\$")  # not a formula
-        axes.plot(range(1, len(values) + 1), values, _marker(values), color=COLORS[n % len(COLORS)], label=label)
+        axes.plot(range(1, len(values) + 1), values, _marker(values), color=SERIES[n % len(SERIES)], label=label)
     return _svg(figure, axes, has_legend=len(lines) > 1)
 
 
@@ -90,7 +97,7 @@ def _draw_seconds(history: History) -> str:
     """Draw the seconds of every step, stacked; without the self-check, which runs in one step only."""
     figure, axes = _figure(10.4, 2.8)
     edges, bottom = [step + 0.5 for step in range(len(history) + 1)], [0.0] * len(history)
-    for color, (name, label) in zip(COLORS, SECONDS.items(), strict=False):
+    for color, (name, label) in zip(SERIES, SECONDS.items(), strict=False):
         if not any(name in metrics for metrics in history):  # weights to an engine that the run does not have
             continue
         added = [value if math.isfinite(value) else 0.0 for value in values_by_step(history, name)]
