@@ -19,6 +19,7 @@ import sys
 CUDA = ["--device", "cuda"]
 BENCHMARKS: dict[str, dict[str, list[str]]] = {  # name: arguments by kind of run
     "update": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
+    "peers": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "attention": {"cpu": [], "cuda": CUDA, "tiny": ["--tiny"]},
     "split_parts": {"cpu": [], "tiny": ["--tiny"]},
     "kernels": {"cuda": CUDA, "tiny": ["--tiny"]},

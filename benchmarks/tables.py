@@ -30,7 +30,12 @@ COMPARED = {  # what benchmarks.update compares flexpg with
     "torchtune": "torchtune's GRPO",
     "prefix_grouper": "PrefixGrouper",
     "prefix_grouper_tuned": "PrefixGrouper, tuned",
-    "trl_tree": "TRL's tree packing",
+}
+PEERS = {  # what benchmarks.peers compares flexpg with
+    "baseline": "baseline",
+    "prefix_grouper": "PrefixGrouper",
+    "prefix_grouper_tuned": "PrefixGrouper, tuned",
+    "trl_tree": "TRL's prefix tree",
 }
 ESTIMATED = ("baseline", "flexpg")  # what the cost model knows
 
@@ -132,15 +137,60 @@ def headline() -> str:
             for case in steps["cases"]
         ),
     ]
-    machines = sorted({result["machine"].replace("(R)", "").rpartition(",")[0] for result in results.values()})
+    machines = sorted({machine(result).rpartition(",")[0] for result in results.values()})
     header = ["workload", "model", "tokens encoded, baseline / shared", "time of an update or step, baseline / shared"]
     return markdown(header, rows) + f"\nFloat32 on two cores, conversations on one: {', '.join(machines)}.\n"
 
 
+def bounds() -> str:
+    """Return measured speed-ups of updates next to the cost model's bound, from several results."""
+    updates, recurrent, images = (load_result(f"{name}_cpu") for name in ("update", "hybrid", "vision"))
+    found = [
+        (updates, f"torchtune's Qwen2, 2 layers, width 512: {lengths(case)}", case["bound"], gain)
+        for case in updates["cases"]
+        if (gain := gain_without_padding(case)) is not None
+    ]
+    found += [
+        (
+            recurrent,
+            f"Qwen3.5, 4 layers, width 256: {case['prompt']:,} + {case['group']} x {case['completion']}",
+            case["bound"],
+            case["speedup_over"]["baseline"],
+        )
+        for case in recurrent["cases"]
+    ]
+    found += [
+        (
+            images,
+            f"Qwen2.5-VL, {case['layers']} layers, width {case['width']}: image of {case['image']:,} + "
+            f"{case['group']} x {case['completion']}",
+            case["bound"],
+            case["speedup"],
+        )
+        for case in images["cases"]
+    ]
+    rows = [
+        [name, machine(result), f"{bound:.2f}", spread(gain), f"{gain['median'] / bound:.2f}"]
+        for result, name, bound, gain in found
+    ]
+    return markdown(["update of one group", "machine", "bound", "measured", "measured / bound"], rows)
+
+
+def machine(result: Result) -> str:
+    """Return the machine of a result, and its threads."""
+    name, _, threads = result["machine"].replace("(R)", "").rpartition(", ")
+    return f"{name}, {threads}" if threads != "1 threads" else f"{name}, 1 thread"
+
+
+def gain_without_padding(case: Result) -> dict[str, float] | None:
+    """Return the speed-up over the baseline without padding, or None where it was not measured."""
+    has_padding = len(set(case["completions"])) > 1
+    return case["speedup_over"].get("baseline_unpadded" if has_padding else "baseline")
+
+
 def bound_reached(case: Result) -> str:
     """Return the fraction of the cost model's ratio that is reached, over the baseline without padding."""
-    has_padding = len(set(case["completions"])) > 1
-    gain = case["speedup_over"].get("baseline_unpadded" if has_padding else "baseline")
+    gain = gain_without_padding(case)
     return "-" if gain is None else f"{gain['median'] / case['bound']:.2f}"
 
 
@@ -153,6 +203,15 @@ def update(result: Result) -> str:
         gains = [spread(case["speedup_over"].get(name)) for name in COMPARED]
         rows.append([lengths(case), seconds, f"{case['bound']:.2f}", bound_reached(case), *gains])
     return markdown(["tokens", "flexpg, s", "bound", "reached", *COMPARED.values()], rows)
+
+
+def peers(result: Result) -> str:
+    """Return flexpg's speed-up over implementations that share prefixes."""
+    rows = []
+    for case in result["cases"]:
+        gains = [spread(case["speedup_over"].get(name)) for name in PEERS]
+        rows.append([lengths(case), f"{case['update_ms']['flexpg']['median'] / 1e3:,.2f}", *gains])
+    return markdown(["tokens", "flexpg, s", *PEERS.values()], rows)
 
 
 def update_not_shared(result: Result) -> str:
@@ -473,6 +532,7 @@ def conversations_updates(result: Result) -> str:
 
 COMPUTED: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "bounds": bounds,
     "modelled_context_parallel": lambda: markdown(*modelled.context_parallel()),
     "modelled_savings": lambda: markdown(*modelled.savings()),
     "modelled_memory": lambda: markdown(*modelled.memory()),
@@ -480,6 +540,7 @@ COMPUTED: dict[str, Callable[[], str]] = {
 TABLES: dict[str, Callable[[Result], str]] = {
     "context_parallel": context_parallel,
     "update": update,
+    "peers": peers,
     "update.not_shared": update_not_shared,
     "attention": attention,
     "split_parts": split_parts,
@@ -509,8 +570,10 @@ def table(name: str) -> str:
     """Return a table by name, such as "memory_cpu.peaks"; nothing if its result has not been recorded."""
     if name in COMPUTED:
         return COMPUTED[name]()
-    made = TABLES[re.sub(r"_(cpu|cuda)\b", "", name)]
-    return made(load_result(name)) if result_path(name).exists() else ""
+    if not result_path(name).exists():
+        return ""
+    made, result = TABLES[re.sub(r"_(cpu|cuda)\b", "", name)], load_result(name)
+    return f"{made(result)}\n*{machine(result)}, torch {result['versions']['torch']}, commit {result['commit']}.*\n"
 
 
 def rewritten(text: str) -> str:

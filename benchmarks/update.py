@@ -14,7 +14,8 @@ One torchtune model with the same weights computes the same log-probabilities [G
   values were expanded to all heads, as transformers and torchtune call it with a mask.
 - prefix_grouper_tuned: the same with key/value heads not expanded (`enable_gqa`) and flexpg's log-probabilities of
   completion tokens only, so that only its attention differs.
-- trl_tree: the layout of TRL's AsyncGRPO, which packs a prefix tree; its kernel is replaced (`benchmarks.trl_tree`).
+- trl_tree: the layout of TRL's AsyncGRPO, which packs a prefix tree; its kernel is replaced (`benchmarks.trl_tree`);
+  timed by `benchmarks.peers`.
 - flexpg.
 
 Embeddings, matrices and norms are the same modules in all of them. The bound is the ratio of FLOPs of the cost model,
@@ -75,15 +76,21 @@ def even_and_uneven(prompt: int, completion: int, group: int, **options: object)
 
 CASES = {
     "cpu": [
-        *(case for sizes in ((512, 64, 8), (1024, 64, 16), (2048, 128, 8)) for case in even_and_uneven(*sizes)),
-        *even_and_uneven(4096, 256, 8, skipped=("baseline_unpadded", "torchtune")),  # half a minute per call
+        *(
+            case
+            for sizes in ((512, 64, 8), (1024, 64, 16), (2048, 128, 8))
+            for case in even_and_uneven(*sizes, skipped=("trl_tree",))
+        ),
+        *even_and_uneven(
+            4096, 256, 8, skipped=("baseline_unpadded", "torchtune", "trl_tree")
+        ),  # half a minute per call
     ],
     "cuda": [
         case
         for model in ("0.5B", "3B")
         for checkpointing in (False, True)
         for sizes in ((1024, 256, 16), (4096, 512, 8), (4096, 128, 32), (16_384, 2048, 8))
-        for case in even_and_uneven(*sizes, model=model, checkpointing=checkpointing)
+        for case in even_and_uneven(*sizes, model=model, checkpointing=checkpointing, skipped=("trl_tree",))
     ],
     "tiny": [*even_and_uneven(96, 16, 4, model="tiny"), Case(96, (16, 9), model="tiny", checkpointing=True)],
 }
