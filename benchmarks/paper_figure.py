@@ -30,7 +30,7 @@ from flexpg.analysis.flops import ModelShape, update_flops
 from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.analysis.work import baseline_work, packed_work
 from flexpg.integrations.torchtune import forward
-from flexpg.prefix_cache import whole_sequence
+from flexpg.packed_input import whole_sequence
 
 GROUPS, RATIOS, PROMPTS = (2, 4, 8, 16), (0.5, 1, 2, 4, 8, 16, 32), (4096, 8192, 16384)
 # Read off the paper's curves at P = 4096, a row per group size and a column per ratio; those at 8192 and 16384 are

@@ -50,7 +50,7 @@ from flexpg.analysis.flops import update_flops
 from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.analysis.work import baseline_work, packed_work
 from flexpg.integrations import torchtune as integration
-from flexpg.prefix_cache import whole_sequence
+from flexpg.packed_input import whole_sequence
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,15 @@ OutputLayer = Callable[[Tensor], Tensor]  # [M, E] -> [M, V]
 CHUNK_TOKENS = 1024  # positions whose logits exist at a time
 
 
+def chunk_tokens_of_rank(ranks: int) -> int:
+    """Return the chunk for one of several ranks with context parallelism, so that logits take a part of the memory.
+
+    >>> [chunk_tokens_of_rank(ranks) for ranks in (1, 4, 64)]
+    [1024, 256, 128]
+    """
+    return max(CHUNK_TOKENS // ranks, 128)
+
+
 @overload
 def token_logprobs(
     hidden: Tensor,

@@ -26,15 +26,16 @@ ORDER = [  # a module imports only from those before it; a package that is liste
         "backends.dispatch",
         "backends",
     ),
-    *("collectives", "context_parallel", "prefix_cache", "rollouts", "advantages"),
+    *("collectives", "context_parallel", "prefix_cache", "packed_input", "rollouts", "advantages"),
     *("conversations.messages", "conversations.turn_texts", "conversations.chat_template", "conversations.rollouts"),
     *("conversations.transcripts", "conversations", "micro_batches", "packing"),
     *("logprobs", "loss_terms", "losses", "sample_cache", "sampling"),
-    *("layer_hooks", "integrations.fsdp", "integrations"),
+    *("layer_hooks", "integrations.fsdp", "integrations.framework", "integrations.packed_loop", "integrations.samples"),
+    "integrations",
     *("integrations.torchtune", "integrations.transformers", "integrations.trl", "integrations.vllm"),
     *("verify", "analysis", "training", "__main__"),
 ]
-DISPATCH = {("integrations", "integrations.torchtune"), ("integrations", "integrations.transformers")}  # at first use
+DISPATCH = {("integrations.framework", f"integrations.{name}") for name in ("torchtune", "transformers")}
 RECIPE_MODELS = ("training.causal_lm", "training.quantization", "training.transformers_models")
 FRAMEWORKS = {  # where each may be imported
     "torchtune": ("integrations.torchtune", "analysis.torchtune_shape", "training."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexpg.analysis.flops import ModelShape, activation_bytes
+from flexpg.logprobs import chunk_tokens_of_rank
 
 
 def context_parallel_bytes(
@@ -42,6 +43,7 @@ def context_parallel_bytes(
         shape,
         itemsize=itemsize,
         activation_checkpointing=activation_checkpointing,
+        chunk_tokens=chunk_tokens_of_rank(ranks),
     )
     if ranks == 1:
         return own

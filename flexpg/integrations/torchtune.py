@@ -23,7 +23,8 @@ from flexpg.context_parallel import ContextShard
 from flexpg.integrations.fsdp import run_as_forward
 from flexpg.logprobs import OutputLayer
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
+from flexpg.packed_input import packed_input, whole_sequence
+from flexpg.prefix_cache import PrefixCache
 from flexpg.prompt_inputs import PromptInputs
 from flexpg.sample_cache import SampleCache
 from flexpg.sampling import Decoder

@@ -22,7 +22,8 @@ from flexpg.integrations.transformers.image_checks import SAMPLE_TEXT, check_inp
 from flexpg.integrations.transformers.images import baseline_arguments, with_images, zero_of_towers
 from flexpg.integrations.transformers.recurrent import install, mask_for, sampled
 from flexpg.logprobs import OutputLayer
-from flexpg.prefix_cache import PrefixCache, packed_input, whole_sequence
+from flexpg.packed_input import packed_input, whole_sequence
+from flexpg.prefix_cache import PrefixCache
 from flexpg.prompt_inputs import PromptInputs
 from flexpg.sample_cache import SampleBlockMask, SampleCache
 from flexpg.sampling import Decoder

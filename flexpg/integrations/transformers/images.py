@@ -31,7 +31,7 @@ from flexpg.integrations.transformers.image_checks import (
 )
 from flexpg.integrations.transformers.recurrent import mask_for
 from flexpg.masks import TreeBlockMask
-from flexpg.prefix_cache import PackedInput
+from flexpg.packed_input import PackedInput
 from flexpg.prompt_inputs import KINDS, TOKEN_TYPES, Item, PromptInputs, concatenated
 from flexpg.tree import PrefixTree
 

@@ -28,7 +28,7 @@ from flexpg.integrations.transformers.image_checks import check_inputs, placehol
 from flexpg.integrations.transformers.images import with_images
 from flexpg.integrations.transformers.recurrent import install
 from flexpg.integrations.trl.versions import PER_TOKEN
-from flexpg.prefix_cache import packed_input
+from flexpg.packed_input import packed_input
 from flexpg.prompt_inputs import INPUTS, KINDS, PIXELS, TOKEN_TYPES, PromptInputs, read_prompt_inputs, split_batch
 from flexpg.tree import PrefixTree
 
