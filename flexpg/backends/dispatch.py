@@ -53,7 +53,7 @@ def attention(
     """
     if not isinstance(mask, TreeBlockMask):
         raise TypeError(f"mask must be a TreeBlockMask, got {type(mask).__name__}; use flexpg.block_mask(tree)")
-    if len(q) != 1 or k.shape != v.shape:
+    if len(q) != 1 or len(k) != 1 or k.shape != v.shape:
         raise ValueError(
             f"q must be [1, Hq, S, D] with k and v [1, Hkv, S, D], got {list(q.shape)}, {list(k.shape)} and "
             f"{list(v.shape)}"
