@@ -6,6 +6,7 @@ equal give advantages of exactly 0, where TRL's mean leaves a rounding error tha
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -21,8 +22,9 @@ def group_advantages(
 ) -> Tensor:
     """Compute each reward's distance from the mean of its group, divided by a standard deviation.
 
-    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. Pass the rollouts of the
-    whole step: a group that is split over calls has other means.
+    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. If all groups are of one, a
+    warning says that all advantages are 0. Pass the rollouts of the whole step, not those of a micro-batch: a group
+    that is split over calls has other means.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv 2503.20783; "batch" is arXiv 2508.08221.
 
@@ -46,6 +48,13 @@ def group_advantages(
         raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
     rewards = rollouts.rewards.double()  # the square of a reward may overflow its own dtype
     group = (rollouts.group_ids if group_ids is None else group_ids).unique(return_inverse=True)[1]  # [N]
+    if len(group) > 1 and int(group.max()) + 1 == len(group):
+        warnings.warn(
+            f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong into one "
+            "group, in Rollouts.from_generate next to one another",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     centered, std = _centered_and_std(rewards, group)
     if scale_rewards == "none":
         return centered.to(rollouts.rewards.dtype)

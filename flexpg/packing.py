@@ -64,10 +64,12 @@ def pack(
         Micro-batches by rank and cache id. The `indices` of those that are not idle name every rollout once.
 
     Raises:
-        ValueError: If a rollout exceeds `max_tokens`, or `indices` has duplicates.
+        ValueError: If a rollout exceeds `max_tokens`, or `indices` is empty or has duplicates.
     """
     chosen = list(range(len(rollouts))) if indices is None else torch.as_tensor(indices).tolist()
-    if len(set(chosen)) < len(chosen) or min(chosen, default=0) < 0:
+    if not chosen:
+        raise ValueError("indices must name at least one rollout, got none")
+    if len(set(chosen)) < len(chosen) or min(chosen) < 0:
         raise ValueError("indices must be non-negative and name every rollout at most once, or it would count twice")
     sequences = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":

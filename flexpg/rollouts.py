@@ -154,7 +154,7 @@ class Rollouts:
         rewards: Sequence[float] | Tensor,
         *,
         eos_token_id: int | Sequence[int] | Tensor | None,
-        completion_lens: Tensor | None = None,
+        completion_lens: Sequence[int] | Tensor | None = None,
         prompt_inputs: Sequence[GivenInputs] | None = None,
     ) -> Rollouts:
         """Build rollouts from the padded output of transformers' `model.generate`.
@@ -164,7 +164,8 @@ class Rollouts:
         completion, such as stop strings, cannot be read off the tokens: pass `completion_lens` then.
 
         Args:
-            sequences: [B * G, P + T] int64, what `generate(..., num_return_sequences=G)` returned.
+            sequences: [B * G, P + T] int64, what `generate(..., num_return_sequences=G)` returned: whole rows, prompts
+                included, those of a prompt next to one another.
             attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given. If it has a row for every
                 completion, [B * G, P], adjacent rows with the same prompt are a group.
             rewards: [B * G] float.
@@ -174,7 +175,8 @@ class Rollouts:
                 without padding; None for text.
 
         Raises:
-            ValueError: If there are not G sequences and rewards per prompt.
+            ValueError: If there are not G sequences and rewards per prompt, or the G rows of a prompt do not begin with
+                the same tokens.
 
         >>> sequences = torch.tensor([[0, 5, 6, 7, 2, 0], [0, 5, 6, 8, 9, 9]])
         >>> rollouts = Rollouts.from_generate(sequences, torch.tensor([[0, 1, 1]]), [1.0, 0.0], eos_token_id=2)
@@ -193,8 +195,9 @@ class Rollouts:
             is_stop = torch.isin(generated, stops.to(sequences.device))
             before = is_stop.cumsum(1) - is_stop.long()  # stop tokens before each token
             completion_lens = (before == 0).sum(1)
-        lengths = completion_lens.tolist()
+        lengths = torch.as_tensor(completion_lens).tolist()
         group_size = len(sequences) // batch
+        _check_prompts_repeat(sequences[:, :prompt_len], attention_mask.bool(), group_size)
         prompts = [sequences[b * group_size, :prompt_len][attention_mask[b].bool()] for b in range(batch)]
         inputs = _read_inputs(prompts, prompt_inputs) or (None,) * batch
 
@@ -332,6 +335,19 @@ def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> 
     if len(inputs) != len(prompts):
         raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(inputs)} for {len(prompts)} prompts")
     return None if all(own is None for own in inputs) else with_common_identities(prompts, inputs)
+
+
+def _check_prompts_repeat(prompts: Tensor, attention_mask: Tensor, group_size: int) -> None:
+    """Raise if adjacent rows [B * G, P] of a prompt differ where its attention mask [B, P] is True."""
+    by_prompt = prompts.unflatten(0, (-1, group_size))  # [B, G, P]
+    differs = (by_prompt != by_prompt[:, :1]) & attention_mask.to(prompts.device)[:, None]
+    if differs.any():
+        b, g, _ = differs.nonzero()[0].tolist()
+        raise ValueError(
+            f"sequences must begin with the same prompt in the {group_size} adjacent rows of each prompt, got another "
+            f"in row {b * group_size + g} than in row {b * group_size}; pass whole rows of generate(), prompts "
+            "included, in the order of num_return_sequences"
+        )
 
 
 def _check_tokens(name: str, sequences: list[Tensor]) -> None:

@@ -42,7 +42,8 @@ def test_group_advantages_by_hand():
 
 def test_group_advantages_group_ids_compare_rollouts_of_different_prompts():
     rollouts = Rollouts.from_groups([[1], [1, 2], [3]], [[[4]], [[4]], [[4]]], [[1.0], [0.0], [7.0]])
-    assert group_advantages(rollouts, "none").tolist() == [0.0, 0.0, 0.0]
+    with pytest.warns(RuntimeWarning, match="every group has one rollout, so all 3 advantages are 0"):
+        assert group_advantages(rollouts, "none").tolist() == [0.0, 0.0, 0.0]
     assert group_advantages(rollouts, "none", group_ids=tokens(5, 5, 9)).tolist() == [0.5, -0.5, 0.0]
 
 
@@ -50,7 +51,8 @@ def test_group_advantages_group_ids_compare_rollouts_of_different_prompts():
 def test_group_advantages_equal_rewards_are_exactly_zero(scale_rewards):
     # The mean of seven times 0.7 is not 0.7 in float32: the departure from TRL that advantages.py names.
     assert not advantages_of(torch.full((7,), 0.7), torch.zeros(7, dtype=torch.int64), scale_rewards).any()
-    assert advantages_of(torch.tensor([3.0, 1.0]), torch.tensor([1, 0]), scale_rewards).tolist() == [0.0, 0.0]
+    own = torch.tensor([1, 0, 2, 2])  # groups of one, and one of two
+    assert advantages_of(torch.tensor([3.0, 1.0, 2.0, 2.0]), own, scale_rewards).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

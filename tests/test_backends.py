@@ -363,6 +363,13 @@ def test_attention_on_cpu_accepts_inputs_without_padding(options):
         attention(*(x.detach() for x in cut), mask, backend="flex")
 
 
+def test_attention_keys_of_a_batch_raise():
+    tree = TREES["five groups"]
+    q, k, v = random_qkv(tree)
+    with pytest.raises(ValueError, match=r"q must be \[1, Hq, S, D\] with k and v \[1, Hkv, S, D\]"):
+        attention(q, torch.cat([k, k]), torch.cat([v, v]), block_mask(tree))
+
+
 # Work and memory of split
 
 

@@ -127,8 +127,16 @@ def test_packed_logprobs_cached_prompt_at_a_block_edge_matches_baseline(prompt_l
 def test_packed_logprobs_accepts_micro_batches():
     (model, _), rollouts = make_model("torchtune"), make_rollouts()
     expected = packed_update(model, rollouts, max_tokens=OVERSIZED)
-    found = packed_update(model, rollouts, pack(rollouts, OVERSIZED))
-    assert all(map(torch.equal, found.values(), expected.values()))
+    for batches in (pack(rollouts, OVERSIZED), (batch for batch in pack(rollouts, OVERSIZED))):
+        found = packed_update(model, rollouts, batches)
+        assert all(map(torch.equal, found.values(), expected.values()))
+
+
+def test_packed_logprobs_micro_batches_of_several_ranks_raise():
+    (model, _), rollouts = make_model("torchtune"), make_rollouts()
+    batches = pack(rollouts, OVERSIZED, world_size=2)
+    with pytest.raises(ValueError, match=r"micro-batches must be those of one rank, got ranks \[0, 1\]"):
+        packed_logprobs(model, batches)
 
 
 @pytest.mark.parametrize("max_tokens", [WHOLE, OVERSIZED])

@@ -114,6 +114,8 @@ def test_pack_indices_packs_a_part_as_if_it_were_all():
         assert all(torch.equal(a.tree.end, b.tree.end) for a, b in zip(part, own, strict=True))
     with pytest.raises(ValueError, match="indices must be non-negative and name every rollout at most once"):
         pack(rollouts, 60, indices=[0, 1, 0])
+    with pytest.raises(ValueError, match="indices must name at least one rollout"):
+        pack(rollouts, 60, indices=[])
 
 
 def test_pack_counts_images_of_equal_prompts_each():

@@ -188,11 +188,11 @@ def test_from_generate_cuts_left_padding_and_keeps_the_first_stop_token(eos_toke
 
 
 def test_from_generate_completion_lens_end_completions():
-    lengths = torch.tensor([1, 2, 3, 1])
-    rollouts = Rollouts.from_generate(
-        GENERATED, ATTENTION_MASK, torch.ones(4), eos_token_id=EOS, completion_lens=lengths
-    )
-    assert rollouts.completion_lens.tolist() == [1, 2, 3, 1]
+    for lengths in (torch.tensor([1, 2, 3, 1]), [1, 2, 3, 1]):
+        rollouts = Rollouts.from_generate(
+            GENERATED, ATTENTION_MASK, torch.ones(4), eos_token_id=EOS, completion_lens=lengths
+        )
+        assert rollouts.completion_lens.tolist() == [1, 2, 3, 1]
 
 
 def test_from_generate_one_completion_per_prompt():
@@ -213,6 +213,26 @@ def test_from_generate_rows_that_are_no_multiple_of_the_prompts_raise():
     for sequences, rewards in ((GENERATED[:3], [1.0] * 3), (GENERATED, [1.0] * 2), (GENERATED, torch.ones(2, 2))):
         with pytest.raises(ValueError, match="sequences and rewards must have G rows for each of 2 prompts"):
             Rollouts.from_generate(sequences, ATTENTION_MASK, rewards, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "row", "first"),
+    [
+        (GENERATED[[0, 2, 1, 3]], 1, 0),  # prompts alternate, as after input_ids.repeat(G, 1)
+        (GENERATED[:, 5:].repeat(1, 2), 1, 0),  # completions without their prompts
+        (torch.cat([GENERATED[:3], GENERATED[3:] + 1]), 3, 2),
+    ],
+)
+def test_from_generate_rows_of_a_prompt_that_differ_raise(sequences, row, first):
+    with pytest.raises(ValueError, match=f"the same prompt in .* got another in row {row} than in row {first}"):
+        Rollouts.from_generate(sequences, ATTENTION_MASK, torch.ones(4), eos_token_id=None)
+
+
+def test_from_generate_padding_of_a_prompt_may_differ_between_its_rows():
+    sequences = GENERATED.clone()
+    sequences[1, 0] = 9
+    rollouts = Rollouts.from_generate(sequences, ATTENTION_MASK, torch.ones(4), eos_token_id=EOS)
+    assert [prompt.tolist() for prompt in rollouts.prompts] == [[EOS, 5, PAD], [PAD, EOS, 6, 6, 6]]
 
 
 # select

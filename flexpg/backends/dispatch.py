@@ -31,8 +31,9 @@ def attention(
     Output and gradients equal those of causal attention over each sequence of the tree on its own.
 
     Args:
-        q: [1, Hq, S, D] floating point, less by `mask.first_query`. On CPU the padding at the end of all three may be
-            left out, except for "flex", and for "dense" in compiled code.
+        q: [1, Hq, S, D], floating point; [1, Hq, S - first_query, D] for a mask with `first_query`. All three have one
+            dtype, to which autocast does not cast them. On CPU the padding at the end of all three may be left out,
+            except for "flex", and for "dense" in compiled code.
         k: [1, Hkv, S, D], heads not expanded: query head h reads key/value head h // (Hq / Hkv).
         v: [1, Hkv, S, D].
         mask: `block_mask(tree)`, on the device of q.
@@ -53,7 +54,7 @@ def attention(
     """
     if not isinstance(mask, TreeBlockMask):
         raise TypeError(f"mask must be a TreeBlockMask, got {type(mask).__name__}; use flexpg.block_mask(tree)")
-    if len(q) != 1 or k.shape != v.shape:
+    if len(q) != 1 or len(k) != 1 or k.shape != v.shape:
         raise ValueError(
             f"q must be [1, Hq, S, D] with k and v [1, Hkv, S, D], got {list(q.shape)}, {list(k.shape)} and "
             f"{list(v.shape)}"

@@ -91,7 +91,8 @@ def integration_for(model: nn.Module) -> Integration:
     raise TypeError(
         f"model must be a torchtune decoder, a transformers model or a PEFT model, got {type(model).__name__}; "
         "pass the model without torch.compile or DistributedDataParallel around it, and in the latter case average the "
-        "gradients over ranks before optimizer.step()"
+        "gradients over ranks before optimizer.step(); a model of another kind can use flexpg.attention and "
+        "flexpg.token_logprobs"
     )
 
 

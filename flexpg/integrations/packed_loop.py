@@ -121,7 +121,7 @@ def packed_logprobs(
         (batch, logprobs): a `MicroBatch` of n rollouts and [n, C] float32, 0 where its loss mask is False.
 
     Raises:
-        ValueError: If a rollout exceeds `max_tokens`, or does not fit the model.
+        ValueError: If a rollout exceeds `max_tokens`, or does not fit the model, or micro-batches are of several ranks.
         TypeError: If the model is not supported.
         RuntimeError: In `backward()`, if it is called after the loop has moved on; in the loop, if the prompt of an
             oversized group would have no gradient or another one.
@@ -131,6 +131,12 @@ def packed_logprobs(
     if isinstance(rollouts, Rollouts):
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
+    rollouts = list(rollouts)  # it is read several times, and a generator would be empty after the first
+    if len(ranks := {batch.rank for batch in rollouts}) > 1:
+        raise ValueError(
+            f"micro-batches must be those of one rank, got ranks {sorted(ranks)}, whose gradients would be counted on "
+            "every rank; pass [batch for batch in pack(...) if batch.rank == rank]"
+        )
     context = partial(autocast, model, autocast_dtype)
     options = temperature, return_entropy, entropy_grad
     if context_parallel is None:

@@ -29,7 +29,7 @@ def sample(
 
     Args:
         model: A torchtune decoder, or a transformers model, plain or with PEFT adapters. It is enabled.
-        prompts: P token sequences of any lengths, on the model's device.
+        prompts: P token sequences of any lengths, without padding, on the model's device.
         group_size: G, completions per prompt.
         params: How tokens are sampled.
         seed: An int seeds all random numbers. A sequence of P ints seeds those of each prompt, whose completions then

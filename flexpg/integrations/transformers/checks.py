@@ -214,7 +214,10 @@ def _check_layers(
     kinds = getattr(config, "layer_types", None)
     for path, module in language_model(model).named_modules():
         if is_recurrent(module) and module not in recurrent:
-            raise TypeError(f"{path} of {name} did not get the mask of a packed sequence; train it without flexpg")
+            raise TypeError(
+                f"{path} of {name} did not get the mask of a packed sequence; train it without torch.compile, if its "
+                "layers are compiled, or without flexpg"
+            )
     needed = config.num_hidden_layers - sum(kind in FEED_FORWARD for kind in kinds or ())
     if (found := len({*calls, *recurrent})) < needed or (not recurrent and found != needed):
         raise TypeError(
