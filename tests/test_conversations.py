@@ -267,7 +267,7 @@ def test_template_that_rewrites_history_raises_if_per_turn_is_false(tokenizer):
         conversation_rollouts(
             [chat(("user", "a"), ("assistant", "b")), Conversation(FORGOTTEN)], forgetful, per_turn=False
         )
-    assert caught.value.__notes__ == ["in conversation 1 of 2"]
+    assert caught.value.__notes__ == ["in conversations[1]"]
 
 
 @pytest.mark.parametrize("per_turn", [True, None])
@@ -390,13 +390,20 @@ USERS_ONLY = "{% for m in messages if m.role == 'user' %}{{ m.content + '<|im_en
 def test_conversation_that_cannot_be_cut_raises(tokenizer, messages, template, message):
     with pytest.raises(Exception, match=re.escape(message)) as caught:
         conversation_rollouts([Conversation(messages)], with_template(tokenizer, template), per_turn=True)
-    assert caught.value.__notes__ == ["in conversation 0 of 1"]
+    assert caught.value.__notes__ == ["in conversations[0]"]
 
 
 def test_reward_that_is_not_finite_in_float32_raises(tokenizer):
     for reward in (float("nan"), 1e39):
         with pytest.raises(ValueError, match="rewards must be finite"):
             conversation_rollouts([chat(("user", "a"), ("assistant", "b"), reward=reward)], tokenizer)
+
+
+def test_missing_reward_raises_with_its_conversation(tokenizer):
+    given = [chat(("user", "a"), ("assistant", "b"), reward=reward) for reward in (1.0, None)]
+    with pytest.raises(ValueError, match="reward must be a number, got None") as caught:
+        conversation_rollouts(given, tokenizer)
+    assert caught.value.__notes__ == ["in conversations[1]"]
 
 
 # The example and docs/conversations.md

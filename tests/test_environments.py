@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import numpy as np
 import pytest
 
 from flexpg.training.environments import answers, build_environment
@@ -104,10 +105,13 @@ def test_environment_that_raises_is_named_with_its_turn(capsys):
 
 @pytest.mark.parametrize("answer", [None, [], ([], None), ("text", 0.0), ([{"role": "tool"}], 0.0), ([], float("nan"))])
 def test_answer_of_another_form_raises_type_error(answer):
-    with pytest.raises(
-        TypeError, match="must return a list of messages with 'role' and 'content', and a finite number"
-    ):
+    with pytest.raises(TypeError, match="must return a list of messages, each with 'role' and a text as 'content'"):
         answers([lambda messages: answer], [TURN], 5.0)
+
+
+def test_reward_of_numpy_is_a_number():
+    ((_, reward),) = answers([lambda messages: ([], np.float32(0.5))], [TURN], 5.0)
+    assert reward == 0.5 and type(reward) is float
 
 
 @pytest.mark.parametrize(

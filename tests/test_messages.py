@@ -155,7 +155,11 @@ def test_tool_results_in_a_user_message_are_messages_of_their_own():
     ("message", "words"),
     [
         ("text", "must be an object with role and content, got 'text'"),
-        ({"content": "a"}, "must have a role of system, developer, user, assistant, tool, got None"),
+        (
+            {"content": "a"},
+            "must have a role of system, developer, user, assistant, tool, got none; its keys are content",
+        ),
+        ({"from": "gpt", "value": "a"}, "got none; its keys are from, value"),
         ({"role": "assistnat", "content": "a"}, "must have a role of system, "),
         (assistant(), "must have content, tool_calls or reasoning, got none"),
         (assistant(content=None), "must have content, tool_calls or reasoning, got none"),

@@ -120,6 +120,12 @@ def test_curves_are_valid_svg_with_gaps_where_a_value_is_nan():
     assert len(paths) == 1 and paths[0].count("M") == 2  # a line is interrupted
 
 
+def test_curves_have_turns_only_if_episodes_have_several():
+    one, two = ([STEP | {"turns": value} for value in (1.0, other)] for other in (1.0, 2.5))
+    assert "Turns of an episode" not in {curve.title for curve in draw_curves(one, {})}
+    assert "Turns of an episode" in {curve.title for curve in draw_curves(two, {})}
+
+
 def heights(svg: str) -> list[tuple[float, float]]:
     """Return the lowest and the highest y of each filled area."""
     found = []

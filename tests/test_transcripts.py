@@ -135,7 +135,7 @@ FORMATS = {
                         ASSISTANT,
                     ],
                 },
-                {"task_id": "13", "reward_info": None, "messages": [SYSTEM, USER, ASSISTANT]},
+                {"task_id": "13", "reward_info": {"reward": 0.0}, "messages": [SYSTEM, USER, ASSISTANT]},
             ],
         },
         [
@@ -221,7 +221,7 @@ GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
         (rb'{"messages": "\ud800"}', r"text must not contain lone surrogates, .* got \\ud800"),
         (b'{"text": "a", "id": 3}', "must have the keys of a known format, such as messages, got text, id"),
         (b"{}", "must have the keys of a known format, such as messages, got none"),
-        (b'{"prompt": [], "completions": []}', "must have the keys of a known format"),
+        (b'{"prompt": [], "completions": []}', "completions must not be empty; drop the conversation"),
         (b'{"messages": [3]}', "messages must be objects with role and content, got 3"),
         (b'{"messages": "["}', r"messages must be a list of messages, got '\['"),
         (b'{"messages": [{"role": "user"}]}', r"messages\[0\] must have content, tool_calls or reasoning"),
@@ -232,7 +232,7 @@ GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
         (GOOD[:-1] + b', "rewards": [1, 2]}', "rewards must be one for each of 1 completions, got 2"),
         (b'{"history": [3]}', "messages must be objects with role and content, got 3"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "messages must have one of role assistant in the loss"),
-        (b'{"task_id": 1, "traj": [], "info": {"error": "x"}}', "must have the keys of a known format"),
+        (b'{"task_id": 1, "traj": [], "info": {"error": "x"}}', "traj must not be empty; drop the conversation"),
         (
             b'{"system": "Q", "messages": [{"role": "system", "content": "P"}, {"role": "assistant", "content": "a"}]}',
             "system must be given once",
@@ -263,6 +263,19 @@ def test_broken_entry_of_an_array_raises_with_its_number(tmp_path):
     skipped = {}
     assert len(read_conversations(tmp_path / "tau2.jsonl", skipped=skipped)) == 2
     assert list(skipped) == ["line 1, simulations[0]", "line 2, simulations[0]"]
+
+
+@pytest.mark.parametrize("other", [b', "return": 1}', b', "reward": null}', b', "reward_info": null}'])
+def test_row_without_reward_among_rows_with_one_raises_with_its_line(other, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join([GOOD[:-1] + b', "reward": 1}', GOOD[:-1] + other, GOOD[:-1] + b', "score": 0}']))
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: reward must be in every row or in none, got only messages"):
+        read_conversations(file)
+    skipped = {}
+    assert [each.reward for each in read_conversations(file, skipped=skipped)] == [1.0, 0.0]
+    assert list(skipped) == ["line 2"]
+    file.write_bytes(b"\n".join([GOOD, GOOD[:-1] + b', "return": 1}']))
+    assert [each.reward for each in read_conversations(file)] == [0.0, 0.0]
 
 
 def test_file_without_a_conversation_raises(tmp_path):

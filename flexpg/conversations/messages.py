@@ -98,7 +98,8 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
     """Return one message, or several: tool results inside a user message are messages of their own."""
     role = {"function": "tool"}.get(message.get("role", ""), message.get("role"))
     if role not in ROLES:
-        raise ValueError(f"must have a role of {', '.join(ROLES)}, got {role!r}")
+        got = f"{role!r}" if role is not None else f"none; its keys are {', '.join(message) or 'none'}"
+        raise ValueError(f"must have a role of {', '.join(ROLES)}, got {got}")
     content: Any = message.get("content") or message.get("refusal", message.get("content"))
     content = None if content == [] and role != "tool" else content
     parts = [_part(part, role) for part in content] if _is_parts(content, role) else [{"type": "text", "text": content}]

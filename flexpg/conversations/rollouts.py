@@ -91,18 +91,20 @@ def conversation_rollouts(
         ValueError: If a conversation has no assistant message, a message cannot be converted, a reward is not finite,
             the template leaves out what an assistant wrote, or where a turn begins or ends is unknown; with
             `per_turn=False`, if the tokens of a turn change once a later message follows.
-        Exception: What the template raises, with a note that names the conversation.
+        Exception: What the template raises. All errors have a note that names the conversation, by its index.
     """
     sequences: list[MaskedSequence] = []
     origin: list[int] = []
     by_turn: dict[int, str] = {}  # conversation: why
     for i, conversation in enumerate(conversations):
         try:
+            if conversation.reward is None:
+                raise ValueError("reward must be a number, got None")
             own, reason = conversation_sequences(
                 conversation, tokenizer, per_turn=per_turn, stop_tokens=stop_tokens, template_options=template_options
             )
         except Exception as error:
-            error.add_note(f"in conversation {i} of {len(conversations)}")
+            error.add_note(f"in conversations[{i}]")
             raise
         if reason:
             by_turn[i] = reason

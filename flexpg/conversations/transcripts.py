@@ -40,6 +40,7 @@ SHAREGPT_ROLES = {
     **{role: role for role in ("system", "developer")},
 }
 WHOLE = "the object"  # the name of a row that is a file
+MESSAGE_KEYS = ("messages", "traj", "conversations", "history", "completions")
 NAMED = 10  # skipped rows that a message names
 
 
@@ -47,7 +48,7 @@ def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = Non
     """Read the conversations of a file, in order.
 
     Conversations with the same `task_id` or `example_id` have the same `task`: that id if all are integers, otherwise a
-    number. Without ids, those that open with the same messages do.
+    number. Without ids, those that open with the same messages do. If no row has a reward, all rewards are 0.
 
     Args:
         path: The file; "-" for standard input.
@@ -55,13 +56,21 @@ def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = Non
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If a row is not a conversation, with its line or number; or there is none.
+        ValueError: If a row is not a conversation, or has no reward although others have one, with its line or number;
+            or there is no conversation.
     """
-    found: list[Conversation] = []
-    ids: list[Any] = []
-    for _, (row, own) in read_rows(path, lambda row: (row, conversations_of(row)), skipped):
-        found += own
-        ids += [_task_of(row, each) for each in own]
+    rows = list(read_rows(path, lambda row: (row, conversations_of(row)), skipped))
+    if any(_reward(row) is not None for _, (row, _) in rows):  # then 0 would be a reward that nobody gave
+        unrewarded = {name: row for name, (row, _) in rows if _reward(row) is None}
+        for name, row in unrewarded.items():
+            keys = ", ".join(key for key, value in row.items() if value is not None)
+            reason = f"reward must be in every row or in none, got only {keys} here, and a reward in others"
+            if skipped is None:
+                raise ValueError(f"{_located(path, name)}: {reason}")
+            skipped[name] = reason
+        rows = [own for own in rows if own[0] not in unrewarded]
+    found = [each for _, (_, own) in rows for each in own]
+    ids = [_task_of(row, each) for _, (row, own) in rows for each in own]
     if not found:
         raise ValueError(f"{path} must have a conversation{f'; {skipped_message(skipped)}' if skipped else ''}")
     if not all(isinstance(own, int) for own in ids):
@@ -90,17 +99,17 @@ def read_rows(
         except Exception as error:  # a chat template may raise anything
             reason = f"{'' if isinstance(error, ValueError) else f'{type(error).__name__}: '}{error}"
             if skipped is None:
-                line = (
-                    f":{name.removeprefix('line ')}"
-                    if name.startswith("line ")
-                    else ""
-                    if name == WHOLE
-                    else f", {name}"
-                )
-                raise ValueError(f"{path}{line}: {reason}") from error
+                raise ValueError(f"{_located(path, name)}: {reason}") from error
             skipped[name] = reason
             continue
         yield name, converted
+
+
+def _located(path: str | Path, name: str) -> str:
+    """Return where a row is, such as "rows.jsonl:17"."""
+    if name.startswith("line "):
+        return f"{path}:{name.removeprefix('line ')}"
+    return str(path) if name == WHOLE else f"{path}, {name}"
 
 
 def skipped_message(skipped: Mapping[str, str]) -> str:
@@ -168,6 +177,8 @@ def _conversations_of(row: Row) -> list[Conversation]:
         completions = [row["chosen"], row["rejected"]]
     else:
         completions = row["completions"] if "completions" in row else [row["completion"]] if "completion" in row else []
+    if not completions and (empty := [key for key in MESSAGE_KEYS if row.get(key) == []]):
+        raise ValueError(f"{empty[0]} must not be empty; drop the conversation")
     if not completions:
         raise ValueError(f"must have the keys of a known format, such as messages, got {', '.join(row) or 'none'}")
     prompt = _listed(row.get("prompt", []), "user")
@@ -199,10 +210,8 @@ def rewards_of(row: Row, count: int) -> list[float]:
     Raises:
         ValueError: If one is not a finite number, or there are fewer or more.
     """
-    info = row.get("reward_info")
-    own = info.get("reward") if isinstance(info, Mapping) else None
-    given = [row.get("reward"), row.get("rewards"), row.get("score"), own]
-    reward = next((value for value in given if value is not None), 0.0)
+    reward = _reward(row)
+    reward = 0.0 if reward is None else reward
     rewards = reward if isinstance(reward, list) else [reward] * count
     if len(rewards) != count:
         raise ValueError(f"rewards must be one for each of {count} completions, got {len(rewards)}")
@@ -210,6 +219,14 @@ def rewards_of(row: Row, count: int) -> list[float]:
         if not isinstance(value, int | float | Decimal) or not isfinite(value):
             raise ValueError(f"reward must be a finite number, got {value!r}")
     return [float(value) for value in rewards]
+
+
+def _reward(row: Row) -> Any:
+    """Return what a row has as its reward, None if it has none."""
+    info = row.get("reward_info")
+    own = info.get("reward") if isinstance(info, Mapping) else None
+    given = (row.get("reward"), row.get("rewards"), row.get("score"), own)
+    return next((value for value in given if value is not None), None)
 
 
 def _conversations(row: Row, prompt: list[Message], completions: Sequence[Any]) -> list[Conversation]:

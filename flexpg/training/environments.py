@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 from flexpg.training.errors import error_context
@@ -171,11 +172,12 @@ async def _call(step: Step, messages: list[Message]) -> Any:
 
 def _checked(answer: Any) -> Answer:
     match answer:
-        case (list() as messages, int() | float() as reward) if all(
+        case (list() as messages, Real() as reward) if all(
             isinstance(own, dict) and isinstance(own.get("content"), str) and "role" in own for own in messages
         ):
             if math.isfinite(reward):
                 return messages, float(reward)
     raise TypeError(
-        f"an environment must return a list of messages with 'role' and 'content', and a finite number, got {answer!r}"
+        "an environment must return a list of messages, each with 'role' and a text as 'content', and a finite "
+        f"number, got {answer!r}"
     )

@@ -52,7 +52,10 @@ def draw_curves(history: History, accuracies: Mapping[int, float]) -> list[Curve
     curves = [Curve("Reward and held-out accuracy", _draw_reward(history, accuracies), is_wide=True)]
     names = {name for metrics in history for name in metrics if name.startswith("reward/")}
     means = tuple(sorted(name for name in names if not name.endswith("/std")))
-    for title, metrics in {"Rewards before weighting": means if len(means) > 1 else (), **CURVES}.items():
+    has_turns = any(metrics.get("turns", 1) != 1 for metrics in history)  # only with an environment
+    titles = {"Rewards before weighting": means if len(means) > 1 else (), **CURVES}
+    titles["Turns of an episode"] = ("turns",) if has_turns else ()
+    for title, metrics in titles.items():
         lines = {name: values_by_step(history, name) for name in metrics}
         lines = {name: values for name, values in lines.items() if any(map(math.isfinite, values))}
         if lines:
