@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain, pairwise
+from shutil import rmtree
 from typing import Any
 
 import hf_models as hf
@@ -995,6 +996,29 @@ def test_saved_model_is_an_ordinary_checkpoint_and_generates_the_same(saved, tmp
 def test_dropout_is_refused_before_training(saved, settings, words):
     with refused(ValueError, words):
         make_run(SharedPrefixGRPOTrainer, saved("qwen2"), **settings)
+
+
+def assert_same_parameters(run, other):
+    parameters = dict(run.trainer.model.named_parameters())
+    for name, parameter in other.trainer.model.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
+
+
+def test_disable_dropout_covers_lora_dropout(saved):
+    settings = {"folder": saved("qwen2"), "lora": True, "max_steps": 1}
+    run = train(SharedPrefixGRPOTrainer, lora_dropout=0.1, disable_dropout=True, **settings)
+    assert_same_parameters(run, train(SharedPrefixGRPOTrainer, **settings))
+
+
+def test_resumed_lora_run_equals_uninterrupted_run(saved, tmp_path):
+    settings = {"folder": saved("qwen2"), "lora": True, "output_dir": tmp_path, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "max_steps": 3}
+    run = train(SharedPrefixGRPOTrainer, **settings)
+    rmtree(tmp_path / "checkpoint-3")
+    resumed = make_run(SharedPrefixGRPOTrainer, **settings)
+    resumed.trainer.train(resume_from_checkpoint=True)
+    assert resumed.batches == run.batches[2:]
+    assert_same_parameters(resumed, run)
 
 
 CONFIGS = {

@@ -180,7 +180,10 @@ def _conversations_of(row: Row) -> list[Conversation]:
     if not completions and (empty := [key for key in MESSAGE_KEYS if row.get(key) == []]):
         raise ValueError(f"{empty[0]} must not be empty; drop the conversation")
     if not completions:
-        raise ValueError(f"must have the keys of a known format, such as messages, got {', '.join(row) or 'none'}")
+        hint = "; a prompt needs a completion or completions" if row.get("prompt") else ""
+        raise ValueError(
+            f"must have the keys of a known format, such as messages, got {', '.join(row) or 'none'}{hint}"
+        )
     prompt = _listed(row.get("prompt", []), "user")
     replies = [_listed(own, "assistant") for own in completions]
     if not prompt and len(replies) == 2:  # of a pair: what both have in common is their prompt
