@@ -163,6 +163,16 @@ def test_setup_reports_a_mistake_before_anything_is_written(given, words, tmp_pa
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+def test_component_error_names_existing_inputs_once(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": "1+1"}\n')
+    options = {"template": str(rows), "answer": "{x}", "subset": str(tmp_path), "output_dir": str(tmp_path.parent)}
+    described = {"_component_": "flexpg.training.tasks.problems", "source": str(rows), **options}
+    cfg = OmegaConf.create({"train_problems": described})
+    with pytest.raises(ValueError, match=rf"output_dir' \(given {tmp_path}/rows.jsonl, {tmp_path}\)$"):
+        component(cfg, "train_problems")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
 def test_cuda_device_without_a_gpu_is_reported(tmp_path):
     with pytest.raises(ValueError, match="device must exist, got cuda on a machine without a GPU; set device=cpu"):

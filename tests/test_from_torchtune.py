@@ -230,6 +230,19 @@ def test_translate_without_ranks_notes_the_prompts_of_a_step(tmp_path):
     assert found.options["prompts_per_step"] == 2 and "--ranks" in found.notes["prompts_per_step"]
 
 
+@pytest.mark.parametrize(
+    ("override", "noted", "words"),
+    [
+        ("model._component_=torchtune.models.qwen9.qwen9", "model", "flexpg.training.causal_lm.model"),
+        ("optimizer._component_=my_optimizers.Best", "optimizer", "put its file into the folder"),
+        ("dataset._component_=my_data.questions", "train_problems.dataset", "flexpg.training.tasks.problems"),
+    ],
+)
+def test_translate_missing_component_notes_what_to_do(override, noted, words, tmp_path):
+    note = translated(tmp_path, SYNC, override).notes[noted]
+    assert "cannot be imported here" in note and words in note
+
+
 @pytest.mark.parametrize(("ranks", "batch_size", "steps"), [(4, 1, 16_820), (1, 1, 67_250), (4, 4, 4_200)])
 def test_translate_plans_the_learning_rate_for_all_epochs(ranks, batch_size, steps, tmp_path):
     # 7,473 rows less the 748 whose number ends in 0, on `ranks` processes, without the rest of a batch, ten times

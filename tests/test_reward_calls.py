@@ -67,7 +67,7 @@ def test_function_without_known_names_gets_completion_and_answer(function):
         (lambda answer, text: 0, "it asks for answer and text, but not for completion or completions"),
         (lambda text, level: 0, "it asks for text and level, but not for completion or completions"),
         (lambda text, answer, more: 0, "missing a required argument: 'more'"),
-        (lambda text: 0, "too many positional arguments"),
+        (lambda text: 0, "too many positional arguments; a function without a parameter `completion` is called"),
     ],
 )
 def test_name_that_nobody_provides_is_an_error(function, message):

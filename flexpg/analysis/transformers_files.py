@@ -99,6 +99,6 @@ def local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: If the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; pass one that holds a tokenizer, or `bytes`")
+        raise FileNotFoundError(f"no folder {folder}; pass one that holds a tokenizer")
     # Its tokens are only counted, so it need not warn about sequences beyond the model's context.
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)

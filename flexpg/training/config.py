@@ -238,7 +238,11 @@ def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         return config.instantiate(cfg[name], *args, **kwargs)
     except Exception as error:  # a component is anybody's code
         kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
-        paths = [value for value in cfg[name].values() if isinstance(value, str) and Path(value).exists()]
+        paths = {  # unique, in their order, and inputs only
+            str(value): None
+            for key, value in cfg[name].items()
+            if key != "output_dir" and isinstance(value, str) and value not in str(error) and Path(value).exists()
+        }
         given = f" (given {', '.join(paths)})" if paths else ""  # parsers seldom name their file
         raise ValueError(f"{name}: {kind}{one_line(error)}{given}") from error
 

@@ -234,7 +234,11 @@ def _check_imports(out: Translation) -> None:
         try:
             _get_component_from_path(own["_component_"])
         except (InstantiationError, ImportError):
-            way_out = "models that torchtune lacks are built by flexpg.training.causal_lm.model"
+            way_out = "install its package, or put its file into the folder in which you start `tune`"
+            if name in ("tokenizer", "model", "checkpointer"):
+                way_out = "models that torchtune lacks are built by flexpg.training.causal_lm.model"
+            elif name == "train_problems.dataset":
+                way_out = "problems of a file or the hub are read by flexpg.training.tasks.problems"
             if own["_component_"].startswith("torchtune.dev."):
                 way_out = "torchtune.dev is not in torchtune's wheel; copy the file from its repository"
             out.notes[name] = f"{own['_component_']} cannot be imported here; {way_out}"

@@ -147,7 +147,11 @@ def check_names(function: Callable[..., Any], columns: Collection[str]) -> None:
     known = NAMES[style] | (set(columns) - NOT_COLUMNS)
     signature = inspect.signature(function)
     if style is Convention.POSITIONAL:
-        signature.bind("", "")
+        try:
+            signature.bind("", "")
+        except TypeError as error:
+            way_out = "a function without a parameter `completion` is called with completion and answer"
+            raise TypeError(f"{error}; {way_out}") from None
         asked = [name for name in signature.parameters if name not in _fixed(function)][:2]
         if asked[0] in known or (known - {"answer"}) & set(asked):
             raise ValueError(f"it asks for {' and '.join(asked)}, but not for completion or completions")

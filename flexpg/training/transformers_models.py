@@ -6,6 +6,7 @@ Checkpoints are read and written by transformers, adapters by PEFT; sharding and
 from __future__ import annotations
 
 import shutil
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def materialize(
     base: Any = unwrap(model)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     if activation_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # transformers 5.24 has another name for it
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+            base.gradient_checkpointing_enable({"use_reentrant": False})
     if world.size > 1:
         for layer in layers(model).values():
             fully_shard(layer)
