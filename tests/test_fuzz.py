@@ -384,7 +384,8 @@ def test_fuzz_packed_logprobs_and_gradients_match_baseline(name, drawn, room, wo
     table = torch.full_like(expected, float("nan"))
     model.zero_grad()
     batches = pack(drawn, max(map(len, sequences)) + room, world_size=world_size)
-    for batch, logprobs in flexpg.packed_logprobs(model, batches):
+    by_rank = ([batch for batch in batches if batch.rank == rank] for rank in range(world_size))
+    for batch, logprobs in (pair for own in by_rank for pair in flexpg.packed_logprobs(model, own)):
         (logprobs * weights[batch.indices, : logprobs.shape[1]]).sum().backward()
         if not batch.is_idle:
             table[batch.indices] = F.pad(logprobs.detach(), (0, expected.shape[1] - logprobs.shape[1]))
