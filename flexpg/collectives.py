@@ -75,6 +75,28 @@ def receive_states(group: ProcessGroup, rank: int, device: torch.device) -> list
     return [{key: next(tensors) for key in each} for each in kinds]
 
 
+def broadcast_states(
+    states: Mapping[Any, Tensor] | None, group: ProcessGroup, rank: int, device: torch.device
+) -> dict[Any, Tensor]:
+    """Return a recurrent layer's states that one rank of a group has; their gradients are summed on that rank.
+
+    Args:
+        states: Tensors by name; None on the other ranks.
+        group: The ranks.
+        rank: The one that has the states, in the group.
+        device: Of the states.
+    """
+    message: list[Any] = [None]
+    if states is not None:
+        has_grad = any(own.requires_grad for own in states.values())
+        message = [({key: (own.shape, own.dtype) for key, own in states.items()}, has_grad)]
+    dist.broadcast_object_list(message, group=group, group_src=rank, device=device)
+    kinds, has_grad = message[0]
+    anchor = torch.zeros((), device=device, requires_grad=has_grad and torch.is_grad_enabled())
+    own = () if states is None else tuple(states.values())
+    return dict(zip(kinds, _Broadcast.apply(anchor, group, rank, list(kinds.values()), *own)[1:], strict=True))
+
+
 def sum_over_ranks(table: Tensor, group: ProcessGroup, backward_scale: float = 1.0) -> Tensor:
     """Return a table summed over the ranks of a group, whose gradient all ranks know.
 
@@ -211,6 +233,11 @@ class _FinishGather(torch.autograd.Function):
         return grad.new_zeros(()), None
 
 
+# Activation checkpointing stops the recomputation of a layer at the last tensor that it saved. A layer may end in the
+# following two, so each saves a tensor after its communication, which ranks then repeat. The backward reads that tensor
+# before it waits for gradients: the rank that sends them may need this one's recomputation first.
+
+
 class _Send(torch.autograd.Function):
     """Send to another rank; the backward receives."""
 
@@ -219,11 +246,14 @@ class _Send(torch.autograd.Function):
         ctx.group, ctx.rank, ctx.kinds = group, rank, [(own.shape, own.dtype) for own in states]
         for own in states:
             dist.send(own.contiguous(), group=group, group_dst=rank)
-        return states[0].new_zeros(())
+        token = states[0].new_zeros(())
+        ctx.save_for_backward(token)
+        return token
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        _ = ctx.saved_tensors
         grads = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds]
         for own in grads:
             dist.recv(own, group=ctx.group, group_src=ctx.rank)
@@ -247,6 +277,36 @@ class _Receive(torch.autograd.Function):
         for own in grads:
             dist.send(own.contiguous(), group=ctx.group, group_dst=ctx.rank)
         return None, None, None, None
+
+
+class _Broadcast(torch.autograd.Function):
+    """Broadcast from one rank; the backward sums there."""
+
+    @staticmethod
+    def forward(
+        ctx, anchor: Tensor, group: ProcessGroup, rank: int, kinds: list[Kind], *states: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.rank, ctx.has_states = group, rank, bool(states)
+        if states:
+            copies = [own.clone(memory_format=torch.contiguous_format) for own in states]
+        else:
+            copies = [torch.empty(shape, dtype=dtype, device=anchor.device) for shape, dtype in kinds]
+        for own in copies:
+            dist.broadcast(own, group=group, group_src=rank)
+        token = anchor.new_zeros(())
+        ctx.save_for_backward(token)
+        return token, *copies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _: Tensor, *grads: Tensor):
+        _ = ctx.saved_tensors
+        # In float32 or better: bfloat16 would lose small gradients among large ones.
+        sums = [grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous() for grad in grads]
+        for own in sums:
+            dist.reduce(own, group=ctx.group, group_dst=ctx.rank)
+        totals = [own.to(grad.dtype) for own, grad in zip(sums, grads, strict=True)]
+        return None, None, None, None, *(totals if ctx.has_states else ())
 
 
 class _SumOverRanks(torch.autograd.Function):

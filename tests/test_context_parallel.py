@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from baseline import in_float64, tiny_model
 from cases import image_tree, largest_error
+from float64 import float32_is_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_processes
@@ -35,12 +36,12 @@ from flexpg.masks import dense_mask
 from flexpg.tree import BLOCK
 
 PROMPT, BUDGET = 300, 480  # tokens; a budget in which the first group's prompt is cached
+ONE_OVER = 257, 437  # a prompt whose last token is a range of its own, and such a budget
 WHOLE = 4000
 DOCS = Path(__file__).parent.parent / "docs"
-ROUNDS_TO_FLOAT32 = 1e-5  # float64 errors of models whose layers compute in float32
 
 
-def make_rollouts() -> Rollouts:
+def make_rollouts(prompt_len: int = PROMPT) -> Rollouts:
     """Return two groups over several blocks of 128 tokens, with completions that begin alike and masked tokens."""
     rng = random.Random(0)
 
@@ -50,7 +51,7 @@ def make_rollouts() -> Rollouts:
     start = draw(90)
     completions = [[[*start, *draw(60)], [*start, *draw(9)], draw(100), draw(40)], [draw(33), draw(3)]]
     rewards = [[1.0] * len(group) for group in completions]
-    rollouts = Rollouts.from_groups([draw(PROMPT), draw(70)], completions, rewards)
+    rollouts = Rollouts.from_groups([draw(prompt_len), draw(70)], completions, rewards)
     is_tool = torch.rand(rollouts.loss_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.2
     return replace(rollouts, loss_mask=rollouts.completion_mask & ~is_tool)
 
@@ -119,28 +120,35 @@ def test_mask_of_a_range_is_that_part_of_the_whole_mask(window):
 # Log-probabilities and gradients
 
 
-def updates(rank: int, cases: list[tuple[str, int]]) -> list[dict[str, Tensor]]:
+def train(name: str, max_tokens: int, prompt_len: int = PROMPT, steps: int = 1, **options: Any) -> dict[str, Tensor]:
+    """Return the log-probabilities and gradients of the last of some steps, and the weights after it."""
+    with float32_is_float64():
+        model, rollouts = make_model(name), make_rollouts(prompt_len)
+        optimizer = torch.optim.SGD([own for own in model.parameters() if own.requires_grad], lr=1e-3)
+        for _ in range(steps):
+            update = packed_update(model, rollouts, max_tokens=max_tokens, **options)
+            optimizer.step()
+        return update | {f"new {name}": own.detach() for name, own in model.named_parameters()}
+
+
+def train_on_ranks(rank: int, cases: list[tuple[Any, ...]], steps: int) -> list[dict[str, Tensor]]:
     dist.init_process_group("gloo")
-    rollouts = make_rollouts()
-    found = [
-        packed_update(make_model(name), rollouts, max_tokens=max_tokens, context_parallel=dist.group.WORLD)
-        for name, max_tokens in cases
-    ]
+    found = [train(*case, steps=steps, context_parallel=dist.group.WORLD) for case in cases]
     dist.destroy_process_group()
     return found
 
 
-def assert_equal_to_one_rank(size: int, cases: list[tuple[str, int]], budget: float = 1e-12) -> None:
-    expected = [packed_update(make_model(name), make_rollouts(), max_tokens=most) for name, most in cases]
-    for found in run_processes(size, updates, cases):
+def assert_equal_to_one_rank(size: int, cases: list[tuple[Any, ...]], steps: int = 1) -> None:
+    expected = [train(*case, steps=steps) for case in cases]
+    for found in run_processes(size, train_on_ranks, cases, steps):
         for case, own, single in zip(cases, found, expected, strict=True):
-            assert largest_error(own, single) < budget, case
+            assert largest_error(own, single) < 1e-12, case
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_context_parallel_equals_one_rank(size):
-    assert_equal_to_one_rank(size, [("torchtune:llama3_2", WHOLE), ("torchtune:llama3_2", BUDGET)])
+    assert_equal_to_one_rank(size, [("torchtune:llama3_2", WHOLE), ("torchtune:llama3_2", BUDGET)], steps=2)
 
 
 @pytest.mark.distributed
@@ -153,31 +161,33 @@ def test_context_parallel_with_lora_and_checkpointing():
 def test_context_parallel_with_windows_softcaps_sinks_and_chunks():
     # Windows of 7 tokens and more; gemma2 has a softcap, gpt_oss sinks, llama4 chunks, qwen2 tied embeddings.
     names = ["torchtune:gemma2", "qwen2", "gemma2", "gpt_oss", "llama4", "gemma3", "qwen3_moe"]
-    assert_equal_to_one_rank(3, [(name, budget) for name in names for budget in (WHOLE, BUDGET)], ROUNDS_TO_FLOAT32)
+    assert_equal_to_one_rank(3, [(name, budget) for name in names for budget in (WHOLE, BUDGET)])
 
 
-def gathered_inputs(rank: int, budget: int) -> int:
-    """Return how many recurrent layers of an update gathered their inputs."""
+def gathered_inputs(rank: int, cases: list[tuple[int, int]]) -> list[int]:
+    """Return how often recurrent layers gathered their inputs in an update, for each prompt length and budget."""
     dist.init_process_group("gloo")
-    model, rollouts, count = make_model("mamba2"), make_rollouts(), 0
+    counts: list[int] = []
     gather = ContextShard.gather
 
     def counting(shard: ContextShard, x: Tensor, dim: int) -> Tensor:
-        nonlocal count
-        count += 1
+        counts[-1] += 1
         return gather(shard, x, dim)
 
     ContextShard.gather = counting
-    packed_update(model, rollouts, max_tokens=budget, context_parallel=dist.group.WORLD)
+    for prompt_len, budget in cases:
+        counts.append(0)
+        packed_update(
+            make_model("mamba2"), make_rollouts(prompt_len), max_tokens=budget, context_parallel=dist.group.WORLD
+        )
     dist.destroy_process_group()
-    return count
+    return counts
 
 
 @pytest.mark.distributed
-def test_recurrent_layers_gather_their_inputs_for_cached_prompts_only():
-    assert run_processes(3, gathered_inputs, WHOLE) == [0] * 3
-    for count in run_processes(2, gathered_inputs, BUDGET):
-        assert count > 0
+def test_recurrent_layers_gather_their_inputs_for_states_of_one_token_only():
+    for counts in run_processes(2, gathered_inputs, [(PROMPT, WHOLE), (PROMPT, BUDGET), ONE_OVER]):
+        assert counts[:2] == [0, 0] and counts[2] > 0
 
 
 def test_ranges_with_a_state_after_one_token_have_no_plan():
@@ -187,11 +197,18 @@ def test_ranges_with_a_state_after_one_token_have_no_plan():
     assert [(own.received, own.sent) for own in plans] == [([], [0, 1]), ([0, 1], [])]
 
 
+def test_ranges_of_a_cached_prompt_keep_the_state_after_its_last_token():
+    prompt = PrefixTree.from_lengths([300], [[1]])
+    plans = [plan_range(padded_to(prompt, 4), [0, 128, 256, 384, 512], n, keeps_state=True) for n in range(4)]
+    assert [own.final for own in plans] == [None, None, 2, None]
+
+
 @pytest.mark.distributed
 def test_context_parallel_of_recurrent_layers():
-    names = ["qwen3_5", "qwen3_5 checkpointing", "qwen3_5 lora", "mamba2", "lfm2"]
-    assert_equal_to_one_rank(2, [(name, budget) for name in names for budget in (WHOLE, BUDGET)], ROUNDS_TO_FLOAT32)
-    assert_equal_to_one_rank(4, [("qwen3_5", WHOLE), ("bamba", WHOLE)], ROUNDS_TO_FLOAT32)
+    names = ["qwen3_5", "qwen3_5 checkpointing", "qwen3_5 lora", "mamba2 checkpointing", "lfm2"]
+    cases = [(name, budget) for name in names for budget in (WHOLE, BUDGET)]
+    assert_equal_to_one_rank(2, [*cases, ("mamba2 checkpointing", *reversed(ONE_OVER))])
+    assert_equal_to_one_rank(4, [("qwen3_5", WHOLE), ("bamba", BUDGET), ("mamba2 checkpointing", WHOLE)])
 
 
 def entropy_update(rank: int, group: bool) -> dict[str, Tensor]:

@@ -238,6 +238,19 @@ def test_prompt_of_one_token_can_be_cached():
     assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-9
 
 
+def test_cached_prompt_of_whole_blocks_equals_one_packed_sequence():
+    """Without padding after the prompt, what all completions begin with continues its segment."""
+    start = tokens(5, 1)
+    completions = [[*start, *tokens(n, n)] for n in (40, 30, 20)]
+    rollouts = Rollouts.from_groups([tokens(256, 2)], [completions], [[0.0, 1.0, 0.0]])
+    assert [len(batch.indices) for batch in flexpg.pack(rollouts, 321)] == [1, 2]
+    with float32_is_float64():
+        model = flexpg.enable(hf.tiny_model("mamba2", **FLOAT64).double())
+        (table, found), (expected_table, expected) = (update(model, rollouts, size) for size in (321, 1000))
+    assert (table - expected_table).abs().max() < 1e-10
+    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-9
+
+
 def test_gradient_checkpointing_equals_stored_activations():
     with float32_is_float64():
         for name in ("qwen3_5", "mamba2"):

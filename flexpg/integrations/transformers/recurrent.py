@@ -2,8 +2,7 @@
 
 A mask cannot keep the state of a recurrent layer from passing between completions; where the state comes from can. The
 layer's own forward is called per segment of the tree, with a cache that hands over its parent's final state and keeps
-the segment's own. transformers' cache writes states in place, which autograd does not allow; this one keeps the tensors
-that it is given, so that gradients flow from every segment into its parent's state.
+the segment's own, so that gradients flow from every segment into its parent's state.
 
 A sampler's prompts are segments too; their states are copied for each sample, which continues from them token by token.
 """
@@ -11,6 +10,7 @@ A sampler's prompts are segments too; their states are copied for each sample, w
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -19,21 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from flexpg.collectives import receive_states, send_states
+from flexpg.collectives import broadcast_states, receive_states, send_states
 from flexpg.context_parallel import ShardBlockMask
-from flexpg.integrations.transformers.segment_plan import (
-    PROMPT,
-    Plan,
-    RangePlan,
-    plan_prompts,
-    plan_range,
-    plan_segments,
-)
+from flexpg.integrations.transformers.segment_plan import Plan, RangePlan, plan_prompts, plan_range, plan_segments
+from flexpg.integrations.transformers.segment_states import SegmentStates, States
 from flexpg.masks import TreeBlockMask
 from flexpg.prefix_cache import PrefixBlockMask, PrefixShardMask
 from flexpg.sample_cache import SampleBlockMask
-
-States = dict[tuple[str, int], Tensor]  # (kind, number of the state) -> [B, ...]
 
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # the first since transformers 5.24
 
@@ -43,60 +35,8 @@ driven: ContextVar[set[nn.Module] | None] = ContextVar("driven", default=None)
 sampled: ContextVar[SampleBlockMask | None] = ContextVar("sampled", default=None)
 _checked: set[type] = set()  # kinds of layers that were seen to continue from a state
 
-
 _plans: WeakKeyDictionary[TreeBlockMask, Plan] = WeakKeyDictionary()
 _range_plans: WeakKeyDictionary[TreeBlockMask, list[RangePlan | None]] = WeakKeyDictionary()
-
-
-class SegmentStates:
-    """A cache for one call of a recurrent layer: it holds the parents' states, and keeps the segments' own.
-
-    It has the methods of transformers' Cache that recurrent layers call.
-    """
-
-    def __init__(self, previous: States | None) -> None:
-        self.previous = previous or {}
-        self.final: States = {}
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the last inputs of a convolution, [B, E, K]."""
-        return self.previous.get(("conv", state_idx))
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the state of a recurrence."""
-        return self.previous.get(("recurrent", state_idx))
-
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-    ) -> Tensor:
-        """Return the inputs of a convolution after those before the segment; keep the last ones."""
-        before = self.get_conv_state(layer_idx, state_idx)
-        inputs = conv_states if before is None else torch.cat([before, conv_states], -1)
-        size = conv_kernel_size or (conv_states if before is None else before).shape[-1]
-        missing = max(0, size - inputs.shape[-1])
-        self.final["conv", state_idx] = nn.functional.pad(inputs, (missing, 0))[..., -size:]
-        return inputs
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        """Keep the state of a recurrence."""
-        self.final["recurrent", state_idx] = recurrent_states
-        return recurrent_states
-
-    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
-        """Return the state of MiniMax's lightning attention."""
-        return self.previous.get(("linear", 0))
-
-    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
-        """Keep the state of MiniMax's lightning attention."""
-        self.final["linear", 0] = linear_cache
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Return whether the segment continues another."""
-        return bool(self.previous)
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Return True, so that a layer does not take its in-place kernel for one token."""
-        return True
 
 
 def is_recurrent(module: nn.Module) -> bool:
@@ -233,7 +173,7 @@ def _segmented(
     cache = mask.cache if isinstance(mask, PrefixBlockMask) else None
     kept: dict[int, tuple[States, int]] = {}  # segment -> states of a call, and its row
     if cache is not None and mask.first_query:
-        kept[PROMPT] = cache.states_of(module), 0
+        kept[0] = cache.states_of(module), 0
     out = _run(plan, call, hidden, kept)
     if cache is not None and not mask.first_query:
         cache.keep_states(module, _gather([kept[0]]))
@@ -248,15 +188,19 @@ def _over_ranks(
 ) -> Tensor:
     """Compute a recurrent layer over this rank's ranges of a packed sequence.
 
-    States pass from each range to the next. With a cached prompt, and where a state after a single token would pass,
-    the inputs of all ranks are gathered instead, and each rank computes the whole layer.
+    States pass from each range to the next. Those after a cached prompt go to all ranks, whose completions continue
+    them at the same time. Where a state after a single token would pass, the inputs of all ranks are gathered instead,
+    and each rank computes the whole layer.
     """
-    shard = mask.shard
+    shard, cache = mask.shard, mask.cache if isinstance(mask, PrefixShardMask) else None
+    is_prompt = cache is not None and shard.first == 0
     if mask not in _range_plans:
-        is_cached = isinstance(mask, PrefixShardMask)
-        _range_plans[mask] = [None if is_cached else plan_range(shard.tree, shard.borders, own) for own in shard.own]
+        _range_plans[mask] = [plan_range(shard.tree, shard.borders, own, is_prompt) for own in shard.own]
     outs = []
     kept: dict[int, tuple[States, int]] = {}
+    final: States | None = None
+    if cache is not None and not is_prompt:
+        kept[0] = cache.states_of(module), 0
     lengths = [stop - start for start, stop in map(shard.range_of, shard.own)]
     for number, ranged, rows in zip(shard.own, _range_plans[mask], hidden.split(lengths, 1), strict=True):
         if ranged is None:
@@ -269,7 +213,12 @@ def _over_ranks(
         out = _run(ranged.plan, call, rows, kept)
         if ranged.sent and after != shard.rank:
             out = send_states([_gather([kept[segment]]) for segment in ranged.sent], out, shard.group, after)
+        if ranged.final is not None:
+            final = _gather([kept[ranged.final]])
         outs.append(out)
+    if cache is not None and is_prompt:
+        owner = shard.owner_of(bisect_right(shard.borders, shard.tree.num_tokens - 1) - 1)
+        cache.keep_states(module, broadcast_states(final, shard.group, owner, hidden.device))
     return torch.cat(outs, 1)
 
 

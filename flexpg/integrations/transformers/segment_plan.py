@@ -18,8 +18,6 @@ from flexpg.masks import TreeBlockMask
 from flexpg.prefix_cache import PrefixBlockMask
 from flexpg.tree import PrefixTree
 
-PROMPT = -1  # the segment number of a cached prompt
-
 
 @dataclass(frozen=True)
 class Step:
@@ -58,59 +56,72 @@ class RangePlan:
         plan: The calls.
         received: The numbers of segments, or parts of them, whose states come from the range before.
         sent: Those whose states go to the next range.
+        final: The last of them all, if it is in this range and its state is wanted.
     """
 
     plan: Plan
     received: list[int]
     sent: list[int]
+    final: int | None
 
 
 def plan_segments(mask: TreeBlockMask, size: int) -> Plan:
-    """Plan the calls for a packed sequence of which `size` hidden states are computed.
+    """Plan the calls for a packed sequence of which `size` hidden states are computed, after those of a cached prompt.
 
-    A segment of one token that continues a state is not called on its own, because layers have another kernel for it
-    that writes into the state: a leaf is padded by a second token, and an inner segment is put in front of each of its
-    children instead.
+    The cached prompt is segment 0. A segment of one token that continues a state is not called on its own, because
+    layers have another kernel for it that writes into the state: a leaf is padded by a second token, and an inner
+    segment is put in front of each of its children instead.
     """
     is_prompt = isinstance(mask, PrefixBlockMask) and not mask.first_query
-    segments = mask.tree.segments.tolist()
+    pieces = _pieces(mask.tree, [mask.first_query])
     wanted = {0} if is_prompt else set()
-    return _plan(segments, mask.first_query, len(mask.tree.end), size, wanted, mask.tree.end.device, outside=PROMPT)
+    return _plan(pieces, mask.first_query, len(mask.tree.end), size, wanted, mask.tree.end.device)
 
 
-def plan_range(tree: PrefixTree, borders: Sequence[int], number: int) -> RangePlan | None:
+def plan_range(tree: PrefixTree, borders: Sequence[int], number: int, keeps_state: bool = False) -> RangePlan | None:
     """Plan the calls for a range of a packed sequence, which continue states of the ranges before it.
 
     Segments are cut at the borders of ranges. Each range hands on the states that a later one continues.
 
     Args:
         tree: The packed sequence.
-        borders: Range i is the tokens from `borders[i]` up to `borders[i + 1]`.
+        borders: Range i is the tokens from `borders[i]` up to `borders[i + 1]`. Those before the first border are a
+            cached prompt, segment 0, whose state all ranges have.
         number: Of the range.
+        keeps_state: Whether the state after the last token is wanted.
 
     Returns:
-        None, for all ranges, if a state after a segment of one token would be handed on: such a segment is not called.
+        None, for all ranges, if a state after a segment of one token would be handed on or kept: such a segment is not
+        called.
     """
+    pieces = _pieces(tree, borders)
+    parents = _parents(pieces)
+
+    def open_at(border: int) -> list[int]:
+        """Return the pieces before a border that pieces after it continue, without the cached prompt."""
+        after = {parent for (start, *_), parent in zip(pieces, parents, strict=True) if start >= border}
+        return sorted(n for n in after if n is not None and borders[0] <= pieces[n][0] < border)
+
+    kept = {len(pieces) - 1} if keeps_state else set()
+    handed_on = {n for border in borders[1:-1] for n in open_at(border)}
+    if any(pieces[n][1] - pieces[n][0] == 1 for n in handed_on | kept):
+        return None
+    first, last = borders[number], borders[number + 1]
+    received, sent = open_at(first) if number else [], open_at(last) if number + 2 < len(borders) else []
+    final = next((n for n in kept if first <= pieces[n][0] < last), None)
+    if not any(first <= start < last for start, *_ in pieces):  # only padding, which takes part for its weights' sake
+        pieces.append((first, first + 2, last))
+    plan = _plan(pieces, first, last, last - first, {*sent, *kept}, tree.end.device)
+    return RangePlan(plan, received, sent, final)
+
+
+def _pieces(tree: PrefixTree, borders: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (start, stop, end of its subtree) of each segment, cut at borders."""
     pieces = []
     for start, stop, end in tree.segments.tolist():
         cuts = [start, *(border for border in borders if start < border < stop), stop]
         pieces += [(since, until, end) for since, until in pairwise(cuts)]
-    parents = _parents(pieces)
-
-    def open_at(border: int) -> list[int]:
-        """Return the pieces before a border that pieces after it continue."""
-        after = {parent for (start, *_), parent in zip(pieces, parents, strict=True) if start >= border}
-        return sorted(n for n in after if n is not None and pieces[n][0] < border)
-
-    handed_on = {n for border in borders[1:-1] for n in open_at(border)}
-    if any(pieces[n][1] - pieces[n][0] == 1 for n in handed_on):
-        return None
-    first, last = borders[number], borders[number + 1]
-    received, sent = open_at(first) if number else [], open_at(last) if number + 2 < len(borders) else []
-    if not any(first <= start < last for start, *_ in pieces):  # only padding, which takes part for its weights' sake
-        pieces.append((first, first + 2, last))
-    plan = _plan(pieces, first, last, last - first, set(sent), tree.end.device)
-    return RangePlan(plan, received, sent)
+    return pieces
 
 
 def _plan(
@@ -120,7 +131,6 @@ def _plan(
     size: int,
     wanted: set[int],
     device: torch.device,
-    outside: int | None = None,
 ) -> Plan:
     """Plan the calls for segments, or parts of them, that begin in a range of the packed sequence.
 
@@ -131,7 +141,6 @@ def _plan(
         size: Hidden states, with padding.
         wanted: Pieces whose state is needed, besides those that have children.
         device: Of the plan.
-        outside: What to call a parent before `first`; None for its own number.
     """
     parents = _parents(pieces)
     own = [n for n, (start, *_) in enumerate(pieces) if first <= start < last]
@@ -147,8 +156,6 @@ def _plan(
         before = tokens[parent] if parent in absorbed else []
         tokens[n] = [*before, *range(start - first, stop - first)]
         state_of[n] = state_of[parent] if parent in absorbed else parent
-        if is_outside:
-            state_of[n] = parent if outside is None else outside
         depth[n] = 0 if parent is None or is_outside else depth[parent] + (parent not in absorbed)
         if len(tokens[n]) == 1 and n in has_children and state_of[n] is not None:
             absorbed.add(n)
