@@ -26,7 +26,16 @@ from flexpg.rollouts import Rollouts
 SUITE_CASES = 500
 CASES = int(os.environ.get("FUZZ_CASES", SUITE_CASES))
 WEIGHTS = {  # cases of the suite for each property: the cheaper, the more
-    **{"sequences": 50, "groups": 30, "mask": 40, "attention": 60, "pack": 120, "loss": 30, "advantages": 25},
+    **{
+        "sequences": 50,
+        "groups": 30,
+        "mask": 40,
+        "attention": 60,
+        "pack": 100,
+        "recurrent": 20,
+        "loss": 30,
+        "advantages": 25,
+    },
     **{"logprobs": 30, "model": 25, "sampling": 15, "options": 35, "file": 15, "conversations": 25},
 }
 BASE = settings(

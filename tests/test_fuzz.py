@@ -7,6 +7,7 @@ import math
 import random
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -26,13 +27,17 @@ from flexpg import PrefixTree, Rollouts, SamplingParams, attention, block_mask, 
 from flexpg.advantages import ScaleRewards
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.analysis.work import encoded_work
+from flexpg.context_parallel import token_ranges
 from flexpg.conversations import conversation_rollouts
+from flexpg.integrations.transformers.recurrent import _run
+from flexpg.integrations.transformers.segment_plan import plan_range, plan_segments
 from flexpg.loss_terms import ImportanceSamplingMode
 from flexpg.losses import ImportanceSamplingLevel, LossType
 from flexpg.micro_batches import MicroBatch, by_cache
+from flexpg.prefix_cache import _with_padded_prefix
 from flexpg.sampling import _uniforms
 from flexpg.training.config import load_config
-from flexpg.tree import BLOCK
+from flexpg.tree import BLOCK, padded_length
 
 TINY = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[1] / "recipes/configs/tiny_cpu.yaml"))
 
@@ -130,6 +135,65 @@ def test_fuzz_attention_output_and_gradients_match_baseline(sequences, heads, wi
     grads = torch.autograd.grad((out * weights[:, :, first:]).sum(), (q, k, v))
     for grad, other in zip(grads, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True):
         assert_close(grad, other)
+
+
+# Recurrent layers.
+
+
+def halving_sum(hidden: Tensor, previous: dict | None) -> tuple[Tensor, dict]:
+    """A recurrent layer: each output is half of the one before plus the token's hidden state."""
+    assert previous is None or hidden.shape[1] > 1  # with one token, layers write into the state
+    state, outputs = torch.zeros_like(hidden[:, 0]) if previous is None else previous["recurrent", 0], []
+    for token in hidden.unbind(1):
+        state = state / 2 + token
+        outputs.append(state)
+    return torch.stack(outputs, 1), {("recurrent", 0): state}
+
+
+def halving_sums(tree: PrefixTree, hidden: Tensor) -> Tensor:
+    """Return the layer's outputs token by token, from each token's parent."""
+    outputs = torch.zeros_like(hidden)
+    for index, parent in enumerate(tree.parent[: tree.num_tokens].tolist()):
+        outputs[0, index] = hidden[0, index] + (outputs[0, parent] / 2 if parent >= 0 else 0)
+    return outputs
+
+
+def over_ranges(tree: PrefixTree, hidden: Tensor, borders: list[int], cached: dict) -> Tensor | None:
+    """Return the layer's outputs from ranges that hand on states; None if a state of one token would be handed on."""
+    ranged = [plan_range(tree, borders, number) for number in range(len(borders) - 1)]
+    if None in ranged:
+        assert set(ranged) == {None}
+        return None
+    outputs, handed_on = [], {}
+    for own, (start, stop) in zip(ranged, pairwise(borders), strict=True):
+        assert own.received == list(handed_on)
+        kept = cached | handed_on
+        outputs.append(_run(own.plan, halving_sum, hidden[:, start:stop], kept))
+        handed_on = {segment: kept[segment] for segment in own.sent}
+    return torch.cat(outputs, 1)
+
+
+@given(fuzz.long_forests(), st.sampled_from([1, 127, 256, 384]), st.booleans(), fuzz.SEEDS, st.data())
+@fuzz.cases("recurrent")
+def test_fuzz_recurrent_layer_over_segments_and_ranges_matches_a_loop(sequences, prompt_len, is_cached, seed, data):
+    first, cached = 0, {}
+    if is_cached:
+        tree = PrefixTree.from_sequences([[2] * prompt_len + own for own in sequences])
+        first = padded_length(prompt_len)
+        tree = _with_padded_prefix(tree, prompt_len, first)
+    else:
+        tree = PrefixTree.from_sequences(sequences)
+    hidden = fuzz.normal(seed, 1, tree.padded_length, 2)
+    expected = halving_sums(tree, hidden)
+    if is_cached:
+        cached = {0: ({("recurrent", 0): expected[:, prompt_len - 1]}, 0)}
+    plan = plan_segments(block_mask(tree, first_query=first), tree.padded_length - first)
+    whole = _run(plan, halving_sum, hidden[:, first:], dict(cached))
+    count = tree.num_tokens - first
+    assert_close(whole[:, :count], expected[:, first:][:, :count])
+    size = data.draw(st.integers(1, (tree.padded_length - first) // BLOCK), label="ranges")
+    ranges = over_ranges(tree, hidden, token_ranges(tree, size, first), cached)
+    assert ranges is None or torch.equal(ranges[:, :count], whole[:, :count])
 
 
 # Packing.
