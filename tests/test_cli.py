@@ -228,7 +228,8 @@ def test_report_works_with_the_report_extra_only():
 
 LINES = [
     ("lss", "invalid choice: 'lss'"),
-    ("cp grop", "invalid choice: 'grop' (choose from "),
+    ("cp grop", "argument NAME: must be a name that `flexpg ls` prints, got 'grop'; did you mean grpo?"),
+    ("cp nothing", "argument NAME: must be a name that `flexpg ls` prints, got 'nothing'"),
     ("cp grpo file", "Not a directory: 'file/recipes'"),
     ("report good.jsonl", "the following arguments are required: --model"),
     ("report --model TINY", "give either FILE, or --prompt-tokens, --completion-tokens and --group-size"),
