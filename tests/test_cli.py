@@ -154,6 +154,12 @@ def test_report_of_messages_needs_a_chat_template_and_counts_turns(capsys):
     main([*command, "--tokenizer", "chat", "--per-turn"])
     out = capsys.readouterr().out
     assert "2 rollouts of 2 prompts" in out and "By group size" not in out
+    write("group.jsonl", *[{"messages": MESSAGES}] * 2)  # the first turns have a prompt in common
+    main(["report", "group.jsonl", *command[2:], "--tokenizer", "chat", "--per-turn"])
+    out = capsys.readouterr().out
+    assert "4 rollouts of " in out and "By group size" not in out
+    main(["report", "group.jsonl", *command[2:], "--tokenizer", "chat"])
+    assert "By group size" in capsys.readouterr().out
     assert Path("chats.svg").read_text().startswith("<?xml")
 
 

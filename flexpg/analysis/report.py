@@ -16,6 +16,7 @@ import torch
 
 from flexpg.analysis.flops import ModelShape, activation_bytes, update_flops
 from flexpg.analysis.ranks import context_parallel_bytes, largest_prompt
+from flexpg.analysis.rollout_files import TURN
 from flexpg.analysis.work import (
     Work,
     baseline_images,
@@ -63,7 +64,8 @@ class Report:
         itemsize: Bytes per activation.
         activation_checkpointing: Whether layers are recomputed in the backward.
         total: The comparison of all rollouts.
-        by_group_size: Comparisons of the first "group_size" completions of every prompt, or as many as it has.
+        by_group_size: Comparisons of the first "group_size" completions of every prompt, or as many as it has; none if
+            rollouts are turns of conversations, of which only the first have a prompt in common.
         by_max_tokens: A dict for each "max_tokens". If the longest rollout fits, it has "baseline_micro_batches",
             "baseline_activation_bytes" (of the largest), "micro_batches", "activation_bytes", "tokens",
             "recomputed_tokens" (prefix tokens that several micro-batches encode), "flops" and "flops_ratio".
@@ -206,7 +208,7 @@ def report(
         max_tokens: Token budgets of a micro-batch.
         itemsize: Bytes per activation; 2 for bfloat16.
         activation_checkpointing: Layers are recomputed in the backward.
-        names: What to call each rollout; None for its number.
+        names: What to call each rollout, as `read_rollouts` returns them; None for its number.
         image_flops: FLOPs of the vision encoder by `Item.identity`, from
             `flexpg.analysis.transformers_images.image_flops`; None for text.
         context_parallel: Ranks over which a packed sequence is divided; 1 for no table of them.
@@ -243,7 +245,10 @@ def report(
         itemsize=itemsize,
         activation_checkpointing=activation_checkpointing,
         total=total,
-        by_group_size=[{"group_size": size, **_comparison(part, count)} for size, part in _first_completions(rollouts)],
+        by_group_size=[
+            {"group_size": size, **_comparison(part, count)}
+            for size, part in ([] if any(TURN in name for name in names or ()) else _first_completions(rollouts))
+        ],
         by_max_tokens=[
             {"max_tokens": budget} | (_packed(rollouts, budget, total, count) if lengths[longest] <= budget else {})
             for budget in sorted(set(max_tokens))
