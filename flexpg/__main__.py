@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -224,6 +225,15 @@ def _tokenizer(path: Path | None, model: Path) -> dict[str, Any]:
     return {"encode": encode, "chat": tokenizer if tokenizer.chat_template else None}
 
 
+def _recipe_name(text: str) -> str:
+    known = [*recipe_files(recipes_folder()), "all"]
+    if text not in known:
+        near = " or ".join(get_close_matches(text, known))
+        did_you_mean = f"; did you mean {near}?" if near else ""
+        raise argparse.ArgumentTypeError(f"must be a name that `flexpg ls` prints, got {text!r}{did_you_mean}")
+    return text
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
@@ -355,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ls = commands.add_parser("ls", help="list the recipes and their configurations")
     ls.set_defaults(run=list_recipes)
     cp = commands.add_parser("cp", help="copy a recipe or a configuration, with the files that it needs")
-    cp.add_argument("name", metavar="NAME", choices=[*recipe_files(recipes_folder()), "all"], help="see ls; or all")
+    cp.add_argument("name", metavar="NAME", type=_recipe_name, help="see ls; or all")
     cp.add_argument("dest", metavar="DEST", nargs="?", type=Path, default=Path(), help="folder to copy to (default: .)")
     cp.add_argument("--force", action="store_true", help="overwrite files that differ")
     cp.set_defaults(run=copy_recipes)

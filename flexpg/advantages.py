@@ -23,8 +23,8 @@ def group_advantages(
     """Compute each reward's distance from the mean of its group, divided by a standard deviation.
 
     The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. If all groups are of one, a
-    warning says that all advantages are 0. Pass the rollouts of the whole step, not those of a micro-batch: a group
-    that is split over calls has other means.
+    warning says that all advantages are 0. Pass the rollouts of the whole step, not those of a micro-batch: a part of a
+    group has another mean.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv 2503.20783; "batch" is arXiv 2508.08221.
 
@@ -42,8 +42,13 @@ def group_advantages(
         [N] advantages in the dtype of the rewards.
 
     Raises:
-        ValueError: If `scale_rewards` is unknown.
+        ValueError: If `scale_rewards` is unknown, or the rollouts are of a micro-batch with a part of a group.
     """
+    if rollouts.is_split:
+        raise ValueError(
+            "rollouts must be those of the step, got a micro-batch with a part of a group, whose mean is another; "
+            "compute advantages before the loop, and use advantages[batch.indices] in it"
+        )
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
     rewards = rollouts.rewards.double()  # the square of a reward may overflow its own dtype

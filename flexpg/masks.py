@@ -40,7 +40,12 @@ def tree_mask_mod(end: Tensor) -> MaskMod:
 
     Args:
         end: [S] int32, one past the last packed index of each token's subtree.
+
+    Raises:
+        TypeError: If `end` is a PrefixTree.
     """
+    if isinstance(end, PrefixTree):
+        raise TypeError("end must be a tensor, got PrefixTree; pass tree.end")
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & (q_idx < end[kv_idx])
@@ -127,6 +132,8 @@ class TreeBlockMask(BlockMask):
         chunk: int | None = None,
         bidirectional: bool = False,
     ) -> None:
+        if not isinstance(tree, PrefixTree):
+            raise TypeError(f"tree must be a PrefixTree, got {type(tree).__name__}")
         for name, size in (("window", window), ("chunk", chunk)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1 (a token sees itself) or None, got {size}")
@@ -262,6 +269,7 @@ def block_mask(
 
     Raises:
         ValueError: If `window` or `chunk` is below 1, or `first_query` is not the start of a block.
+        TypeError: If `tree` is not a PrefixTree.
     """
     return TreeBlockMask(tree, window, first_query, chunk, bidirectional)
 
@@ -279,7 +287,7 @@ def group_block_mask(
         device: The device of the mask.
 
     Raises:
-        ValueError: If a length is below 1 or a group has no suffix.
+        ValueError: If a length is below 1, a group has no suffix, or `suffix_lens` is one flat list.
 
     >>> mask = group_block_mask([1000], [[200, 50, 300]])
     >>> tuple(mask.shape), mask.tree.num_tokens

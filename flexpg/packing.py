@@ -11,6 +11,7 @@ A group over the budget becomes several micro-batches of one prompt, which a pre
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -211,11 +212,12 @@ def _micro_batches(
     rollouts: Rollouts, arrays: list[np.ndarray], chosen: list[int], plan: list[list[_Item | None]], rank: int
 ) -> list[MicroBatch]:
     batches = []
-    images = rollouts.sequence_inputs
+    images, groups = rollouts.sequence_inputs, rollouts.group_ids.tolist()
+    sizes = Counter(groups[n] for n in chosen)
     own = {n for series in plan for item in series if item is not None for n in item.indices}
     of_another_rank = next((n for n in chosen if n not in own), chosen[0])  # scores of it overwrite none of this rank's
     for cache_id, series in enumerate(plan):
-        groups = [item.group for item in series if item is not None]
+        oversized = [item.group for item in series if item is not None]
         for item in series:
             if item is None:
                 batches.append(idle_micro_batch(rollouts, of_another_rank, rank, cache_id))
@@ -223,11 +225,14 @@ def _micro_batches(
             indices = torch.tensor(sorted(item.indices), device=rollouts.group_ids.device)
             own_sequences = [torch.from_numpy(arrays[n]) for n in sorted(item.indices)]
             tree = PrefixTree.from_sequences(own_sequences, [images[n] for n in sorted(item.indices)])
-            cached_tokens = item.prompt_tokens if groups.count(item.group) > 1 else 0
+            cached_tokens = item.prompt_tokens if oversized.count(item.group) > 1 else 0
+            part = rollouts.select(indices)
+            if any(count < sizes[group] for group, count in Counter(groups[n] for n in item.indices).items()):
+                part = replace(part, is_split=True)
             batches.append(
                 MicroBatch(
                     indices,
-                    rollouts.select(indices),
+                    part,
                     tree.to(indices.device),
                     rank,
                     cache_id,

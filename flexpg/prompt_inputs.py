@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -21,21 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # 0 for text, 1 and 2 as in KINDS
-KINDS = {1: "image", 2: "video"}
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-INPUTS = {
-    "image": {
-        "pixel_values",
-        "image_grid_thw",
-        "image_sizes",
-        "batch_num_images",
-        "image_position_ids",
-        "pixel_attention_mask",
-        "spatial_shapes",
-    },
-    "video": {"pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_position_ids"},
-}
+from flexpg.processor_layouts import INPUTS, KINDS, PIXELS, TOKEN_TYPES, runs_of, split_items
+
 OF_TEXT = {"input_ids", "attention_mask"}  # which a processor returns too
 FIRST_IDENTITY = 2**32  # above all token ids
 
@@ -183,50 +169,6 @@ def with_common_identities(
     return tuple(found)
 
 
-def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[dict[str, Any] | None]:
-    """Return for each row of a batch what a processor would have returned for it alone.
-
-    Args:
-        types: For each row its token types [T], without padding.
-        given: What the processor returned for the batch: the images of all rows one after another, or a row each.
-
-    Returns:
-        One entry per row, None for rows of text.
-
-    Raises:
-        ValueError: If it cannot be told which images belong to which row.
-    """
-    rows: list[dict[str, Any]] = [{} for _ in types]
-    for number, kind in KINDS.items():
-        tensors = {key: given[key] for key in sorted(INPUTS[kind]) if given.get(key) is not None}
-        if PIXELS[kind] not in tensors or not tensors[PIXELS[kind]].numel():
-            continue
-        places = [np.flatnonzero(own == number) for own in types]
-        if _has_row_per_prompt(kind, tensors):
-            for n, row in enumerate(rows):
-                row.update({key: x[n : n + 1] for key, x in tensors.items()} if len(places[n]) else {})
-            continue
-        parts, sizes, _ = _split("the batch", kind, tensors)
-        runs = [stop - start for own in places for start, stop in _runs(own)]
-        total, found = sum(sizes), sum(map(len, places))
-        if total and all(found * size % total == 0 for size in sizes):
-            counts = [found * size // total for size in sizes]
-        else:
-            counts = runs if len(runs) == len(parts) else []
-        bounds, ends = list(accumulate(counts)), list(accumulate(map(len, places)))
-        if not set(ends) <= {0, *bounds} or not counts:
-            raise ValueError(
-                f"the rows must have {kind} tokens for {len(parts)} {kind}s, got {list(map(len, places))}, which does "
-                "not tell which of them belong to which row"
-            )
-        first = 0
-        for row, end in zip(rows, ends, strict=True):
-            own = [part for part, bound in zip(parts, bounds, strict=True) if first < bound <= end]
-            row.update({key: torch.cat([part[key] for part in own]) for key in tensors} if own else {})
-            first = end
-    return [row | {TOKEN_TYPES[0]: own} if row else None for row, own in zip(rows, types, strict=True)]
-
-
 def concatenated(items: Iterable[Item]) -> dict[str, Tensor]:
     """Concatenate the tensors of items of one kind, as the processor would have returned them for one prompt.
 
@@ -310,7 +252,7 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
     if not items:
         return None
     assert types is not None
-    blocks = tuple(_runs(np.flatnonzero(types)))
+    blocks = tuple(runs_of(np.flatnonzero(types)))
     compared = _compared(tokens, items, item, row, blocks, identities)
     return PromptInputs(name, identities.name, tuple(items), compared, item, row, types, blocks)
 
@@ -366,8 +308,8 @@ def _placeholder(tokens: np.ndarray) -> int:
 
 def _items(name: str, kind: str, tensors: dict[str, Tensor], places: np.ndarray, identities: Identities) -> list[Item]:
     """Return the images or videos of a prompt whose placeholders are at `places`."""
-    parts, sizes, dim = _split(name, kind, tensors)
-    total, runs = sum(sizes), _runs(places)
+    parts, sizes, dim = split_items(name, kind, tensors)
+    total, runs = sum(sizes), runs_of(places)
     if len(parts) == 1:
         counts = [len(places)]
     elif total and all(len(places) * size % total == 0 for size in sizes):
@@ -377,57 +319,3 @@ def _items(name: str, kind: str, tensors: dict[str, Tensor], places: np.ndarray,
     else:
         parts, counts = [tensors], [len(places)]
     return [Item(kind, identities.of_item(part), part, dim, count) for part, count in zip(parts, counts, strict=True)]
-
-
-def _split(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], list[int], int]:
-    """Return the tensors of each item, numbers to which their tokens are proportional (or zeros), and the dimension.
-
-    The layouts are those of transformers' processors: patches of all images one after another, with their grids
-    (Qwen); a row per image or tile (Gemma, LLaVA, InternVL, Mistral); or a row per prompt, of tiles (Idefics3).
-    """
-    pixels = tensors[PIXELS[kind]]
-    grid = tensors.get("image_grid_thw" if kind == "image" else "video_grid_thw")
-    if grid is not None:
-        sizes = [int(size) for size in grid.prod(-1)]
-        if sum(sizes) != len(pixels):
-            raise ValueError(
-                f"{name} must have one row of {PIXELS[kind]} per patch of its grids, got {len(pixels)} rows for grids "
-                f"of {sizes} patches"
-            )
-        bounds = list(pairwise(accumulate(sizes, initial=0)))
-        parts = [
-            {key: x[start:stop] if key == PIXELS[kind] else x[i : i + 1] for key, x in tensors.items()}
-            for i, (start, stop) in enumerate(bounds)
-        ]
-        return parts, sizes, 0
-    if "batch_num_images" in tensors and len(pixels) > 1:  # LLaVA-OneVision divides images that are alone only
-        return [tensors], [1], 0
-    dim = 1 if _has_row_per_prompt(kind, tensors) and len(pixels) == 1 else 0
-    lengths = {key: x.shape[dim] for key, x in tensors.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{name} must have tensors of equally many {kind}s, got {lengths}")
-    parts = [{key: x.narrow(dim, i, 1) for key, x in tensors.items()} for i in range(pixels.shape[dim])]
-    if dim == 1:  # tiles of zeros are padding, which the model drops
-        parts = [part for part in parts if bool(part[PIXELS[kind]].any())]
-    if "image_position_ids" in tensors:
-        return parts, [int((part["image_position_ids"] != -1).all(-1).sum()) for part in parts], dim
-    if "image_sizes" in tensors and kind == "image":
-        by_area = [int(part["image_sizes"].prod()) for part in parts]
-        return parts, by_area if pixels.dim() == 4 else [0] * len(parts), dim  # else with a separator in each row
-    if "spatial_shapes" in tensors:
-        return parts, [0] * len(parts), dim
-    return parts, [1] * len(parts), dim
-
-
-def _has_row_per_prompt(kind: str, tensors: dict[str, Tensor]) -> bool:
-    """Return whether the first dimension counts prompts, with tiles in the second (Idefics3, SmolVLM)."""
-    return kind == "image" and tensors[PIXELS[kind]].dim() == 5 and "image_sizes" not in tensors
-
-
-def _runs(places: np.ndarray) -> list[tuple[int, int]]:
-    """Return (start, stop) of each run of consecutive numbers."""
-    runs = []
-    for _, own in groupby(enumerate(places.tolist()), key=lambda pair: pair[1] - pair[0]):
-        numbers = [place for _, place in own]
-        runs.append((numbers[0], numbers[-1] + 1))
-    return runs

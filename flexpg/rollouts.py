@@ -45,6 +45,8 @@ class Rollouts:
         prompt_inputs: Per prompt what a processor returned beside the token ids, for this prompt alone: `pixel_values`,
             `image_grid_thw`, `image_sizes`, `pixel_values_videos` and so on, with `mm_token_type_ids` or
             `token_type_ids`; None for a text prompt. None if all are text.
+        is_split: Whether these are of a micro-batch that holds a part of a group; set by `pack`, read by
+            `group_advantages`.
 
     Raises:
         ValueError: If shapes, group ids or masks are inconsistent, or a reward or log-probability is not finite.
@@ -65,6 +67,7 @@ class Rollouts:
     ref_logprobs: Tensor | None = None
     sampler_logprobs: Tensor | None = None
     prompt_inputs: tuple[PromptInputs | None, ...] | None = None  # Sequence[GivenInputs] | None before __post_init__
+    is_split: bool = False
 
     def __post_init__(self) -> None:
         """Validate the fields, fill the loss mask in and read the prompts' inputs."""
@@ -143,7 +146,7 @@ class Rollouts:
             group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
             rewards=torch.as_tensor(list(chain(*rewards)), dtype=torch.float32).to(device),
             prompt_inputs=prompt_inputs,  # type: ignore[arg-type]
-            **({} if masks is None else {"loss_mask": pad_sequence(masks, batch_first=True).to(device)}),
+            loss_mask=None if masks is None else pad_sequence(masks, batch_first=True).to(device),  # type: ignore[arg-type]
         )
 
     @classmethod
@@ -300,6 +303,7 @@ class Rollouts:
             loss_mask=cut(self.loss_mask),
             **{name: cut(getattr(self, name)) for name in LOGPROBS},
             prompt_inputs=None if self.prompt_inputs is None else tuple(self.prompt_inputs[g] for g in new_group),
+            is_split=self.is_split,
         )
 
     def keep_in_loss(self, counts: Tensor) -> Rollouts:

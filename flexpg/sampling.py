@@ -8,9 +8,11 @@ decoded together (a budget for the cache decides that) or on when finished rollo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as cached
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +53,17 @@ class SamplingParams:
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("stop_tokens", _are_ids(self.stop_tokens), "a list of token ids"),
         ):
             if not valid:
-                raise ValueError(f"{name} must be {condition}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be {condition}, got {getattr(self, name)!r}")
+
+
+def _are_ids(tokens: Any) -> bool:
+    try:
+        return all(operator.index(token) >= 0 for token in tokens)
+    except TypeError:  # an int, a string, None, or a list of these
+        return False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,6 +111,8 @@ def sample_completions(
         max_cache_tokens: The limit of the cache.
         compiled: Compile the decoding step.
     """
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
     lengths = PrefixTree.from_sequences(prompts).lengths  # validates all prompts before the first is decoded
     shape = (len(prompts) * group_size, params.max_new_tokens)
     uniforms = _uniforms(seed, len(prompts), group_size, params).to(lengths.device)

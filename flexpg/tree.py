@@ -148,7 +148,8 @@ class PrefixTree:
             suffix_lens: For each prompt, the list of its completions' lengths, each at least 1.
 
         Raises:
-            ValueError: If there is no group, a group has no completion, or a length is below 1.
+            ValueError: If there is no group, a group has no completion, a length is below 1, or `suffix_lens` is one
+                flat list.
 
         >>> PrefixTree.from_lengths([2], [[1, 2]]).end[:5].tolist()
         [5, 5, 3, 5, 5]
@@ -347,6 +348,8 @@ def _group_layout(
     prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return `end`, `node` and `lengths` of groups `[prefix, suffix, suffix, ...]`, one after another."""
+    if any(np.ndim(own) == 0 for own in suffix_lens):
+        raise ValueError(f"suffix_lens must have one list of lengths per prompt, got {list(suffix_lens)}")
     if len(prefix_lens) == 0 or len(prefix_lens) != len(suffix_lens) or not all(map(len, suffix_lens)):
         raise ValueError(
             f"every group must have one prompt and at least one completion, got {len(prefix_lens)} prompts and "

@@ -487,7 +487,7 @@ class GRPORecipe(FTRecipeInterface):
         self.accuracies[self.steps_done] = sum(rewards) / len(rewards)
         if self.world.is_first:
             self.metric_logger.log("held_out_accuracy", self.accuracies[self.steps_done], step=self.steps_done)
-            tqdm.write(format_eval(self.history, self.accuracies))
+            tqdm.write(format_eval([] if self.cfg.eval_only else self.history, self.accuracies))
 
     def sync(self) -> None:
         """Load the current weights into the engine, and compare its log-probabilities with the trainer's."""
@@ -568,15 +568,16 @@ class GRPORecipe(FTRecipeInterface):
         plot_savings(data.rollouts).savefig(self.output_dir / "savings.png", dpi=200)
 
     def report(self) -> None:
-        """Write report.html; of a finished run, plot the reward and print what was learned and what sharing saved."""
+        """Write report.html and plot the reward; of a finished run, print what was learned and what sharing saved."""
         if not self.world.is_first:
             return
         if self.is_finished():
             print(format_summary(self.history, self.accuracies))
+            print(f"{'weights':<20}{self.library.weights_folder(self.cfg)}/epoch_0")
+        if self.history:
             rewards = [metrics["reward"] for metrics in self.history]
             plot_reward(rewards, self.accuracies).savefig(self.output_dir / "reward.png", dpi=200)
             print(f"{'plots':<20}{self.output_dir}/{{reward,mask,savings}}.png")
-            print(f"{'weights':<20}{self.library.weights_folder(self.cfg)}/epoch_0")
         print(f"{'report':<20}{write_report(self.output_dir, self.cfg, self.history, self.accuracies)}")
 
     def cleanup(self) -> None:

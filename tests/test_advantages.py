@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flexpg.advantages import ScaleRewards, group_advantages, rewards_minus_kl
+from flexpg.packing import pack
 from flexpg.rollouts import Rollouts
 
 each_scale = pytest.mark.parametrize("scale_rewards", get_args(ScaleRewards))
@@ -104,6 +105,28 @@ def trl_rloo(rollouts, beta, mask_truncated):
     )
     inputs = [{"prompt": ""} for _ in range(len(rollouts))]
     return RLOOTrainer._generate_and_score_completions(trainer, inputs)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_group_advantages_of_a_part_of_a_split_group_raise(sharing):
+    rollouts = Rollouts.from_groups(
+        [[1] * 8, [2]], [[[3] * 9, [4] * 9, [5] * 9], [[6], [7]]], rewards=[[1.0, 0.0, 0.0], [1.0, 0.0]]
+    )
+    split, whole = [], []
+    for batch in pack(rollouts, max_tokens=20, sharing=sharing):
+        (split if set(batch.indices.tolist()) & {0, 1, 2} else whole).append(batch.rollouts)
+    assert len(split) > 1 and whole
+    for part in (*split, *(own.select([0]) for own in split)):
+        with pytest.raises(ValueError, match="rollouts must be those of the step, got a micro-batch with a part of a"):
+            group_advantages(part)
+    expected = group_advantages(rollouts)[3:]
+    assert torch.equal(torch.cat([group_advantages(own) for own in whole]), expected)
+
+
+def test_group_advantages_of_chosen_rollouts_count_as_whole_groups():
+    rollouts = Rollouts.from_groups([[1]], [[[3], [4], [5]]], rewards=[[1.0, 0.0, 0.0]])
+    (batch,) = pack(rollouts, max_tokens=20, indices=[0, 1])  # the third was truncated, say
+    assert torch.equal(group_advantages(batch.rollouts), group_advantages(rollouts.select([0, 1])))
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])

@@ -154,6 +154,12 @@ def test_report_of_messages_needs_a_chat_template_and_counts_turns(capsys):
     main([*command, "--tokenizer", "chat", "--per-turn"])
     out = capsys.readouterr().out
     assert "2 rollouts of 2 prompts" in out and "By group size" not in out
+    write("group.jsonl", *[{"messages": MESSAGES}] * 2)  # the first turns have a prompt in common
+    main(["report", "group.jsonl", *command[2:], "--tokenizer", "chat", "--per-turn"])
+    out = capsys.readouterr().out
+    assert "4 rollouts of " in out and "By group size" not in out
+    main(["report", "group.jsonl", *command[2:], "--tokenizer", "chat"])
+    assert "By group size" in capsys.readouterr().out
     assert Path("chats.svg").read_text().startswith("<?xml")
 
 
@@ -228,7 +234,8 @@ def test_report_works_with_the_report_extra_only():
 
 LINES = [
     ("lss", "invalid choice: 'lss'"),
-    ("cp grop", "invalid choice: 'grop' (choose from "),
+    ("cp grop", "argument NAME: must be a name that `flexpg ls` prints, got 'grop'; did you mean grpo?"),
+    ("cp nothing", "argument NAME: must be a name that `flexpg ls` prints, got 'nothing'"),
     ("cp grpo file", "Not a directory: 'file/recipes'"),
     ("report good.jsonl", "the following arguments are required: --model"),
     ("report --model TINY", "give either FILE, or --prompt-tokens, --completion-tokens and --group-size"),

@@ -17,6 +17,7 @@ import flexpg
 PACKAGE = Path(flexpg.__file__).parent
 ORDER = [  # a module imports only from those before it; a package that is listed as a whole also from itself
     *(
+        "processor_layouts",
         "prompt_inputs",
         "tree",
         "masks",

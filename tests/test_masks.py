@@ -289,6 +289,15 @@ def test_block_mask_first_query_inside_a_block_raises(first_query):
         block_mask(tree, first_query=first_query)
 
 
+def test_mask_of_a_tensor_or_a_tree_where_the_other_is_expected_raises():
+    tree = PrefixTree.from_lengths([3], [[1, 2]])
+    with pytest.raises(TypeError, match="tree must be a PrefixTree, got Tensor"):
+        block_mask(tree.end)
+    for build in (tree_mask_mod, dense_mask):
+        with pytest.raises(TypeError, match=r"end must be a tensor, got PrefixTree; pass tree\.end"):
+            build(tree)
+
+
 def test_index_that_keeps_everything_returns_the_mask_itself():
     """Layers that share keys and values ask for such slices; a real slice is no mask of the tree any more."""
     mask = block_mask(PrefixTree.from_lengths([300], [[20, 30]]))

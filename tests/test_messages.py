@@ -169,7 +169,11 @@ def test_tool_results_in_a_user_message_are_messages_of_their_own():
         ({"role": "user", "content": [3]}, "content must be a text or a list of parts, got a list with 3"),
         (
             {"role": "user", "content": [{"type": "image_url"}]},
-            "has a part of type 'image_url': conversations with images",
+            "has a part of type 'image_url': conversations with images, video or audio are not supported, only text",
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
+            "has a part of type 'input_audio': conversations with images, video or audio are not supported, only text",
         ),
         (
             {"role": "user", "content": [{"type": "file"}]},

@@ -50,7 +50,8 @@ def runs(tmp_path_factory) -> list[GRPORecipe]:
     stopped = make_run(output_dir, *PROFILER, "profiler.num_cycles=1")
     log = stopped.log
     stopped.log = lambda metrics: log(metrics) or (stopped.steps_done == 2 and stopped.stop.request(signal.SIGTERM))
-    train(stopped)
+    train(stopped).report()
+    (output_dir / "reward.png").rename(output_dir / "stopped.png")
     samples = output_dir / "samples.jsonl"
     with samples.open("r+") as file:  # as if it had been killed after step 3
         file.writelines([line.replace('"step": 2', '"step": 3') for line in file if '"step": 2' in line])
@@ -67,6 +68,11 @@ def test_samples_have_the_steps_of_both_runs_once_and_their_advantages(runs):
         assert best.prompt == worst.prompt and best.completion_tokens <= 8
         assert best.reward == best.rewards["correct"] >= worst.reward
         assert (best.advantage > 0 > worst.advantage) if best.reward > worst.reward else best.advantage == 0
+
+
+def test_stopped_run_plots_the_reward_next_to_its_report(runs):
+    for name in ("stopped.png", "reward.png"):
+        assert (runs[0].output_dir / name).read_bytes().startswith(b"\x89PNG"), name
 
 
 def test_best_checkpoint_is_kept_and_a_tie_does_not_replace_it(runs):
@@ -111,7 +117,9 @@ def test_eval_only_prints_the_accuracy_and_changes_no_file(runs, resume, monkeyp
     options = [*OPTIONS, "eval_only=true", f"resume={resume}", "test_problems.size=2", f"output_dir={output_dir}"]
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--config", TINY, *options])
     recipe_main()  # does not exit with another status than 0
-    assert f"step    {2 * (resume == 'true')}  held-out accuracy 0." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"step    {2 * (resume == 'true')}  held-out accuracy 0." in out
+    assert "reward" not in out  # which would be that of the checkpoint's run
     assert files(output_dir) == before
     assert logged_evaluations(output_dir) == logged + 1
 

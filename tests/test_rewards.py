@@ -53,9 +53,9 @@ def test_reward_component_may_be_a_function_or_a_class_with_state(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"_component_": "no_such_module.f"}, "No module named 'no_such_module'"),
-        ({"_component_": "flexpg.training.rewards.none"}, "No module named 'flexpg.training.rewards.none'"),
-        ({"_component_": "flexpg.training.rewards"}, "is not a callable object"),
+        ({"_component_": "no_such_module.f"}, "there is no module no_such_module in the environment or in "),
+        ({"_component_": "flexpg.training.rewards.none"}, "/training/rewards.py has no none"),
+        ({"_component_": "flexpg.training.rewards"}, "must be a function or class, got module "),
         ({"_component_": "flexpg.training.tasks.arithmetic"}, "is not a callable object"),  # returns a list
         ({"_component_": "flexpg.training.rewards.matches"}, "it asks for 'pattern', which is none of answer, "),
         ({"_component_": "flexpg.training.rewards.matches", "pattern": "a", "flags": 2}, "keyword argument 'flags'"),

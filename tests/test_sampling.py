@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from baseline import VOCAB, Operators, in_float64, tiny_model
@@ -353,6 +355,23 @@ def test_sample_nan_logits_raise():
     for temperature in (0, 1):
         with pytest.raises(FloatingPointError, match="logits are NaN or Inf while sampling"):
             draw(model, SamplingParams(4, temperature))
+
+
+@pytest.mark.parametrize("group_size", [0, -1])
+def test_sample_group_size_below_one_raises(group_size):
+    with pytest.raises(ValueError, match=f"group_size must be at least 1, got {group_size}"):
+        draw(tiny_model("llama3"), SamplingParams(4), group_size=group_size)
+
+
+@pytest.mark.parametrize("stop_tokens", [5, "</s>", None, [None], [1.5], ["</s>"]], ids=str)
+def test_sampling_params_stop_tokens_that_are_no_ids_raise(stop_tokens):
+    with pytest.raises(ValueError, match=re.escape(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")):
+        SamplingParams(4, stop_tokens=stop_tokens)
+
+
+@pytest.mark.parametrize("convert", [list, set, np.array, torch.tensor])
+def test_sampling_params_take_stop_tokens_of_any_collection(convert):
+    assert SamplingParams(4, stop_tokens=convert([5, 6]))
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": 0}, {"top_p": 0}], ids=str)

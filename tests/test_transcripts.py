@@ -1,8 +1,10 @@
 """Recorded conversations are read from the formats of common tools, and a broken row is named or skipped."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +296,9 @@ def test_file_without_a_conversation_raises(tmp_path):
     ("data", "words"),
     [
         ("{}".encode("utf-16"), "must be UTF-8, got UTF-16; convert it"),
+        (b"\x28\xb5\x2f\xfd\x04", "must be uncompressed or gzip, got Zstandard; decompress it, as with `zstd -d`"),
+        (bz2.compress(GOOD), "must be uncompressed or gzip, got bzip2; decompress it, as with `bzip2 -d`"),
+        (lzma.compress(GOOD), "must be uncompressed or gzip, got xz; decompress it, as with `xz -d`"),
         (b"[1, 2", "must be a JSON array: "),
         (gzip.compress(GOOD * 99)[:-9], "must be a complete gzip file: "),
         (gzip.compress(GOOD * 99)[:20] + b"\0\1\2" + gzip.compress(GOOD * 99)[23:], "must be a complete gzip file: "),

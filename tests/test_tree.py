@@ -11,7 +11,7 @@ import torch
 from baseline import random_sequences
 from oracles import assert_is_trie
 
-from flexpg.masks import dense_mask
+from flexpg.masks import dense_mask, group_block_mask
 from flexpg.tree import PrefixTree
 
 FIELDS = ("end", "node", "lengths", "position_ids", "parent", "segments")
@@ -121,6 +121,12 @@ def test_from_lengths_equals_from_groups_without_tokens():
         assert other.tokens is None and other.max_token == -1
         assert all(torch.equal(getattr(other, name), getattr(tree, name)) for name in FIELDS)
         assert (other.num_tokens, other.max_length) == (tree.num_tokens, tree.max_length)
+
+
+@pytest.mark.parametrize("build", [PrefixTree.from_lengths, group_block_mask])
+def test_from_lengths_flat_suffix_lens_raises(build):
+    with pytest.raises(ValueError, match=r"suffix_lens must have one list of lengths per prompt, got \[200, 50\]"):
+        build([1000], [200, 50])
 
 
 def test_from_sequences_merges_what_from_groups_keeps_apart():

@@ -31,7 +31,7 @@ from flexpg.integrations.trl import (
     regroup,
     share_prefixes,
 )
-from flexpg.prompt_inputs import TOKEN_TYPES, split_batch
+from flexpg.processor_layouts import TOKEN_TYPES, split_batch
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*removed in v6:FutureWarning"), pytest.mark.slow]
 

@@ -32,7 +32,7 @@ from flexpg.analysis.palette import (
     STYLE,
     WIDTH,
 )
-from flexpg.analysis.report import Report, Row, short
+from flexpg.analysis.report_tables import Report, Row, short
 from flexpg.analysis.work import prompts_once_work
 from flexpg.masks import block_mask, tree_mask_mod
 from flexpg.rollouts import Rollouts

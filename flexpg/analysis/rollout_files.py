@@ -21,6 +21,7 @@ from flexpg.rollouts import Rollouts
 from flexpg.tree import token_ids
 
 Encode = Callable[[str], Sequence[int]]  # a text's token ids, without special tokens
+TURN = ", turn "  # in the name of a rollout that is one turn of a conversation
 
 
 def read_rollouts(
@@ -145,7 +146,7 @@ def _of_messages(
             sequences, reason = conversation_sequences(conversation, chat, **options)
         except ValueError as error:
             raise ValueError(f"{name[2:]}: {error}" if name else str(error)) from error
-        turns = [f", turn {n}" if options["per_turn"] or reason else "" for n in range(len(sequences))]
+        turns = [f"{TURN}{n}" if options["per_turn"] or reason else "" for n in range(len(sequences))]
         found += [(name + turn, own, conversation.reward, reason) for turn, own in zip(turns, sequences, strict=True)]
     return found
 

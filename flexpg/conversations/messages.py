@@ -21,7 +21,7 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # Qwen and others; OpenRouter and vLLM; gpt-oss
 REASONING_BLOCKS = ("thinking_blocks", "reasoning_details")  # LiteLLM and SWE-agent; OpenRouter
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI; Llama; LangChain; Anthropic
-IMAGE_PARTS = ("image", "image_url", "input_image", "video", "video_url")
+MEDIA_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]], *, parse_arguments: bool = True) -> list[Message]:
@@ -163,8 +163,10 @@ def _part(part: Any, role: str) -> Message:
     allowed = {"assistant": ("thinking", "tool_use"), "user": ("tool_result",)}.get(role, ())
     if kind in allowed:
         return dict(part)
-    if kind in IMAGE_PARTS:
-        raise ValueError(f"has a part of type {kind!r}: conversations with images are not supported")
+    if kind in MEDIA_PARTS:
+        raise ValueError(
+            f"has a part of type {kind!r}: conversations with images, video or audio are not supported, only text"
+        )
     raise ValueError(f"has a part of type {kind!r} for {role}, expected text{''.join(f' or {own}' for own in allowed)}")
 
 

@@ -41,6 +41,11 @@ SHAREGPT_ROLES = {
 }
 WHOLE = "the object"  # the name of a row that is a file
 MESSAGE_KEYS = ("messages", "traj", "conversations", "history", "completions")
+OTHER_COMPRESSION = {  # by the first bytes of a file
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -d"),
+    b"BZh": ("bzip2", "bzip2 -d"),
+    b"\xfd7zXZ": ("xz", "xz -d"),
+}
 NAMED = 10  # skipped rows that a message names
 
 
@@ -300,6 +305,9 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} must be a complete gzip file: {error}") from error
+    for magic, (name, command) in OTHER_COMPRESSION.items():
+        if data.startswith(magic):
+            raise ValueError(f"{path} must be uncompressed or gzip, got {name}; decompress it, as with `{command}`")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} must be UTF-8, got UTF-16; convert it, as with `iconv -f UTF-16 -t UTF-8`")
     found = _parquet_rows(data) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)

@@ -42,7 +42,8 @@ def sample(
         autocast_dtype: Run the model under torch.autocast with this dtype.
 
     Raises:
-        ValueError: If a prompt is empty, does not fit the model, or exceeds `max_cache_tokens` with one sample.
+        ValueError: If a prompt is empty, does not fit the model, or exceeds `max_cache_tokens` with one sample; or
+            `group_size` is below 1.
         TypeError: If the model is not supported.
         FloatingPointError: If logits are not finite.
     """

@@ -19,12 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torchtune import config, training, utils
 from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from flexpg.advantages import ScaleRewards
 from flexpg.losses import ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
 from flexpg.sampling import SamplingParams
+from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.errors import one_line
 
 Component = dict[str, Any]
@@ -235,15 +235,18 @@ def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         ValueError: If the component cannot be imported, rejects its arguments, or misses a file.
     """
     try:
+        load_dotpath(cfg[name]["_component_"])  # for its errors
         return config.instantiate(cfg[name], *args, **kwargs)
     except Exception as error:  # a component is anybody's code
         kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
-        paths = {  # unique, in their order, and inputs only
-            str(value): None
+        is_text = isinstance(error, TypeError) and "'str'" in str(error)  # probably where a number was expected
+        texts = {  # unique, in their order, and inputs only
+            f"{key}={value!r}" if is_text else value: None
             for key, value in cfg[name].items()
-            if key != "output_dir" and isinstance(value, str) and value not in str(error) and Path(value).exists()
+            if key not in ("_component_", "output_dir") and isinstance(value, str) and value not in str(error)
+            if is_text or Path(value).exists()
         }
-        given = f" (given {', '.join(paths)})" if paths else ""  # parsers seldom name their file
+        given = f" (given {', '.join(texts)})" if texts else ""  # parsers seldom name their file
         raise ValueError(f"{name}: {kind}{one_line(error)}{given}") from error
 
 
@@ -262,8 +265,8 @@ def build_loss(cfg: Any) -> Callable[..., Tensor]:
     if "_component_" not in options:
         return partial(grpo_loss, **options, max_completion_length=cfg.sampling.max_new_tokens)
     try:
-        return partial(_get_component_from_path(options.pop("_component_")), **options)
-    except InstantiationError as error:
+        return partial(load_dotpath(options.pop("_component_")), **options)
+    except ValueError as error:
         raise ValueError(f"loss: {one_line(error)}") from error
 
 

@@ -25,6 +25,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Protocol
 
+from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.errors import error_context
 from flexpg.training.event_loop import in_daemon_thread, run_all
 from flexpg.training.tasks.problem import Problem
@@ -75,17 +76,14 @@ def build_environment(described: Mapping[str, Any]) -> EnvironmentConfig:
     Raises:
         ValueError: If it cannot be imported, does not take its options, or a limit is out of range.
     """
-    from torchtune.config._errors import InstantiationError  # torchtune's rules for `_component_`
-    from torchtune.config._utils import _get_component_from_path
-
     limits = {key: described[key] for key in ("max_turns", "max_length", "timeout_s") if key in described}
     options = {key: value for key, value in described.items() if key != "_component_" and key not in limits}
     try:
-        component = _get_component_from_path(described["_component_"])
+        component = load_dotpath(described["_component_"])
         is_class = inspect.isclass(component)
         signature = inspect.signature(component)
         signature.bind(None, **options) if is_class else signature.bind([], problem=None, **options)
-    except (KeyError, TypeError, InstantiationError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"environment must be a class that takes a problem, or a function that takes messages and `problem`, with "
             f"options {options}, got {described.get('_component_')!r}: {error}"

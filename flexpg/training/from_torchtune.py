@@ -13,10 +13,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 
 from flexpg.training.config import load_config
+from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.tasks.dataset import partition_numbers
 from flexpg.training.torchtune_keys import DROPPED, IF_SET, TorchtuneKeys, Translation
 
@@ -232,8 +231,8 @@ def _check_imports(out: Translation) -> None:
         if own is None:
             continue
         try:
-            _get_component_from_path(own["_component_"])
-        except (InstantiationError, ImportError):
+            load_dotpath(own["_component_"])
+        except (ImportError, ValueError):
             way_out = "install its package, or put its file into the folder in which you start `tune`"
             if name in ("tokenizer", "model", "checkpointer"):
                 way_out = "models that torchtune lacks are built by flexpg.training.causal_lm.model"

@@ -72,7 +72,7 @@ def tokenize_problems(
         ValueError: If there are too few problems, or the model or a budget cannot hold a prompt and its completion.
     """
     if len(problems) < at_least:
-        raise ValueError(f"{name} must have at least {at_least} problems, got {len(problems)}")
+        raise ValueError(f"{name} must have at least {at_least} problem{'s' * (at_least > 1)}, got {len(problems)}")
     prompts = []
     for number, problem in enumerate(problems):
         tokens = prompt_tokens(tokenizer, problem.prompt, cfg.prompt_format)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flexpg.training.answers import claimed_number, equal_expressions, last_number, marked_number
+from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.errors import error_context
 from flexpg.training.event_loop import run_all
 from flexpg.training.reward_calls import Group, Log, Run, calls, check_names, is_factory, read_values
@@ -70,9 +71,6 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
         ValueError: If there is none, or one cannot be imported, does not take its options, or asks for a name that
             nobody provides.
     """
-    from torchtune.config._errors import InstantiationError  # torchtune's rules for `_component_`
-    from torchtune.config._utils import _get_component_from_path
-
     if not described:
         raise ValueError("rewards must have at least one entry `name: {_component_: dotpath}`")
     columns = set.intersection(*(set(problem.columns) for problem in problems)) if problems else set()
@@ -81,9 +79,9 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
         own = {key: value for key, value in options.items() if key not in ("_component_", "weight")}
         try:
             weight = float(options.get("weight", 1.0))
-            function = _with_options(_get_component_from_path(options["_component_"]), own)
+            function = _with_options(load_dotpath(options["_component_"]), own)
             check_names(function, columns)
-        except (KeyError, TypeError, ValueError, InstantiationError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"reward {name!r} must be a reward function with options {own}, got "
                 f"{options.get('_component_')!r}: {error}"

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from torchtune.training.metric_logging import TensorBoardLogger, WandBLogger
 
+from flexpg.training.causal_lm import CheckpointTokenizer
 from flexpg.training.episodes import Episode
 from flexpg.training.prompts import completion_text
 from flexpg.training.rewards import Scores
@@ -33,7 +34,8 @@ class Sample:
         step: The step that it was sampled in.
         prompt: Of the problem, before the prompt format is applied.
         answer: Of the problem.
-        completion: What follows the prompt, without the last stop token; of several turns, all of them.
+        completion: What follows the prompt, without the last stop token; of several turns, all of them, with
+            the special tokens that a checkpoint's chat template writes between messages.
         rewards: The value of each reward before weighting; None where it does not apply.
         reward: The weighted sum.
         advantage: What it is trained with.
@@ -180,7 +182,10 @@ def _shorten(text: str) -> str:
 def _episode_text(tokenizer: Any, episode: Episode) -> str:
     """Return the text after the first prompt: the completion, or all turns with what the environment answered."""
     first, last = episode.turns[0], episode.turns[-1]
-    return completion_text(tokenizer, [*last.prompt[len(first.prompt) :].tolist(), *last.completion.tolist()])
+    tokens = [*last.prompt[len(first.prompt) :].tolist(), *last.completion.tolist()]
+    if len(episode.turns) > 1 and isinstance(tokenizer, CheckpointTokenizer):  # its special tokens separate messages
+        return tokenizer.decode_all(tokens[:-1] if tokens[-1] in tokenizer.stop_tokens else tokens)
+    return completion_text(tokenizer, tokens)
 
 
 def _number(value: Tensor) -> float | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.tasks.problem import Problem
 
 
@@ -57,8 +58,6 @@ def load_functions(paths: Sequence[str]) -> list[Callable[..., Any]]:
         paths: Dotpaths.
 
     Raises:
-        InstantiationError: If one cannot be imported, by torchtune.
+        ValueError: If one cannot be imported.
     """
-    from torchtune.config._utils import _get_component_from_path
-
-    return [_get_component_from_path(path) for path in paths]
+    return [load_dotpath(path) for path in paths]

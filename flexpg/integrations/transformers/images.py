@@ -32,7 +32,8 @@ from flexpg.integrations.transformers.image_checks import (
 from flexpg.integrations.transformers.recurrent import mask_for
 from flexpg.masks import TreeBlockMask
 from flexpg.packed_input import PackedInput
-from flexpg.prompt_inputs import KINDS, TOKEN_TYPES, Item, PromptInputs, concatenated
+from flexpg.processor_layouts import KINDS, TOKEN_TYPES
+from flexpg.prompt_inputs import Item, PromptInputs, concatenated
 from flexpg.tree import PrefixTree
 
 

@@ -29,7 +29,8 @@ from flexpg.integrations.transformers.images import with_images
 from flexpg.integrations.transformers.recurrent import install
 from flexpg.integrations.trl.versions import PER_TOKEN
 from flexpg.packed_input import packed_input
-from flexpg.prompt_inputs import INPUTS, KINDS, PIXELS, TOKEN_TYPES, PromptInputs, read_prompt_inputs, split_batch
+from flexpg.processor_layouts import INPUTS, KINDS, PIXELS, TOKEN_TYPES, split_batch
+from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs
 from flexpg.tree import PrefixTree
 
 OF_IMAGES = {*INPUTS["image"], *INPUTS["video"], *TOKEN_TYPES}
