@@ -175,8 +175,9 @@ class Rollouts:
                 without padding; None for text.
 
         Raises:
-            ValueError: If there are not G sequences and rewards per prompt, or the G rows of a prompt do not begin with
-                the same tokens.
+            TypeError: If `sequences` is not a tensor.
+            ValueError: If there are not G sequences and rewards per prompt, the G rows of a prompt do not begin with
+                the same tokens, or the rows are not longer than the attention mask.
 
         >>> sequences = torch.tensor([[0, 5, 6, 7, 2, 0], [0, 5, 6, 8, 9, 9]])
         >>> rollouts = Rollouts.from_generate(sequences, torch.tensor([[0, 1, 1]]), [1.0, 0.0], eos_token_id=2)
@@ -184,6 +185,16 @@ class Rollouts:
         [[7, 2], [8, 9, 9]]
         """
         batch, prompt_len = attention_mask.shape
+        if not isinstance(sequences, Tensor):
+            raise TypeError(
+                f"sequences must be a tensor, got a {type(sequences).__name__}; if generate() returned it, pass its "
+                "`sequences`"
+            )
+        if sequences.shape[1] <= prompt_len:
+            raise ValueError(
+                f"sequences must be longer than the prompts in attention_mask, got {sequences.shape[1]} columns for "
+                f"{prompt_len}; pass whole rows of generate(), and the mask of the prompts only"
+            )
         if len(sequences) % batch or len(rewards) != len(sequences):
             raise ValueError(
                 f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
