@@ -336,6 +336,11 @@ class Rollouts:
 
 def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> tuple[PromptInputs | None, ...] | None:
     """Return the prompts' inputs, read if they are not yet; None if all prompts are text."""
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"prompt_inputs must have one entry per prompt, got a {type(given).__name__}; call the processor once per "
+            "prompt, and pass a list of what it returns"
+        )
     if given is None or all(own is None for own in given):
         return None
     inputs = tuple(own for own in given if own is None or isinstance(own, PromptInputs))
