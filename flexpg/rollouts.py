@@ -387,6 +387,8 @@ def _check_shapes(rollouts: Rollouts) -> None:
         value = getattr(rollouts, name)
         if value is not None and list(value.shape) != shape:
             raise ValueError(f"{name} must be {shape} for {n} completions of up to {c} tokens, got {list(value.shape)}")
+    if not rollouts.rewards.is_floating_point():  # advantages of integers would be integers
+        raise ValueError(f"rewards must be floating point, got {rollouts.rewards.dtype}; pass rewards.float()")
     if rollouts.loss_mask.dtype != torch.bool or rollouts.group_ids.dtype != torch.int64:
         raise ValueError(
             f"loss_mask must be bool and group_ids int64, got {rollouts.loss_mask.dtype} and {rollouts.group_ids.dtype}"

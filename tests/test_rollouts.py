@@ -82,6 +82,7 @@ def test_rollouts_repr_is_one_line_without_tensors():
         ({"group_ids": torch.tensor([1, 1, 1, 1])}, "group_ids must name each of 2 prompts"),
         ({"rewards": torch.ones(4, 1)}, r"rewards must be \[4\]"),
         ({"rewards": torch.tensor([1, NAN, 0, 0])}, "rewards must be finite, got nan at rollout 1"),
+        ({"rewards": torch.tensor([1, 0, 0, 1])}, "rewards must be floating point, got torch.int64"),
         ({"loss_mask": COMPLETION_MASK.long()}, "loss_mask must be bool"),
         ({"loss_mask": torch.ones(4, 3).bool()}, "loss_mask must be False past .* token 2 of rollout 0"),
         ({"loss_mask": COMPLETION_MASK[:, :2]}, r"loss_mask must be \[4, 3\]"),
