@@ -178,8 +178,9 @@ class Rollouts:
                 without padding; None for text.
 
         Raises:
-            ValueError: If there are not G sequences and rewards per prompt, or the G rows of a prompt do not begin with
-                the same tokens.
+            TypeError: If `sequences` is not a tensor.
+            ValueError: If there are not G sequences and rewards per prompt, the G rows of a prompt do not begin with
+                the same tokens, or the rows are not longer than the attention mask.
 
         >>> sequences = torch.tensor([[0, 5, 6, 7, 2, 0], [0, 5, 6, 8, 9, 9]])
         >>> rollouts = Rollouts.from_generate(sequences, torch.tensor([[0, 1, 1]]), [1.0, 0.0], eos_token_id=2)
@@ -187,6 +188,16 @@ class Rollouts:
         [[7, 2], [8, 9, 9]]
         """
         batch, prompt_len = attention_mask.shape
+        if not isinstance(sequences, Tensor):
+            raise TypeError(
+                f"sequences must be a tensor, got a {type(sequences).__name__}; if generate() returned it, pass its "
+                "`sequences`"
+            )
+        if sequences.shape[1] <= prompt_len:
+            raise ValueError(
+                f"sequences must be longer than the prompts in attention_mask, got {sequences.shape[1]} columns for "
+                f"{prompt_len}; pass whole rows of generate(), and the mask of the prompts only"
+            )
         if len(sequences) % batch or len(rewards) != len(sequences):
             raise ValueError(
                 f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
@@ -329,6 +340,11 @@ class Rollouts:
 
 def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> tuple[PromptInputs | None, ...] | None:
     """Return the prompts' inputs, read if they are not yet; None if all prompts are text."""
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"prompt_inputs must have one entry per prompt, got a {type(given).__name__}; call the processor once per "
+            "prompt, and pass a list of what it returns"
+        )
     if given is None or all(own is None for own in given):
         return None
     inputs = tuple(own for own in given if own is None or isinstance(own, PromptInputs))
@@ -375,6 +391,8 @@ def _check_shapes(rollouts: Rollouts) -> None:
         value = getattr(rollouts, name)
         if value is not None and list(value.shape) != shape:
             raise ValueError(f"{name} must be {shape} for {n} completions of up to {c} tokens, got {list(value.shape)}")
+    if not rollouts.rewards.is_floating_point():  # advantages of integers would be integers
+        raise ValueError(f"rewards must be floating point, got {rollouts.rewards.dtype}; pass rewards.float()")
     if rollouts.loss_mask.dtype != torch.bool or rollouts.group_ids.dtype != torch.int64:
         raise ValueError(
             f"loss_mask must be bool and group_ids int64, got {rollouts.loss_mask.dtype} and {rollouts.group_ids.dtype}"

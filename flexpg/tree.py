@@ -15,7 +15,7 @@ next to one another in every sequence that has it, are never torn apart by a bra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -312,10 +312,12 @@ def token_ids(name: str, tokens: Tokens) -> Tensor:
 
     Raises:
         ValueError: If `tokens` is empty, not 1-D or has a negative id.
-        TypeError: If `tokens` is a string or its elements are not integers.
+        TypeError: If `tokens` is a string or a mapping, or its elements are not integers.
     """
     if isinstance(tokens, str):
         raise TypeError(f"{name} must be token ids, got the string {tokens[:40]!r}; tokenize it first")
+    if isinstance(tokens, Mapping):  # what a tokenizer returns, and apply_chat_template by default
+        raise TypeError(f'{name} must be token ids, got a {type(tokens).__name__}; pass its ["input_ids"]')
     tensor = torch.as_tensor(tokens)
     if tensor.dim() != 1 or not len(tensor):
         raise ValueError(f"{name} must be 1-D with at least one token id, got shape {list(tensor.shape)}")

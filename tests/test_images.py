@@ -459,6 +459,11 @@ def test_number_of_prompt_inputs_must_be_that_of_prompts():
         Rollouts.from_groups([[1, 2]], [[[3]]], [[0.0]], prompt_inputs=[{"mm_token_type_ids": [0, 0]}, None])
 
 
+def test_prompt_inputs_as_one_dict_raise():
+    with pytest.raises(TypeError, match="prompt_inputs must have one entry per prompt, got a dict; call the processor"):
+        Rollouts.from_groups([[1, 2]], [[[3]]], [[0.0]], prompt_inputs={"mm_token_type_ids": [[0, 0]]})
+
+
 def test_image_token_in_a_completion_is_refused():
     rollouts = rollouts_of(with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2)))
     completions = [torch.tensor([4, IMAGE]), *rollouts.completions[1:]]

@@ -302,6 +302,22 @@ def test_ordinary_calls_of_a_recurrent_model_are_bitwise_identical():
         assert torch.equal(found, expected)
 
 
+def test_compiled_recurrent_layer_raises_and_attention_compiles():
+    model, tree = flexpg.enable(hf.tiny_model("qwen3_5")), three_levels().tree
+    expected = integration.forward(model, tree)
+    of_kind = dict(zip(model.config.layer_types, model.model.layers, strict=True))
+    of_kind["full_attention"].compile(backend="eager")
+    found = integration.forward(model, tree)[:, : tree.num_tokens]  # padding is left out without compiled layers
+    assert torch.equal(found, expected[:, : tree.num_tokens])
+
+    def compiler(*_):
+        raise AssertionError("compiled")
+
+    of_kind["linear_attention"].compile(backend=compiler)
+    with pytest.raises(TypeError, match=r"layers\.\d+ of Qwen3_5ForCausalLM is compiled and has a recurrent layer"):
+        integration.forward(model, tree)
+
+
 def test_copied_recurrent_model_uses_its_own_weights():
     model = flexpg.enable(hf.tiny_model("qwen3_5"))
     other = copy.deepcopy(model)

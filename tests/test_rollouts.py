@@ -82,6 +82,7 @@ def test_rollouts_repr_is_one_line_without_tensors():
         ({"group_ids": torch.tensor([1, 1, 1, 1])}, "group_ids must name each of 2 prompts"),
         ({"rewards": torch.ones(4, 1)}, r"rewards must be \[4\]"),
         ({"rewards": torch.tensor([1, NAN, 0, 0])}, "rewards must be finite, got nan at rollout 1"),
+        ({"rewards": torch.tensor([1, 0, 0, 1])}, "rewards must be floating point, got torch.int64"),
         ({"loss_mask": COMPLETION_MASK.long()}, "loss_mask must be bool"),
         ({"loss_mask": torch.ones(4, 3).bool()}, "loss_mask must be False past .* token 2 of rollout 0"),
         ({"loss_mask": COMPLETION_MASK[:, :2]}, r"loss_mask must be \[4, 3\]"),
@@ -138,6 +139,7 @@ def test_from_groups_accepts_rectangular_arrays_and_tensors(device):
         ({"prompts": [[1, 2], [-100]]}, ValueError, r"prompts\[1\] must hold token ids >= 0, got -100; leave padding"),
         ({"prompts": [[1.0, 2.0], [3]]}, TypeError, r"prompts\[0\] must hold integer token ids"),
         ({"prompts": ["What is 1 + 1?", "2?"]}, TypeError, r"prompts\[0\] must be token ids, got the string"),
+        ({"prompts": [{"input_ids": [1, 2]}, [3]]}, TypeError, r"prompts\[0\] must be token ids, got a dict; pass its"),
         ({"loss_mask": [[[True], [True]], [[True, True]]]}, ValueError, "loss_mask must have one value per completion"),
         ({"loss_mask": [[[True], [True, True]]]}, ValueError, "loss_mask must have one value per completion"),
     ],
@@ -213,6 +215,20 @@ def test_from_generate_rows_that_are_no_multiple_of_the_prompts_raise():
     for sequences, rewards in ((GENERATED[:3], [1.0] * 3), (GENERATED, [1.0] * 2), (GENERATED, torch.ones(2, 2))):
         with pytest.raises(ValueError, match="sequences and rewards must have G rows for each of 2 prompts"):
             Rollouts.from_generate(sequences, ATTENTION_MASK, rewards, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "attention_mask", "error", "message"),
+    [
+        (GENERATED[:, 5:], ATTENTION_MASK, ValueError, "longer than the prompts .*, got 4 columns for 5"),
+        (GENERATED, GENERATED != PAD, ValueError, "longer than the prompts .*, got 9 columns for 9"),
+        ({"sequences": GENERATED}, ATTENTION_MASK, TypeError, "must be a tensor, got a dict; if generate"),
+    ],
+    ids=["completions_only", "mask_of_sequences", "return_dict_in_generate"],
+)
+def test_from_generate_not_whole_rows_raise(sequences, attention_mask, error, message):
+    with pytest.raises(error, match=message):
+        Rollouts.from_generate(sequences, attention_mask, torch.ones(4), eos_token_id=EOS)
 
 
 @pytest.mark.parametrize(

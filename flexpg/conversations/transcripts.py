@@ -187,7 +187,8 @@ def _conversations_of(row: Row) -> list[Conversation]:
     if not completions:
         hint = "; a prompt needs a completion or completions" if row.get("prompt") else ""
         raise ValueError(
-            f"must have the keys of a known format, such as messages, got {', '.join(row) or 'none'}{hint}"
+            "must have the keys of a known format, such as messages, or prompt and completion, got "
+            f"{', '.join(row) or 'none'}{hint}"
         )
     prompt = _listed(row.get("prompt", []), "user")
     replies = [_listed(own, "assistant") for own in completions]

@@ -163,6 +163,7 @@ def exact_forward(
             f'{type(base).__name__} has attn_implementation="{implementation}"; call flexpg.enable(model) first'
         )
     check_no_dropout(model)
+    _check_not_compiled(base)
     _check_tree(base, tree, tree if prefix is None else prefix, max(longest, tree.max_length))
     calls: dict[nn.Module, Attended] = {}
     random_state = _random_state(tree.end.device)
@@ -186,6 +187,16 @@ def exact_forward(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
             "would differ between the copies of a prefix; disable them"
         )
+
+
+def _check_not_compiled(model: PreTrainedModel) -> None:
+    """Raise before the forward: compiling a recurrence takes minutes, and the compiled one would miss the tree."""
+    for path, module in backbone(model).named_modules():
+        if module._compiled_call_impl is not None and any(map(is_recurrent, module.modules())):
+            raise TypeError(
+                f"{path or 'the backbone'} of {type(model).__name__} is compiled and has a recurrent layer, which "
+                "would not get the mask of a packed sequence; call compile() on layers without recurrence only"
+            )
 
 
 def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, longest: int) -> None:
