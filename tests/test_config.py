@@ -70,6 +70,7 @@ OPTION_ERRORS = [
     ("rewards=null", "rewards: field 'rewards' is not Optional"),
     ("rewards.correct=1", "rewards.correct: Value 1 (int) is incompatible with"),
     ("model=5", "model must be a mapping, got 5"),
+    ("rewards=my_rewards.f", "rewards must be a mapping, got 'my_rewards.f'; options of it are written rewards.NAME="),
     ("model._component_=null", "model must have a _component_, got {'_component_': None, "),
     ("num_steps=0", "num_steps must be at least 1, got 0"),
     ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints at least 1, got 0 and 0"),
