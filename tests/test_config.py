@@ -70,6 +70,7 @@ OPTION_ERRORS = [
     ("rewards=null", "rewards: field 'rewards' is not Optional"),
     ("rewards.correct=1", "rewards.correct: Value 1 (int) is incompatible with"),
     ("model=5", "model must be a mapping, got 5"),
+    ("rewards=my_rewards.f", "rewards must be a mapping, got 'my_rewards.f'; options of it are written rewards.NAME="),
     ("model._component_=null", "model must have a _component_, got {'_component_': None, "),
     ("num_steps=0", "num_steps must be at least 1, got 0"),
     ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints at least 1, got 0 and 0"),
@@ -124,7 +125,7 @@ def test_qwen_config_takes_a_local_file_as_test_problems(tmp_path):
 SETUP_MISTAKES = [
     ("minibatches=3", "prompts_per_step must be a multiple of minibatches", "got 8 in 3 on 1 ranks"),
     ("rewards.correct.digits=3", "reward 'correct' must be ", "unexpected keyword argument 'digits'"),
-    ("rewards.correct.weight=much", "reward 'correct'", "could not convert string to float: 'much'"),
+    ("rewards.correct.weight=much", "weight of reward 'correct' must be a number, got 'much'"),
     ("test_reward._component_=flexpg.training.tasks.no_such_reward", "reward 'test_reward'", "no_such_reward"),
     ("test_reward._component_=math.pi", "reward 'test_reward' must be a reward function with options {}"),
     ("checkpointer.model_type=LAMA3", "checkpointer: ", "LAMA3"),

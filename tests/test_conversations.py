@@ -424,3 +424,8 @@ def test_docs_conversations_snippets_run(monkeypatch):
     for snippet in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL):
         exec(snippet, names)
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_no_conversations_raise():
+    with pytest.raises(ValueError, match="conversations must not be empty"):
+        conversation_rollouts([], chat_tokenizer("qwen2_5", "qwen2_5"))

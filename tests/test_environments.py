@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from flexpg.training.environments import answers, build_environment
+from flexpg.training.environments import answers, build_environment, longest_episode
 from flexpg.training.tasks import Problem
 
 PROBLEM = Problem("What is 2+3?", "5")
@@ -123,3 +123,15 @@ def test_wrong_configuration_raises_value_error(options):
         del described["_component_"]
     with pytest.raises(ValueError, match="environment must"):
         build_environment(described)
+
+
+@pytest.mark.parametrize(("max_length", "advice"), [(None, "; this is the default here, set environment"), (300, "$")])
+def test_longest_episode_that_the_model_cannot_hold_is_named(max_length, advice):
+    environment = built("Counter", times=1, max_length=max_length)
+
+    def check_fits(length: int) -> None:
+        raise ValueError(f"sequences must have at most 256 tokens, got {length}")
+
+    message = f"environment.max_length: sequences must have at most 256 tokens, got {max_length or 512}{advice}"
+    with pytest.raises(ValueError, match=message):
+        longest_episode(environment, first_turn=20, budget=512, check_fits=check_fits)

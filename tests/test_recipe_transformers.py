@@ -229,6 +229,11 @@ def with_dropout(tmp_path: Path) -> str:
             "lora.target_modules must not name the embeddings or the output ",
             id="tied",
         ),
+        pytest.param(
+            "model.lora.target_modules=[q_proj,qkv_proj]",
+            "lora.target_modules must name layers of the model, got qkv_proj, which Qwen2ForCausalLM does not have",
+            id="unknown_layer",
+        ),
         ("model.lora.trainable_token_indices=[3]", r"lora.trainable_token_indices must not be set, got \[3\]"),
         ("model.lora.init_lora_weights=pissa", "lora.init_lora_weights must be one of .*, got 'pissa': others change"),
         ("model.lora.rank=4", "unexpected keyword argument 'rank'"),

@@ -59,7 +59,6 @@ def test_reward_component_may_be_a_function_or_a_class_with_state(monkeypatch):
         ({"_component_": "flexpg.training.tasks.arithmetic"}, "is not a callable object"),  # returns a list
         ({"_component_": "flexpg.training.rewards.matches"}, "it asks for 'pattern', which is none of answer, "),
         ({"_component_": "flexpg.training.rewards.matches", "pattern": "a", "flags": 2}, "keyword argument 'flags'"),
-        ({"_component_": "flexpg.training.rewards.number_correct", "weight": "much"}, "could not convert string"),
         ({"pattern": "a"}, "got None: '_component_'"),
     ],
 )
@@ -67,6 +66,11 @@ def test_reward_that_cannot_be_built_is_named(options, message):
     with pytest.raises(ValueError, match=r"^reward 'mine' must be a reward function with options \{") as error:
         build_rewards({"mine": options})
     assert message in str(error.value)
+
+
+def test_weight_of_a_reward_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="weight of reward 'mine' must be a number, got 'much'"):
+        build_rewards({"mine": {"_component_": "flexpg.training.rewards.number_correct", "weight": "much"}})
 
 
 def test_no_rewards_are_refused():

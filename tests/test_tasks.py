@@ -203,10 +203,10 @@ def test_folder_has_splits_and_few_shot_examples_may_come_from_another(tmp_path,
 
 GOOD = b'{"q": "1", "a": 2}\n'
 MISTAKES = {  # file content, options, message
-    "empty file": (b"", {}, "rows.jsonl"),
+    "empty file": (b"", {}, "source must have rows, got the empty file .*rows.jsonl"),
     "truncated line": (GOOD + b'{"q": "1",', {}, "could not load '.*rows.jsonl', split 'train': "),
     "invalid utf-8": (GOOD + b'{"q": "\xb7", "a": 2}\n', {}, "could not load '.*rows.jsonl', split 'train': .*utf-8"),
-    "null": (GOOD + b'{"q": null, "a": 2}\n', {}, r"rows.jsonl, row 1: '\{q\}' cannot be filled .*columns a: KeyError"),
+    "null": (GOOD + b'{"q": null, "a": 2}\n', {}, r"rows.jsonl, row 1: '\{q\}' cannot .*columns a; null: q: KeyError"),
     "other column": (
         GOOD,
         {"template": "{x}"},

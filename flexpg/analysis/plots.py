@@ -74,7 +74,7 @@ def plot_reward(rewards: Sequence[float], accuracies: Mapping[int, float]) -> Fi
         axes.set_ylim(-0.02, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid()
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")  # where it covers no line
     return figure
 
 

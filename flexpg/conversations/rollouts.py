@@ -88,11 +88,13 @@ def conversation_rollouts(
         The rollouts on the CPU, and [N] int64, the index of the conversation that each is from.
 
     Raises:
-        ValueError: If a conversation has no assistant message, a message cannot be converted, a reward is not finite,
-            the template leaves out what an assistant wrote, or where a turn begins or ends is unknown; with
-            `per_turn=False`, if the tokens of a turn change once a later message follows.
+        ValueError: If there is no conversation, one has no assistant message, a message cannot be converted, a reward
+            is not finite, the template leaves out what an assistant wrote, or where a turn begins or ends is unknown;
+            with `per_turn=False`, if the tokens of a turn change once a later message follows.
         Exception: What the template raises. All errors have a note that names the conversation, by its index.
     """
+    if not conversations:
+        raise ValueError("conversations must not be empty")
     sequences: list[MaskedSequence] = []
     origin: list[int] = []
     by_turn: dict[int, str] = {}  # conversation: why

@@ -91,6 +91,14 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
             f"lora.init_lora_weights must be one of {INIT_LORA_WEIGHTS}, got {config.init_lora_weights!r}: others "
             "change the base model's weights"
         )
+    if isinstance(targets := options.get("target_modules"), list):
+        layers = [f".{name}" for name, _ in model.named_modules()]
+        unknown = [name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)]
+        if unknown:  # PEFT ignores them if it finds one of the others
+            raise ValueError(
+                f"lora.target_modules must name layers of the model, got {', '.join(unknown)}, which "
+                f"{type(model).__name__} does not have"
+            )
     own: Any = model
     inputs, outputs = own.get_input_embeddings(), own.get_output_embeddings()
     is_tied = outputs is not None and outputs.weight is inputs.weight

@@ -204,6 +204,8 @@ def load_config(given: DictConfig) -> Any:
     for name, value in options.items():  # OmegaConf's errors would not name these options
         if name in (*COMPONENTS, "rewards", "sampling", "loss") and isinstance(value, list | int | float):
             raise ValueError(f"{name} must be a mapping, got {value}")
+        if name in ("rewards", "sampling") and isinstance(value, str):
+            raise ValueError(f"{name} must be a mapping, got {value!r}; options of it are written {name}.NAME=VALUE")
     for name in (*COMPONENTS, "loss"):
         if isinstance(given.get(name), str):  # `optimizer=torch.optim.SGD` on the command line
             given[name] = {"_component_": given[name]}

@@ -126,7 +126,8 @@ def longest_episode(
     try:
         check_fits(length)
     except ValueError as error:
-        raise ValueError(f"environment.max_length: {error}") from None
+        advice = "" if environment.max_length else "; this is the default here, set environment.max_length"
+        raise ValueError(f"environment.max_length: {error}{advice}") from None
     return length
 
 

@@ -79,6 +79,9 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
         own = {key: value for key, value in options.items() if key not in ("_component_", "weight")}
         try:
             weight = float(options.get("weight", 1.0))
+        except (TypeError, ValueError):
+            raise ValueError(f"weight of reward {name!r} must be a number, got {options['weight']!r}") from None
+        try:
             function = _with_options(load_dotpath(options["_component_"]), own)
             check_names(function, columns)
         except (KeyError, TypeError, ValueError) as error:

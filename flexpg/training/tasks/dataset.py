@@ -101,29 +101,30 @@ def partition_numbers(count: int, partition: str | None) -> list[int]:
 
 
 def _problem(where: str, row: Mapping[str, Any], template: str, answer: Template, context: str) -> Problem:
-    given = {name: value for name, value in row.items() if value is not None}
-    return Problem(context + _filled(where, template, given), _filled(where, answer, given), row)
+    return Problem(context + _filled(where, template, row), _filled(where, answer, row), row)
 
 
 def _shot(where: str, row: Mapping[str, Any], template: str, answer: Template, shot_template: str | None) -> str:
     example = _problem(where, row, template, answer, context="")  # also validates the row
     if shot_template is None:
         return f"{example.prompt} {example.answer}\n\n"
-    return _filled(where, shot_template, {name: value for name, value in row.items() if value is not None})
+    return _filled(where, shot_template, row)
 
 
 def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
+    given = {name: value for name, value in row.items() if value is not None}
     try:
-        return template.format_map(row) if isinstance(template, str) else template(row)
+        return template.format_map(given) if isinstance(template, str) else template(given)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if not isinstance(template, str) and not callable(template):
             raise ValueError(
                 f"template and answer must be strings, got {template}; on a command line, quote braces: "
                 "'train_problems.answer=\"{answer}\"'"
             ) from None
+        nulls = f"; null: {', '.join(name for name in row if name not in given)}" if len(given) < len(row) else ""
         raise ValueError(
             f"{where}: {template if isinstance(template, str) else 'the answer'!r} cannot be filled from the columns "
-            f"{', '.join(row) or '(none)'}: {type(error).__name__}: {error}"
+            f"{', '.join(given) or '(none)'}{nulls}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -135,6 +136,8 @@ def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[s
     if path.is_file():
         if path.suffix not in _LOADERS:
             raise ValueError(f"source must be a {', '.join(_LOADERS)} file, got {source}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"source must have rows, got the empty file {source}")
         arguments: dict[str, Any] = {"path": _LOADERS[path.suffix], "data_files": str(path)}
         split = "train"  # what `datasets` calls the one split of a file
     elif path.suffix in _LOADERS or source.count("/") > 1:
