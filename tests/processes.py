@@ -27,7 +27,10 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-PRELOAD = ["pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchtune", "recipes.grpo"]
+PRELOAD = [  # what files with tests of several ranks import: otherwise every rank does so again
+    *("pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchtune", "recipes.grpo"),
+    *("hypothesis", "torchtune._cli.tune", "trl.trainer.grpo_trainer", "hf_models"),
+]
 
 
 def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
