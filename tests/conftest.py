@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,12 @@ def pytest_configure():
     # The tensors are small: handing them out to threads costs more than it saves, and ten times so on a busy machine.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
+    gc.disable()  # what is imported and collected stays, so looking for garbage in it is a waste
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=needs_cuda)])

@@ -169,6 +169,8 @@ def _run_in_copy(pipe: Connection, folder: Path, options: list[str]) -> None:
     sys.path[:] = [str(folder), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
     os.environ["PYTHONPATH"] = str(folder)  # of processes that tests start
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # saves half a second per process
+    if not torch.cuda.is_available():  # there, autograd has threads, which a fork would lose
+        os.environ["TESTS_START_METHOD"] = "fork"
     sys.dont_write_bytecode = True  # tests/ is linked: its compiled files belong to the repository
     outcome = Outcome()
     status = pytest.main([*PYTEST, f"--rootdir={folder}", *options], plugins=[outcome])

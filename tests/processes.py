@@ -6,7 +6,7 @@ start_command(main, arguments, printed)     start a command line
 wait_until(condition, process, printed)     wait for something that a started command does
 
 Processes are forked from a server that has imported what takes seconds, once per test session. It computes nothing
-itself, so no thread is lost in the fork.
+itself, so no thread is lost in the fork. `tests.mutations` has one session per test and sets TESTS_START_METHOD=fork.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-PRELOAD = ["pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchtune", "recipes.grpo"]
+PRELOAD = [  # what files with tests of several ranks import: otherwise every rank does so again
+    *("pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchtune", "recipes.grpo"),
+    *("hypothesis", "torchtune._cli.tune", "trl.trainer.grpo_trainer", "hf_models"),
+]
 
 
 def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
@@ -58,6 +61,8 @@ def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout_
             pipes.append(pipe)
         results = _results(children, pipes, timeout_s)
         for pipe in pipes:
+            with suppress(OSError):
+                pipe.send_bytes(b"all have reported")  # closing it would not do: a forked rank has a copy of this end
             pipe.close()
         for child in children:
             child.join(10)
@@ -70,8 +75,10 @@ def run_processes(count: int, function: Callable[..., Any], *args: Any, timeout_
 
 def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """Start `function(*args)` in a process with this environment and one thread for tensors."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    method = os.environ.get("TESTS_START_METHOD", "forkserver")
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_run, args=(dict(os.environ), function, args), daemon=True)
     process.start()
     return process

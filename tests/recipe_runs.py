@@ -38,9 +38,14 @@ LORA = (
     "model.lora_rank=16",
     "model.lora_alpha=32",
 )
+SHORT = (  # completions that are cut off before their answer; sampling takes most of a step
+    *("sampling.max_new_tokens=12", "rewards.correct._component_=recipe_runs.spread_reward"),
+    "test_reward._component_=recipe_runs.spread_reward",
+)
 DIFFERENT = "sampling.temperature=2.0"  # completions share little, so that groups exceed a small budget
-AGAIN = (  # episodes of two turns
+AGAIN = (  # episodes of two turns: the second comes if the first is not cut off
     *("environment._component_=recipe_runs.Again", "environment.max_length=512", "sampling.temperature=1.3"),
+    "sampling.max_new_tokens=36",
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
-from recipe_runs import DIFFERENT, LORA, SMALL, TINY, flat, make, train
+from recipe_runs import DIFFERENT, LORA, SHORT, SMALL, TINY, flat, make, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.checkpoint import checkpoint
@@ -89,11 +89,11 @@ def test_offloaded_tensor_keeps_its_strides_and_broadcast_tensors_stay(copies):
     assert len(copies) == 2
 
 
-OPTIONS = (*SMALL, DIFFERENT, "num_steps=2")
+OPTIONS = (*SMALL, *SHORT, DIFFERENT, "num_steps=2")
 RUNS = {
     "all": [],
     "checkpointing": ["activation_checkpointing=true"],
-    "oversized groups": ["max_tokens=352"],
+    "oversized groups": ["max_tokens=328"],
     "lora": [*LORA, "loss.beta=0.1", "activation_checkpointing=true"],
 }
 

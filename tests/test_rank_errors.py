@@ -11,7 +11,7 @@ import pytest
 import torch
 from launcher import Launched
 from processes import run_processes
-from recipe_runs import AGAIN, ROOT, SMALL, TINY, Again, make, newest, spread_reward
+from recipe_runs import AGAIN, ROOT, SHORT, SMALL, TINY, Again, make, newest, spread_reward
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from flexpg.training.models import GATHER
@@ -20,7 +20,7 @@ from flexpg.training.tasks import Problem
 pytestmark = pytest.mark.distributed
 
 KEPT = ("reward", "loss", "grad_norm", "entropy", "completion_tokens", "lr")
-OPTIONS = (*SMALL, "test_problems.size=2", "num_steps=3", "optimizer.lr=0.001")
+OPTIONS = (*SMALL, *SHORT, "test_problems.size=2", "num_steps=3", "optimizer.lr=0.001")
 SETUPS = {
     "environment": (TINY, [*AGAIN, "environment._component_=test_rank_errors.Shop"]),
     "reward": (TINY, ["rewards.correct._component_=test_rank_errors.reward", "sampling.temperature=1.3"]),
@@ -28,7 +28,7 @@ SETUPS = {
         "recipes/configs/tiny_transformers_cpu.yaml",
         [
             *("sampler._component_=engines.BrokenEngine", "sampler.path=recipes/assets/tiny"),
-            *("sampler.is_shared=false", "rewards.correct._component_=recipe_runs.spread_reward"),
+            "sampler.is_shared=false",
         ],
     ),
 }
@@ -128,7 +128,7 @@ FAULTS = {  # the setup, options, step of the checkpoint, type of the error, mes
 def test_error_of_one_rank_saves_on_all_and_resumes_to_the_same_steps(tmp_path, uninterrupted, fault):
     setup, options, step, kind, message = FAULTS[fault]
     config, own = SETUPS[setup]
-    other, failed = run_processes(2, fail, tmp_path, config, [*own, *options], timeout_s=60)
+    other, failed = run_processes(2, fail, tmp_path, config, [*own, *options], timeout_s=90)
     assert failed == (kind, message)
     assert other[0] == "RankError" and message in other[1] and "rank 1 of 2" in other[1], other
     assert (tmp_path / f"checkpoints/step_{step:06d}").exists() and newest(tmp_path) == step

@@ -22,6 +22,7 @@ from recipe_runs import (
     GSM8K,
     LORA,
     ROOT,
+    SHORT,
     SMALL,
     TINY,
     calls_of_group_reward,
@@ -137,8 +138,8 @@ def test_step_equals_the_update_written_out_by_hand(tmp_path, options):
 
 
 def test_oversized_groups_with_every_loss_option_agree_with_the_baseline(tmp_path):
-    options = [*SMALL, "loss.loss_type=grpo", "loss.beta=0.1", "loss.importance_sampling_level=sequence"]
-    options += ["num_iterations=2", "max_tokens=352", DIFFERENT, "scale_rewards=batch", "num_steps=2", *GENTLE]
+    options = [*SMALL, *SHORT, "loss.loss_type=grpo", "loss.beta=0.1", "loss.importance_sampling_level=sequence"]
+    options += ["num_iterations=2", "max_tokens=328", DIFFERENT, "scale_rewards=batch", "num_steps=2", *GENTLE]
     runs = [train(make(tmp_path / own, *options, f"sharing={own}")) for own in ("true", "false")]
     for name in ("loss", "grad_norm", "kl", "entropy", "ratio"):
         assert max(difference(runs, name)) < 1e-4, name
@@ -146,7 +147,7 @@ def test_oversized_groups_with_every_loss_option_agree_with_the_baseline(tmp_pat
     assert parameter_difference(runs) < 1e-4
 
 
-TWO_STEPS = [*SMALL, DIFFERENT, "num_steps=2", *GENTLE]
+TWO_STEPS = [*SMALL, *SHORT, DIFFERENT, "num_steps=2", *GENTLE]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def plain_run(tmp_path_factory):
     "option",
     [
         "activation_checkpointing=true",
-        "max_tokens=352",
+        "max_tokens=328",
         "max_cache_tokens=600",
         "sharing=auto",
         pytest.param("compile=true", marks=pytest.mark.proof),  # the test of the recompile limit compiles without C++
@@ -213,7 +214,8 @@ def test_compiled_layers_do_not_exceed_the_recompile_limit(tmp_path, monkeypatch
     """At the limit, torch silently runs a layer in eager mode. Sampling and disabled adapters must not count."""
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
     torch._dynamo.reset()
-    options = [*SMALL, *LORA, "loss.beta=0.1", "minibatches=2", "activation_checkpointing=true", "self_check=true"]
+    options = [*SMALL, *SHORT, *LORA, "loss.beta=0.1", "minibatches=2", "self_check=true"]
+    options += ["activation_checkpointing=true"]
     runs = [train(make(tmp_path / own, *options, "num_steps=2", f"compile={own}")) for own in ("true", "false")]
     assert max(max(difference(runs, name)) for name in ("loss", "grad_norm", "kl")) < 1e-4
     graphs = [len(count) for count in torch._dynamo.utils.guard_failures.values()]
@@ -224,7 +226,7 @@ def test_compiled_layers_do_not_exceed_the_recompile_limit(tmp_path, monkeypatch
 
 
 def test_samples_are_a_function_of_seed_and_step(tmp_path):
-    runs = [make(tmp_path / own, *SMALL, f"seed={own}") for own in ("0", "0", "1")]
+    runs = [make(tmp_path / own, *SMALL, *SHORT, f"seed={own}") for own in ("0", "0", "1")]
     found = []
     for run, step in ((runs[0], 1), (runs[1], 2), (runs[1], 1), (runs[2], 1)):
         episodes = run.generate([0, 1], f"step {step}")
@@ -233,7 +235,7 @@ def test_samples_are_a_function_of_seed_and_step(tmp_path):
 
 
 def test_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(tmp_path):
-    options = [*SMALL, "num_steps=3", "eval_every_n_steps=2", "minibatches=2", "num_iterations=2"]
+    options = [*SMALL, *SHORT, "num_steps=3", "eval_every_n_steps=2", "minibatches=2", "num_iterations=2"]
     options += ["lr_scheduler.factor=0.5", "lr_scheduler.total_iters=3"]
     uninterrupted = train(make(tmp_path / "uninterrupted", *options))
     stopped = make(tmp_path / "stopped", *options, "checkpoint_every_n_steps=3")
@@ -249,7 +251,7 @@ def test_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(tmp_path):
 
 
 def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_path, capsys):
-    options = [*SMALL, "num_steps=2", "checkpoint_every_n_steps=2"]
+    options = [*SMALL, *SHORT, "num_steps=2", "checkpoint_every_n_steps=2"]
     train(make(tmp_path, *options))
     mistakes = [
         ([], r"holds .*step_000002 of an earlier run; set resume=true or another output_dir"),
@@ -371,10 +373,14 @@ def test_mistake_in_the_options_ends_with_one_line_and_no_traceback(tmp_path, mo
 
 
 @pytest.mark.distributed  # a minute
-def test_minimal_recipe_learns_addition_to_over_0_9(capsys):
-    assert grpo_minimal.main(["--device", "cpu"]) > 0.9
-    found = re.findall(r"step +\d+ +reward ([\d.]+) +loss ([-+.\d]+) +([\d.]+)x fewer", capsys.readouterr().out)
-    assert len(found) == 20 and all(math.isfinite(float(loss)) and float(fewer) > 2 for _, loss, fewer in found)
+@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.proof)])  # 20 is the default
+def test_minimal_recipe_learns_addition_to_over_0_9(capsys, steps):
+    options = ["--steps", "8", "--eval-every", "8"] if steps == 8 else []
+    assert grpo_minimal.main(["--device", "cpu", *options]) > 0.9
+    printed = capsys.readouterr().out
+    assert float(re.search(r"step +0 +held-out accuracy ([\d.]+)", printed).group(1)) < 0.5
+    found = re.findall(r"step +\d+ +reward ([\d.]+) +loss ([-+.\d]+) +([\d.]+)x fewer", printed)
+    assert len(found) == steps and all(math.isfinite(float(loss)) and float(fewer) > 2 for _, loss, fewer in found)
 
 
 # NaN, Inf and out of memory.
@@ -389,9 +395,9 @@ NONFINITE = {
 @pytest.mark.parametrize("what", NONFINITE)
 def test_nan_aborts_before_the_optimizer_step_and_dumps_the_micro_batches(tmp_path, what):
     loss, message = NONFINITE[what]
-    train(make(tmp_path, *SMALL, "num_steps=1", "checkpoint_every_n_steps=1"))
+    train(make(tmp_path, *SMALL, *SHORT, "num_steps=1", "checkpoint_every_n_steps=1"))
     (tmp_path / "nonfinite/of an earlier run").mkdir(parents=True)
-    run = make(tmp_path, *SMALL, "num_steps=2", "resume=true")
+    run = make(tmp_path, *SMALL, *SHORT, "num_steps=2", "resume=true")
     before = flat(run.model.parameters())
     moments = [state["exp_avg"].clone() for state in run.optimizer.state.values()]
     run.loss = loss(run.loss)

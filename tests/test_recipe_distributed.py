@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes, start_command, wait_until
-from recipe_runs import AGAIN, DIFFERENT, LORA, SMALL, TINY, flat, make, nan_gradient, newest, train
+from recipe_runs import AGAIN, DIFFERENT, LORA, ROOT, SHORT, SMALL, TINY, flat, make, nan_gradient, newest, train
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torchtune._cli import tune
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ from flexpg.training.models import GATHER
 
 pytestmark = pytest.mark.distributed
 
-OPTIONS = (*SMALL, "prompts_per_step=8", "test_problems.size=6", "num_steps=2")
+OPTIONS = (*SMALL, *SHORT, "prompts_per_step=8", "test_problems.size=6", "num_steps=2")
 KEPT = ("reward", "loss", "grad_norm", "entropy", "tokens_baseline")  # metrics that do not depend on time and ranks
 
 
@@ -48,18 +48,21 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 UPDATES = {
     "every option": (
         4,
-        ["minibatches=2", "loss.beta=0.1", "loss.loss_type=grpo", "max_tokens=352", DIFFERENT, "num_steps=1"],
+        ["minibatches=2", "loss.beta=0.1", "loss.loss_type=grpo", "max_tokens=328", DIFFERENT, "num_steps=1"],
     ),
     "lora": (2, [*LORA, "loss.beta=0.1", "num_iterations=2", "activation_checkpointing=true", "max_resamplings=1"]),
     "environment": (2, [*AGAIN, "kl_in_reward=0.1", "max_resamplings=1", "loss.beta=0.1", "num_steps=1"]),
-    "context parallel": (4, ["minibatches=2", "loss.beta=0.1", "kl_in_reward=0.1", "max_tokens=352", "num_steps=1"]),
+    "context parallel": (
+        4,
+        ["minibatches=2", "loss.beta=0.1", "kl_in_reward=0.1", "max_tokens=328", DIFFERENT, "num_steps=1"],
+    ),
 }
 OF_RANKS = {"context parallel": ["context_parallel=2"]}  # options of several ranks only
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, update):
-    """With max_tokens=352 groups are oversized: cached prompts, of which every rank must have equally many."""
+    """With max_tokens=328 groups are oversized: cached prompts, of which every rank must have equally many."""
     world_size, options = UPDATES[update]
     of_ranks = {1: options, world_size: [*options, *OF_RANKS.get(update, [])]}
     runs = [run_processes(size, train_on_rank, tmp_path / str(size), own)[0] for size, own in of_ranks.items()]
@@ -155,7 +158,8 @@ def logged_metrics(output_dir: Path) -> list[dict[str, float]]:
     return [{name: float(step[name]) for name in KEPT} for step in steps]
 
 
-def test_two_nodes_give_the_update_of_one_process(tmp_path):
+def test_two_nodes_give_the_update_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}")  # of the launched processes
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints_hf import save_tiny
 from processes import run_processes
-from recipe_runs import SMALL, flat, make, train
+from recipe_runs import SHORT, SMALL, flat, make, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -22,8 +22,7 @@ from flexpg.training.tasks import ByteTokenizer
 pytestmark = pytest.mark.slow
 
 CONFIG, TINY = "recipes/configs/tiny_transformers_cpu.yaml", "recipes/assets/tiny"
-OPTIONS = (*SMALL, "num_steps=2")
-RANDOM = "rewards.correct._component_=recipe_runs.spread_reward"  # text of a random model earns no other
+OPTIONS = (*SMALL, *SHORT, "num_steps=2")
 LORA = ("model.lora.r=4", "model.lora.lora_alpha=8", "model.lora.target_modules=all-linear")
 SEEN = ("reward", "loss", "grad_norm", "entropy", "completion_tokens", "tokens_encoded", "flop_ratio")
 
@@ -57,7 +56,7 @@ def test_run_equals_that_of_torchtunes_model_of_the_same_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "gemma3", "lfm2", "nemotron_h"])
 def test_shared_run_equals_the_baseline_run(tmp_path, name):
-    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", RANDOM, "self_check=true")
+    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", "self_check=true")
     shared, baseline = (run(tmp_path / sharing, *options, f"sharing={sharing}") for sharing in ("true", "false"))
     names = ("reward", "loss", "grad_norm", "entropy", "completion_tokens")
     assert_same_history(shared.history, baseline.history, names, rel=2e-4)
@@ -97,7 +96,7 @@ def test_lora_run_trains_and_saves_adapters_only(tmp_path, variant):
     name, lora, trained = VARIANTS[variant]
     path = TINY if name is None else str(save_tiny(name, tmp_path / "base"))
     saving = ("save_weights=every_checkpoint", "checkpoint_every_n_steps=1", "keep_last_n_checkpoints=1")
-    options = ("loss.beta=0.1", "optimizer.lr=0.01", "num_iterations=2", f"model.path={path}", RANDOM)
+    options = ("loss.beta=0.1", "optimizer.lr=0.01", "num_iterations=2", f"model.path={path}")
     recipe = run(tmp_path, *lora, *saving, *options)
     assert recipe.history[1]["kl"] > 0 and len(recipe.trained) == trained
     recipe.save_checkpoint()
@@ -141,7 +140,7 @@ def test_composite_checkpoint_is_saved_with_its_tower_and_processor(tmp_path):
 
 
 def test_resumed_run_takes_the_same_steps(tmp_path):
-    options = (f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", RANDOM, *LORA)
+    options = (f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", *LORA)
     whole = run(tmp_path / "whole", *options)
     first = make(tmp_path / "cut", *OPTIONS, *options, "checkpoint_every_n_steps=1", config=CONFIG)
     first.is_finished = lambda: first.steps_done == 1
@@ -154,7 +153,7 @@ def test_resumed_run_takes_the_same_steps(tmp_path):
 
 
 def test_bfloat16_run_keeps_trained_parameters_in_float32(tmp_path):
-    recipe = run(tmp_path, f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", RANDOM, "dtype=bf16", *LORA)
+    recipe = run(tmp_path, f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", "dtype=bf16", *LORA)
     assert min(entry["grad_norm"] for entry in recipe.history) > 0.001
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in recipe.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
@@ -185,7 +184,7 @@ REFERENCE = ("loss.beta=0.1", "activation_checkpointing=true")
     ],
 )
 def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, world_size, options):
-    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", RANDOM, *options)
+    options = (f"model.path={save_tiny(name, tmp_path / 'checkpoint')}", *options)
     one, many = (run_processes(size, train_on_rank, tmp_path / str(size), options)[0] for size in (1, world_size))
     assert_same_history(one, many, ("reward", "loss", "grad_norm", "entropy", "completion_tokens"), rel=2e-5)
     weights = [load_file(tmp_path / str(size) / "epoch_0/model.safetensors") for size in (1, world_size)]
