@@ -3,6 +3,7 @@
     python -m tests.mutations                      run all, print the table, exit with status 1 if one survives
     python -m tests.mutations "plain causal mask"  run some
     python -m tests.mutations --tests-passed       run all, after a run of the whole suite has passed
+    python -m tests.mutations --every 4 --from 1   run a quarter of them: CI takes another one for every commit
     python -m tests.mutations --all-tests NAME     run the whole suite against one, and print which tests fail
 
 They are in mutations.txt. A mutation is one edit of the source, as someone might make it by mistake; most are faults of
@@ -305,6 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-j", dest="num_processes", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--all-tests", action="store_true", help="run the suite, except its slowest tests, against one")
     parser.add_argument("--tests-passed", action="store_true", help="do not run the tests without a mutation first")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="run one of K mutations")
+    parser.add_argument("--from", type=int, default=0, dest="first", metavar="N", help="the first of them, modulo K")
     parser.add_argument("--table", action="store_true", help="print the table of docs/correctness.md and run nothing")
     options = parser.parse_args(arguments)
     by_name = {mutation.name: mutation for mutation in MUTATIONS}
@@ -316,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.table:
         print(table())
         return
-    chosen = [by_name[name] for name in options.names] or MUTATIONS
+    chosen = [by_name[name] for name in options.names] or MUTATIONS[options.first % options.every :: options.every]
     if len(chosen) > 9:  # for a few it would cost more than it saves
         preload(sorted({Path(mutation.test.partition("::")[0]).stem for mutation in chosen}))
     if options.all_tests:
