@@ -71,7 +71,7 @@ def test_read_rollouts_of_messages_equal_conversation_rollouts(per_turn, write):
     [
         (b'{"prompt": [1],', "must be JSON: Expecting property name"),
         (b'{"a": "\xff"}', "must be UTF-8: .*can't decode byte 0xff"),
-        ({"prompt": [1]}, "such as messages, got prompt; a prompt needs a completion or completions"),
+        ({"prompt": [1]}, "got prompt; a prompt needs a completion or completions"),
         (PROMPT | {"prompt": []}, "prompt must be 1-D with at least one token id"),
         (PROMPT | {"completions": [[1], []]}, r"completions\[1\] must be 1-D with at least one token id"),
         (PROMPT | {"completions": []}, r"completions must be a list of at least one, got \[\]"),
