@@ -109,6 +109,15 @@ def test_answer_of_another_form_raises_type_error(answer):
         answers([lambda messages: answer], [TURN], 5.0)
 
 
+def test_environment_that_returns_the_whole_conversation_raises():
+    def history(messages):
+        messages.append({"role": "user", "content": "again"})
+        return messages, 0.0
+
+    with pytest.raises(ValueError, match="must return its new messages only, got 3 that begin with the conversation"):
+        answers([history], [TURN], 5.0)
+
+
 def test_reward_of_numpy_is_a_number():
     ((_, reward),) = answers([lambda messages: ([], np.float32(0.5))], [TURN], 5.0)
     assert reward == 0.5 and type(reward) is float

@@ -28,6 +28,7 @@ from flexpg import Rollouts, pack, self_check
 from flexpg.integrations import transformers as integration
 from flexpg.masks import TreeBlockMask, dense_mask
 from flexpg.verify import SelfCheckError, SelfCheckResult, baseline_logprobs, gradient_norms
+from flexpg.verify.isolation import _perturbed_trees
 
 WINDOW = 30
 
@@ -112,6 +113,15 @@ def test_compiled_and_checkpointed_layers_pass(compiled, checkpointing):
 def test_rollouts_that_share_nothing_or_are_equal_pass():
     self_check(tiny_model("qwen2").train(), make_rollouts(groups=3, size=1))
     self_check(tiny_model("qwen2").train(), Rollouts.from_groups([[1, 2]], [[[3], [3]]], [[0.0, 0.0]]))
+
+
+def test_replaced_tokens_are_those_of_completions():
+    """Others, such as 0 and 1, may stand for an image."""
+    (batch,) = pack(make_rollouts(), max_tokens=1000)
+    known = {token for own in batch.rollouts.completions for token in own.tolist()}
+    for tree, own, _ in _perturbed_trees(batch):
+        before, after = batch.tree.input_ids[0, own], tree.input_ids[0, own]
+        assert len(before) and (before != after).all() and set(after.tolist()) <= known
 
 
 def test_self_check_changes_nothing():

@@ -142,6 +142,7 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
     Raises:
         TimeoutError: If one does not; it is named by its conversation.
         TypeError: If an answer is not a list of messages and a number.
+        ValueError: If it begins with the conversation.
         Exception: What an environment raises, with one line above the traceback that names the conversation.
     """
     free = asyncio.Semaphore(AT_A_TIME)
@@ -158,7 +159,13 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
                     raise TimeoutError(
                         f"the environment must answer within timeout_s={timeout_s} seconds; it did not in the {where}"
                     )
-                return _checked(answer.result())
+                new, reward = _checked(answer.result())
+                if new[: len(messages)] == messages:
+                    raise ValueError(
+                        f"an environment must return its new messages only, got {len(new)} that begin with the "
+                        "conversation so far"
+                    )
+                return new, reward
 
     return run_all([ask(step, messages) for step, messages in zip(steps, conversations, strict=True)])
 

@@ -62,11 +62,14 @@ def _perturbed_trees(batch: MicroBatch) -> Iterator[tuple[PrefixTree, slice, str
     tokens, nodes = tree.input_ids[0], tree.node.clamp(min=0)
     counts = torch.bincount(tree.node[tree.node >= 0], minlength=tree.padded_length)
     steps = torch.arange(nodes.shape[1], device=tokens.device)
-    is_own = (tree.node >= 0) & (steps >= batch.rollouts.prompt_lens[:, None]) & (counts[nodes] == 1)  # [N, T]
+    is_completion = (tree.node >= 0) & (steps >= batch.rollouts.prompt_lens[:, None])  # [N, T]
+    is_own = is_completion & (counts[nodes] == 1)
+    known = tokens[tree.node[is_completion]].unique()  # of completions, so none stands for an image
+    first, second = known[0], known[-1] if len(known) > 1 else (known[0] == 0).long()
     owners = [n for n in packed_order(batch) if is_own[n].any()]
     for n in (owners[0], owners[-1]) if owners else (0, 0):
         own = tree.node[n][is_own[n]]
         start, stop = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
         changed = tokens.clone()
-        changed[start:stop] = (changed[start:stop] == 0).long()  # 1 for 0, and 0 for others: no token of an image
+        changed[start:stop] = torch.where(changed[start:stop] == first, second, first)
         yield replace(tree, tokens=changed), slice(start, stop), f"the completion of rollout {int(batch.indices[n])}"
