@@ -163,7 +163,6 @@ def test_report_omits_the_group_size_table_for_groups_of_one():
     assert "By group size" in printed(report(ROLLOUTS, SHAPE))
 
 
-@pytest.mark.skipif(not SOLUTIONS.exists(), reason="the GSM8K solutions of four models are not here")
 def test_report_omits_the_group_size_table_for_turns_of_conversations():
     names = [f"line {n}, turn {n % 2}" for n in range(len(ROLLOUTS))]
     found = report(ROLLOUTS, SHAPE, names=names)
@@ -171,6 +170,7 @@ def test_report_omits_the_group_size_table_for_turns_of_conversations():
     assert found.total == report(ROLLOUTS, SHAPE).total
 
 
+@pytest.mark.skipif(not SOLUTIONS.exists(), reason="the GSM8K solutions of four models are not here")
 def test_report_of_real_gsm8k_solutions_shares_their_questions(tmp_path):
     with open(tmp_path / "solutions.jsonl", "w") as file:
         for row in map(json.loads, SOLUTIONS.read_text(encoding="utf-8").splitlines()[:40]):
