@@ -116,7 +116,7 @@ def test_rollouts_that_share_nothing_or_are_equal_pass():
 
 
 def test_replaced_tokens_are_those_of_completions():
-    """Others, such as 0 and 1, may stand for an image."""
+    """Others, such as 0 and 1, may be placeholders of an image."""
     (batch,) = pack(make_rollouts(), max_tokens=1000)
     known = {token for own in batch.rollouts.completions for token in own.tolist()}
     for tree, own, _ in _perturbed_trees(batch):

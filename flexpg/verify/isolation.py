@@ -64,7 +64,7 @@ def _perturbed_trees(batch: MicroBatch) -> Iterator[tuple[PrefixTree, slice, str
     steps = torch.arange(nodes.shape[1], device=tokens.device)
     is_completion = (tree.node >= 0) & (steps >= batch.rollouts.prompt_lens[:, None])  # [N, T]
     is_own = is_completion & (counts[nodes] == 1)
-    known = tokens[tree.node[is_completion]].unique()  # of completions, so none stands for an image
+    known = tokens[tree.node[is_completion]].unique()  # of completions, so none is a placeholder of an image
     first, second = known[0], known[-1] if len(known) > 1 else (known[0] == 0).long()
     owners = [n for n in packed_order(batch) if is_own[n].any()]
     for n in (owners[0], owners[-1]) if owners else (0, 0):
