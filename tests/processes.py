@@ -108,6 +108,7 @@ def _run_command(main: Callable[[], None], arguments: Sequence[str], printed: Pa
     with printed.open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what pytest captures, in a forked process
     sys.argv[1:] = arguments
     main()
 
