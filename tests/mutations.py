@@ -170,7 +170,8 @@ def _run_in_copy(pipe: Connection, folder: Path, options: list[str]) -> None:
     sys.path[:] = [str(folder), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
     os.environ["PYTHONPATH"] = str(folder)  # of processes that tests start
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # saves half a second per process
-    if not torch.cuda.is_available():  # there, autograd has threads, which a fork would lose
+    # A fork would lose the threads of autograd on a GPU, and of what other tests have run before.
+    if len(options) == 1 and not torch.cuda.is_available():
         os.environ["TESTS_START_METHOD"] = "fork"
     sys.dont_write_bytecode = True  # tests/ is linked: its compiled files belong to the repository
     outcome = Outcome()
@@ -243,13 +244,15 @@ def _row(mutation: Mutation) -> str:
 
 
 def check_tests_pass(mutations: Sequence[Mutation], num_processes: int) -> None:
-    """Run the tests of these mutations without a mutation.
+    """Run the tests of these mutations without a mutation: those that may start ranks alone, as with a mutation.
 
     Raises:
         SystemExit: If one of them does not pass.
     """
     tests = [f"tests/{test}" for test in sorted({mutation.test for mutation in mutations})]
-    shares = [tests[n::num_processes] for n in range(min(num_processes, len(tests)))]
+    alone = [test for test in tests if "import run_processes" in (ROOT / test.partition("::")[0]).read_text()]
+    others = [test for test in tests if test not in alone]
+    shares = [*([test] for test in alone), *(others[n::num_processes] for n in range(min(num_processes, len(others))))]
     passed = 0
     for _, outcome in outcomes([(None, share) for share in shares], num_processes):
         if outcome.failed or outcome.error:
