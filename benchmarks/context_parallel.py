@@ -8,11 +8,13 @@ An update is forward, log-probabilities, loss and backward of one group in one p
 checkpointing, so that layers keep their inputs only. On one rank it is the usual one; on several, each computes a part
 of the tokens. All numbers of ranks alternate in the same processes, those that take no part wait.
 
-A peak is the most that torch's allocator holds at a time, minus what it held before; that of the rank with the highest.
-Gradients of parameters do not count: each is freed as soon as it is computed, in updates that are not timed. The
-estimate is the cost model's, `flexpg.analysis.ranks.context_parallel_bytes`. Bytes are those of
-the tensors that a rank gathers and sums in one update, its own part included: keys and values in the forward and again
-when a layer is recomputed, and their gradients.
+A peak is the most memory that an update has allocated with torch's allocator at a time, the highest of all ranks and of
+`PEAKS` updates that are not timed. Gradients of parameters do not count: each is freed as soon as it is computed. Only
+that of the output layer, which is tied to the embeddings, waits for theirs. The limit is what a rank may need if
+activations are divided: 1 / N of one rank's peak plus 10 %, and the keys and values of all tokens in one layer; the
+gradient of the output layer is not divided. The estimate is the cost model's,
+`flexpg.analysis.ranks.context_parallel_bytes`. Bytes are those of the tensors that a rank gathers and sums in one
+update, its own part included: keys and values in the forward and again when a layer is recomputed, and their gradients.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ CASES = {
     "cuda": [Case(prompt, 512, 8, "0.5B", (1, 2, 4, 8), (1, 2, 4, 8)) for prompt in (16_384, 65_536)],
     "tiny": [Case(300, 16, 4, "tiny", ranks=(1, 2))],
 }
+PEAKS = 3
 
 
 def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -67,11 +70,14 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         multiprocessing.spawn(rank_main, (count, case, device.type, repeats, Path(folder)), nprocs=count)
         parts = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
     times, first = parts[0]["times"], parts[0]
+    itemsize = 4 if device.type == "cpu" else 2
+    peaks = {ranks: max(part["peaks"].get(ranks, 0) for part in parts) for ranks in first["peaks"]}
     return {
         "layers": SHAPES[case.model]["num_layers"],
         "update_ms": {ranks: quartiles(own) for ranks, own in times.items()},
         "speedup": {ranks: paired_ratio(times["1"], own) for ranks, own in times.items() if ranks != "1"},
-        "peak_mib": {ranks: max(part["peaks"].get(ranks, 0) for part in parts) for ranks in first["peaks"]},
+        "peak_mib": peaks,
+        "limit_mib": {ranks: limit_mib(case, int(ranks), peaks["1"], itemsize) for ranks in peaks},
         "estimate_mib": first["estimates"],
         "collective_mib": {ranks: max(part["received"].get(ranks, 0) for part in parts) for ranks in first["received"]},
         "largest_difference": max(part["largest_difference"] for part in parts),
@@ -102,7 +108,8 @@ def rank_main(rank: int, count: int, case: Case, device_type: str, repeats: int,
             table = update(model, rollouts, group)
         found["largest_difference"] = max(found["largest_difference"], float((table - whole).abs().max()))
         found["received"][f"{n}"] = sum(counts.values()) / MIB
-        found["peaks"][f"{n}"] = peak_bytes(partial(update, model, rollouts, group), device) / MIB
+        one_update = partial(update, model, rollouts, group)
+        found["peaks"][f"{n}"] = max(peak_bytes(one_update, device) for _ in range(PEAKS)) / MIB
         found["estimates"][f"{n}"] = estimate_mib(model, rollouts, n)
         dist.barrier(groups[n])
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -139,6 +146,18 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         yield counts
     finally:
         dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+
+
+def limit_mib(case: Case, ranks: int, peak_of_one: float, itemsize: int) -> float:
+    """Return what a rank may need if activations are divided; that of one rank is its peak."""
+    if ranks == 1:
+        return peak_of_one
+    shape = SHAPES[case.model]
+    head_dim = shape["embed_dim"] // shape["num_heads"]
+    tokens = case.prompt + case.group * case.completion
+    output_gradient = shape["vocab_size"] * shape["embed_dim"] * itemsize / MIB
+    keys_and_values = tokens * 2 * shape["num_kv_heads"] * head_dim * itemsize / MIB
+    return (peak_of_one - output_gradient) / ranks * 1.1 + keys_and_values + output_gradient
 
 
 def estimate_mib(model: nn.Module, rollouts: Rollouts, ranks: int) -> float:

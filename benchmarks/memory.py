@@ -4,8 +4,9 @@
     python -m benchmarks.memory --device cuda      # bfloat16: 0.5B and 3B shapes
     python -m benchmarks.memory --tiny             # seconds, as a test
 
-The implementations are those of benchmarks.update. A peak is the most that torch's allocator holds at a time during one
-update (forward, log-probabilities, loss, backward), minus what it held before: weights and tokens. torchtune's dense
+The implementations are those of benchmarks.update. A peak is the most memory that one update (forward,
+log-probabilities, loss, backward) has allocated with torch's allocator at a time; what was there before does not count:
+weights and tokens. torchtune's dense
 mask (G T^2 bytes) is built in the call and counts, as a recipe keeps it. Gradients do not count, because each is freed
 as soon as it is computed. So a peak is what has to be free besides weights and gradients, as in a training step from
 its second micro-batch on. The output layer is tied to the embeddings: its gradient (V E entries) waits for theirs and
@@ -166,7 +167,11 @@ def peak_mib(model: TransformerDecoder, group: Group, implementation: Implementa
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Return the most that torch's allocator holds at a time during a call, minus what it held before."""
+    """Return the most memory that a call has allocated with torch's allocator at a time.
+
+    On a CPU it is summed up from allocations and deallocations: the total that torch's profiler gives with them counts
+    tensors that a thread of gloo frees as allocated for ever.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -174,15 +179,21 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    allocations, pending = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    changes, pending = [], list(profiled.profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending += event.children
         if event.tag == _EventType.Allocation:
-            allocations.append((event.start_time_ns, event.extra_fields))
-    allocations.sort(key=lambda allocation: allocation[0])
-    _, first = allocations[0]
-    return max(fields.total_allocated for _, fields in allocations) - (first.total_allocated - first.alloc_size)
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    sizes: dict[int, int] = {}  # by address; an address that is allocated again was free
+    held = peak = 0
+    for _, address, size in sorted(changes, key=lambda change: change[0]):
+        held -= sizes.pop(address, 0)
+        if size > 0:
+            sizes[address] = size
+            held += size
+            peak = max(peak, held)
+    return peak
 
 
 def main(argv: Sequence[str] | None = None) -> None:

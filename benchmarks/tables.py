@@ -360,10 +360,10 @@ def context_parallel(result: Result) -> str:
         for ranks, peak in case["peak_mib"].items():
             tokens = f"{case['prompt']:,} + {case['group']} x {case['completion']}"
             time, gain = case["update_ms"].get(ranks), case["speedup"].get(ranks)
-            sizes = [f"{own[ranks]:,.0f}" for own in (case["estimate_mib"], case["collective_mib"])]
+            sizes = [f"{own[ranks]:,.0f}" for own in (case["limit_mib"], case["estimate_mib"], case["collective_mib"])]
             rows.append([tokens, ranks, spread(time, 0), spread(gain), f"{peak:,.0f}", *sizes])
-    header = ["tokens", "ranks", "update, ms", "time of one rank / this", "peak per rank, MiB", "estimated"]
-    return markdown([*header, "gathered and summed, MiB"], rows)
+    header = ["tokens", "ranks", "update, ms", "time of one rank / this", "peak per rank, MiB"]
+    return markdown([*header, "limit", "estimated", "gathered and summed, MiB"], rows)
 
 
 def sharing(result: Result) -> str:
