@@ -22,7 +22,8 @@ from torch import Tensor
 
 from flexpg.micro_batches import MicroBatch, causal_pairs, idle_micro_batch
 from flexpg.rollouts import Rollouts
-from flexpg.tree import PrefixTree, common_prefix_length, lexicographic_order
+from flexpg.token_sequences import common_prefix_length, lexicographic_order
+from flexpg.tree import PrefixTree
 
 # A visible pair costs 4 E operations per layer, a token at least 24 E^2: at width E = 2048, this many pairs per token.
 PAIRS_PER_TOKEN = 6 * 2048

@@ -24,7 +24,8 @@ from torch.distributed import ProcessGroup
 from flexpg.context_parallel import ContextShard, ShardBlockMask
 from flexpg.masks import TreeBlockMask
 from flexpg.prompt_inputs import PromptInputs
-from flexpg.tree import PrefixTree, Tokens, padded_length
+from flexpg.token_sequences import Tokens
+from flexpg.tree import PrefixTree, padded_length
 
 
 class PrefixCache:

@@ -92,6 +92,11 @@ def split_items(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[
             for i, (start, stop) in enumerate(bounds)
         ]
         return parts, sizes, 0
+    if pixels.dim() == 2:  # patches of all images, whose numbers only a grid tells
+        raise ValueError(
+            f"{name} must have {kind}_grid_thw beside {PIXELS[kind]} of patches {list(pixels.shape)}, got "
+            f"{', '.join(tensors)}; pass all that the processor returned"
+        )
     if "batch_num_images" in tensors and len(pixels) > 1:  # LLaVA-OneVision divides images that are alone only
         return [tensors], [1], 0
     dim = 1 if _has_row_per_prompt(kind, tensors) and len(pixels) == 1 else 0

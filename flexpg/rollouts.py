@@ -6,7 +6,7 @@ inside a prompt is an ordinary token, and what counts follows from lengths and m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs, with_common_identities
-from flexpg.tree import PrefixTree, Tokens, token_ids
-
-LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
-GivenInputs = (
-    Mapping[str, Any] | PromptInputs | None
-)  # of a prompt: what a processor returned, or what was read from it
+from flexpg.prompt_inputs import PromptInputs
+from flexpg.rollout_checks import (
+    LOGPROBS,
+    GivenInputs,
+    check_finite,
+    check_prompts_repeat,
+    check_shapes,
+    check_tokens,
+    read_inputs,
+)
+from flexpg.token_sequences import Tokens, token_ids
+from flexpg.tree import PrefixTree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,12 +76,14 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         """Validate the fields, fill the loss mask in and read the prompts' inputs."""
-        _check_tokens("prompts", self.prompts)
-        _check_tokens("completions", self.completions)
-        object.__setattr__(self, "prompt_inputs", _read_inputs(self.prompts, self.prompt_inputs))
+        check_tokens("prompts", self.prompts)
+        check_tokens("completions", self.completions)
+        object.__setattr__(self, "prompt_inputs", read_inputs(self.prompts, self.prompt_inputs))
         if self.loss_mask is None:
             object.__setattr__(self, "loss_mask", self.completion_mask.clone())
-        _check_shapes(self)
+        fields = ("group_ids", "rewards", "loss_mask", *LOGPROBS)
+        n, c = self.completion_mask.shape
+        check_shapes(n, c, {name: getattr(self, name) for name in fields})
         used = torch.bincount(self.group_ids, minlength=self.num_groups)
         if len(used) > self.num_groups or not bool(used.all()):
             raise ValueError(
@@ -89,10 +96,10 @@ class Rollouts:
                 f"loss_mask must be False past a completion's end, got True at token {c} of rollout {n}, whose "
                 f"completion has {len(self.completions[n])} tokens"
             )
-        _check_finite("rewards", self.rewards, torch.ones_like(self.rewards, dtype=torch.bool))
+        check_finite("rewards", self.rewards, torch.ones_like(self.rewards, dtype=torch.bool))
         for name in LOGPROBS:
             if (logprobs := getattr(self, name)) is not None:
-                _check_finite(name, logprobs, self.loss_mask)
+                check_finite(name, logprobs, self.loss_mask)
 
     @classmethod
     def from_groups(
@@ -211,9 +218,9 @@ class Rollouts:
             completion_lens = (before == 0).sum(1)
         lengths = torch.as_tensor(completion_lens).tolist()
         group_size = len(sequences) // batch
-        _check_prompts_repeat(sequences[:, :prompt_len], attention_mask.bool(), group_size)
+        check_prompts_repeat(sequences[:, :prompt_len], attention_mask.bool(), group_size)
         prompts = [sequences[b * group_size, :prompt_len][attention_mask[b].bool()] for b in range(batch)]
-        inputs = _read_inputs(prompts, prompt_inputs) or (None,) * batch
+        inputs = read_inputs(prompts, prompt_inputs) or (None,) * batch
 
         def compared(b: int) -> np.ndarray:
             own, tokens = inputs[b], prompts[b].cpu().numpy()
@@ -336,72 +343,3 @@ class Rollouts:
         if counts.dtype != torch.bool or list(counts.shape) != [len(self)]:
             raise ValueError(f"counts must be bool [{len(self)}], got {counts.dtype} {list(counts.shape)}")
         return replace(self, loss_mask=self.loss_mask & counts.to(self.loss_mask.device)[:, None])
-
-
-def _read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> tuple[PromptInputs | None, ...] | None:
-    """Return the prompts' inputs, read if they are not yet; None if all prompts are text."""
-    if isinstance(given, Mapping):
-        raise TypeError(
-            f"prompt_inputs must have one entry per prompt, got a {type(given).__name__}; call the processor once per "
-            "prompt, and pass a list of what it returns"
-        )
-    if given is None or all(own is None for own in given):
-        return None
-    inputs = tuple(own for own in given if own is None or isinstance(own, PromptInputs))
-    if not any(isinstance(own, PromptInputs) for own in given):
-        inputs = read_prompt_inputs(prompts, given)  # type: ignore[arg-type]
-    elif len(inputs) < len(given):
-        raise ValueError("prompt_inputs must all be what a processor returned, or all have been read by Rollouts")
-    if len(inputs) != len(prompts):
-        raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(inputs)} for {len(prompts)} prompts")
-    return None if all(own is None for own in inputs) else with_common_identities(prompts, inputs)
-
-
-def _check_prompts_repeat(prompts: Tensor, attention_mask: Tensor, group_size: int) -> None:
-    """Raise if adjacent rows [B * G, P] of a prompt differ where its attention mask [B, P] is True."""
-    by_prompt = prompts.unflatten(0, (-1, group_size))  # [B, G, P]
-    differs = (by_prompt != by_prompt[:, :1]) & attention_mask.to(prompts.device)[:, None]
-    if differs.any():
-        b, g, _ = differs.nonzero()[0].tolist()
-        raise ValueError(
-            f"sequences must begin with the same prompt in the {group_size} adjacent rows of each prompt, got another "
-            f"in row {b * group_size + g} than in row {b * group_size}; pass whole rows of generate(), prompts "
-            "included, in the order of num_return_sequences"
-        )
-
-
-def _check_tokens(name: str, sequences: list[Tensor]) -> None:
-    if not sequences:
-        raise ValueError(f"{name} must not be empty")
-    for n, tokens in enumerate(sequences):
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1 or not len(tokens):
-            shown = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(
-                f"{name}[{n}] must be a 1-D int64 tensor with at least one token, got {shown}; "
-                "Rollouts.from_groups takes lists"
-            )
-    if (smallest := int(torch.cat(sequences).min())) < 0:
-        raise ValueError(f"{name} must hold token ids >= 0, got {smallest}; leave padding out")
-
-
-def _check_shapes(rollouts: Rollouts) -> None:
-    n, c = rollouts.completion_mask.shape
-    shapes = {"group_ids": [n], "rewards": [n]} | {name: [n, c] for name in ("loss_mask", *LOGPROBS)}
-    for name, shape in shapes.items():
-        value = getattr(rollouts, name)
-        if value is not None and list(value.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for {n} completions of up to {c} tokens, got {list(value.shape)}")
-    if not rollouts.rewards.is_floating_point():  # advantages of integers would be integers
-        raise ValueError(f"rewards must be floating point, got {rollouts.rewards.dtype}; pass rewards.float()")
-    if rollouts.loss_mask.dtype != torch.bool or rollouts.group_ids.dtype != torch.int64:
-        raise ValueError(
-            f"loss_mask must be bool and group_ids int64, got {rollouts.loss_mask.dtype} and {rollouts.group_ids.dtype}"
-        )
-
-
-def _check_finite(name: str, values: Tensor, counts: Tensor) -> None:
-    wrong = ~values.isfinite() & counts
-    if wrong.any():
-        index = wrong.nonzero()[0].tolist()
-        where = f"rollout {index[0]}" + (f", token {index[1]}" if len(index) > 1 else "")
-        raise ValueError(f"{name} must be finite, got {values[tuple(index)].item()} at {where}")

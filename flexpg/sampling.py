@@ -19,7 +19,8 @@ from torch import Tensor
 
 from flexpg.logprobs import OutputLayer
 from flexpg.sample_cache import SampleCache
-from flexpg.tree import BLOCK, PrefixTree, Tokens
+from flexpg.token_sequences import Tokens
+from flexpg.tree import BLOCK, PrefixTree
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between checks for finished rollouts, each of which waits for the device
 DRAW_ELEMENTS = 2**24  # logits that are drawn from at a time; bounds the float64 sums to 128 MiB
@@ -49,14 +50,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, valid, condition in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", _is_count(self.max_new_tokens), "an integer of at least 1"),
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top_k", self.top_k is None or _is_count(self.top_k), "an integer of at least 1, or None"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("stop_tokens", _are_ids(self.stop_tokens), "a list of token ids"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {condition}, got {getattr(self, name)!r}")
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
 
 
 def _are_ids(tokens: Any) -> bool:
@@ -111,8 +119,8 @@ def sample_completions(
         max_cache_tokens: The limit of the cache.
         compiled: Compile the decoding step.
     """
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if not _is_count(group_size):
+        raise ValueError(f"group_size must be an integer of at least 1, got {group_size!r}")
     lengths = PrefixTree.from_sequences(prompts).lengths  # validates all prompts before the first is decoded
     shape = (len(prompts) * group_size, params.max_new_tokens)
     uniforms = _uniforms(seed, len(prompts), group_size, params).to(lengths.device)

@@ -15,7 +15,7 @@ next to one another in every sequence that has it, are never torn apart by a bra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexpg.token_sequences import Tokens, common_prefix_length, lexicographic_order, token_ids
+
 if TYPE_CHECKING:
     from flexpg.prompt_inputs import PromptInputs
 
 BLOCK = 128  # tokens per block of FlexAttention
 MIN_BLOCKS = 2  # torch.compile specializes on a dimension of size 1 and would recompile for it
-
-Tokens = Tensor | np.ndarray | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -301,49 +301,6 @@ class PrefixTree:
 def padded_length(num_tokens: int) -> int:
     """Return S, the length of a packed sequence of `num_tokens` tokens with its padding."""
     return max(MIN_BLOCKS, -(-num_tokens // BLOCK)) * BLOCK
-
-
-def token_ids(name: str, tokens: Tokens) -> Tensor:
-    """Return token ids as a 1-D int64 tensor.
-
-    Args:
-        name: What the error calls them.
-        tokens: A 1-D integer tensor, array or sequence with at least one element.
-
-    Raises:
-        ValueError: If `tokens` is empty, not 1-D or has a negative id.
-        TypeError: If `tokens` is a string or a mapping, or its elements are not integers.
-    """
-    if isinstance(tokens, str):
-        raise TypeError(f"{name} must be token ids, got the string {tokens[:40]!r}; tokenize it first")
-    if isinstance(tokens, Mapping):  # what a tokenizer returns, and apply_chat_template by default
-        raise TypeError(f'{name} must be token ids, got a {type(tokens).__name__}; pass its ["input_ids"]')
-    tensor = torch.as_tensor(tokens)
-    if tensor.dim() != 1 or not len(tensor):
-        raise ValueError(f"{name} must be 1-D with at least one token id, got shape {list(tensor.shape)}")
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integer token ids, got {tensor.dtype}")
-    if (smallest := int(tensor.min())) < 0:
-        raise ValueError(f"{name} must hold token ids >= 0, got {smallest}; leave padding out")
-    return tensor.long()
-
-
-def lexicographic_order(arrays: Sequence[np.ndarray]) -> list[int]:
-    """Return the indices that sort [T_n] int64 sequences lexicographically, a prefix before its extensions."""
-    # Big-endian bytes compare as the tokens do.
-    width = ">u4" if max((int(a.max(initial=0)) for a in arrays), default=0) < 2**32 else ">u8"
-    keys = [a.astype(width).tobytes() for a in arrays]
-    return sorted(range(len(arrays)), key=keys.__getitem__)
-
-
-def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
-    """Return how many tokens two sequences have in common from the first one on."""
-    shortest = min(len(a), len(b))
-    if not shortest:
-        return 0
-    differs = a[:shortest] != b[:shortest]
-    first = int(differs.argmax())
-    return first if differs[first] else shortest
 
 
 def _group_layout(

@@ -136,8 +136,8 @@ class GRPORecipe(FTRecipeInterface):
         self.max_length = first_turn  # of an episode
         if self.environment:
             budget = min(cfg.max_tokens, cfg.max_cache_tokens)
-            check_fits = partial(self.library.check_fits, self.model, 0)
-            self.max_length = longest_episode(self.environment, first_turn, budget, check_fits)
+            of_model = self.library.max_length(self.model)
+            self.max_length = longest_episode(self.environment, first_turn, budget, of_model)
         earlier = newest_checkpoint(cfg, self.checkpoint_dir, world)
         saved = self.library.weights_folder(cfg) / "epoch_0"
         if world.is_first and saved.exists() and not (earlier or cfg.eval_only):
@@ -175,6 +175,8 @@ class GRPORecipe(FTRecipeInterface):
                 print(f"resuming after step {self.steps_done}")
             self.metric_logger = component(cfg, "metric_logger")
             if not cfg.eval_only:
+                counts = (sum(map(Tensor.numel, own)) for own in (self.trained, self.model.parameters()))
+                print("training {:,} of {:,} parameters".format(*counts))
                 self.metric_logger.log_config(cfg)
                 self.samples_log = SamplesLog(self.output_dir / "samples.jsonl", self.steps_done)
 

@@ -269,10 +269,16 @@ def test_context_parallel_fsdp_over_other_ranks_raises():
         run_processes(4, fsdp_update, "qwen2", (0,))
 
 
-def run_snippet(rank: int, page: str) -> dict[str, Tensor]:
+def run_snippet(rank: int, page: str, whole_step: bool = False) -> dict[str, Tensor]:
+    """Return the gradients of a page's snippet; with `whole_step`, every rank computes the whole step."""
     names: dict[str, Any] = {}
     snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     (snippet,) = (own for own in snippets if "init_process_group" in own)
+    if whole_step:
+        changed = snippet.replace("(model, batches)", "(model, rollouts, max_tokens=16_384)")
+        changed = changed.replace("(loss * world_size)", "loss")
+        assert changed.count("max_tokens=16_384") == changed.count("loss.backward()") == 1
+        snippet = changed
     exec(snippet, names)
     found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients(names["model"]).items()}
     dist.destroy_process_group()
@@ -284,6 +290,13 @@ def run_snippet(rank: int, page: str) -> dict[str, Tensor]:
 def test_snippet_of_the_documentation_has_the_gradients_of_one_rank(page):
     (expected,) = run_processes(1, run_snippet, page)
     for found in run_processes(2, run_snippet, page):
+        assert largest_error(found, expected) < 1e-4  # in float32
+
+
+@pytest.mark.distributed
+def test_whole_step_on_every_fsdp_rank_needs_no_factor():
+    (expected,) = run_processes(1, run_snippet, "own_loop.md")
+    for found in run_processes(2, run_snippet, "own_loop.md", True):
         assert largest_error(found, expected) < 1e-4  # in float32
 
 

@@ -134,13 +134,15 @@ def test_wrong_configuration_raises_value_error(options):
         build_environment(described)
 
 
-@pytest.mark.parametrize(("max_length", "advice"), [(None, "; this is the default here, set environment"), (300, "$")])
-def test_longest_episode_that_the_model_cannot_hold_is_named(max_length, advice):
+@pytest.mark.parametrize(
+    ("max_length", "of_model", "expected"), [(None, 256, 256), (None, 1024, 512), (None, None, 512), (300, 512, 300)]
+)
+def test_longest_episode_fits_budget_and_model(max_length, of_model, expected):
     environment = built("Counter", times=1, max_length=max_length)
+    assert longest_episode(environment, first_turn=20, budget=512, of_model=of_model) == expected
 
-    def check_fits(length: int) -> None:
-        raise ValueError(f"sequences must have at most 256 tokens, got {length}")
 
-    message = f"environment.max_length: sequences must have at most 256 tokens, got {max_length or 512}{advice}"
-    with pytest.raises(ValueError, match=message):
-        longest_episode(environment, first_turn=20, budget=512, check_fits=check_fits)
+@pytest.mark.parametrize(("of_model", "message"), [(256, "256, for the model"), (None, "512, for the budgets")])
+def test_longest_episode_beyond_the_budget_or_the_model_raises(of_model, message):
+    with pytest.raises(ValueError, match=f"environment.max_length must be at most {message}, got 600"):
+        longest_episode(built("Counter", times=1, max_length=600), first_turn=20, budget=512, of_model=of_model)

@@ -369,6 +369,13 @@ def test_number_that_only_the_vision_encoder_knows_is_refused_too():
         shared(model, rollouts_of((shortened, given)), max_tokens=200)
 
 
+def test_patches_without_a_grid_are_refused():
+    ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
+    del given["image_grid_thw"]
+    with pytest.raises(ValueError, match=r"must have image_grid_thw beside pixel_values of patches \[16, .*pass all"):
+        rollouts_of((ids, given))
+
+
 def test_grid_that_does_not_fit_the_pixels_is_refused_with_the_prompt():
     ids, given = with_images("qwen2_5_vl", SYSTEM, SQUARE, tokens(3, 2))
     given["image_grid_thw"] = torch.tensor([[1, 4, 6]])

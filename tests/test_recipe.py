@@ -257,8 +257,8 @@ def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_p
         ([], r"holds .*step_000002 of an earlier run; set resume=true or another output_dir"),
         (["resume=true", "seed=3"], r"seed must be 0 to resume from .*step_000002, got 3; use that, or start"),
         (["resume=true", "prompts_per_step=4"], r"prompts_per_step must be 2 to resume from"),
-        (["resume=true", "optimizer.lr=1"], r"optimizer must be .*'lr': 0.0002.* to resume from"),
-        (["resume=true", *LORA], r"model must be "),
+        (["resume=true", "optimizer.lr=1"], r"optimizer.lr must be 0.0002 to resume from .*, got 1;"),
+        (["resume=true", *LORA], r"model._component_ must be "),
         (["resume=true", "num_steps=1"], r"num_steps must be at least 2 to resume from .*step_000002"),
     ]
     for more, message in mistakes:
@@ -268,6 +268,14 @@ def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_p
     again.report()
     assert len(again.history) == 2 and again.is_finished()
     assert "resuming after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"), [([], "821,888 of 821,888"), (LORA, "155,648 of 977,536")], ids=["all", "LoRA"]
+)
+def test_run_prints_how_many_parameters_it_trains(options, counts, tmp_path, capsys):
+    make(tmp_path, *SMALL, *options)
+    assert f"training {counts} parameters\n" in capsys.readouterr().out
 
 
 def test_docs_explain_every_metric(tmp_path):

@@ -59,6 +59,7 @@ def test_reward_component_may_be_a_function_or_a_class_with_state(monkeypatch):
         ({"_component_": "flexpg.training.tasks.arithmetic"}, "is not a callable object"),  # returns a list
         ({"_component_": "flexpg.training.rewards.matches"}, "it asks for 'pattern', which is none of answer, "),
         ({"_component_": "flexpg.training.rewards.matches", "pattern": "a", "flags": 2}, "keyword argument 'flags'"),
+        ({"_component_": "flexpg.training.rewards.number_correct", "untill": "x"}, "'untill'; did you mean until?"),
         ({"pattern": "a"}, "got None: '_component_'"),
     ],
 )
@@ -184,6 +185,14 @@ def test_nan_or_inf_reward_raises(value, of_group, capsys):
     with pytest.raises(ValueError, match=f"^{message}$"):
         score([Reward("mine", group if of_group else one)], [group_of(["a", "b"], first=4)])
     assert capsys.readouterr().err == "error: reward 'mine', rollout 5, completion 'b', answer '5'\n"
+
+
+@pytest.mark.parametrize("value", ["good", {"score": 1}, [1.0, 0.0]], ids=str)
+def test_reward_of_another_type_raises(value, capsys):
+    message = re.escape(f"a reward must be a number or None, got {type(value).__name__} {value!r}")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        score([Reward("mine", lambda completion: value)], [group_of(["a"], first=4)])
+    assert capsys.readouterr().err == "error: reward 'mine', rollout 4, completion 'a', answer '5'\n"
 
 
 def test_exception_in_a_group_names_its_rollouts(capsys):

@@ -9,7 +9,7 @@ from chat_tokenizers import chat_tokenizer
 
 from flexpg.analysis.rollout_files import read_rollouts
 from flexpg.conversations import Conversation, conversation_rollouts
-from flexpg.conversations.transcripts import skipped_message
+from flexpg.conversations.row_files import skipped_message
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CHAT = {"messages": [USER, ASSISTANT, USER, ASSISTANT], "reward": 1}

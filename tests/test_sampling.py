@@ -357,9 +357,9 @@ def test_sample_nan_logits_raise():
             draw(model, SamplingParams(4, temperature))
 
 
-@pytest.mark.parametrize("group_size", [0, -1])
+@pytest.mark.parametrize("group_size", [0, -1, 2.0, [4]], ids=str)
 def test_sample_group_size_below_one_raises(group_size):
-    with pytest.raises(ValueError, match=f"group_size must be at least 1, got {group_size}"):
+    with pytest.raises(ValueError, match=re.escape(f"group_size must be an integer of at least 1, got {group_size}")):
         draw(tiny_model("llama3"), SamplingParams(4), group_size=group_size)
 
 
@@ -374,7 +374,11 @@ def test_sampling_params_take_stop_tokens_of_any_collection(convert):
     assert SamplingParams(4, stop_tokens=convert([5, 6]))
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": 0}, {"top_p": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 0}, {"max_new_tokens": 8.0}, {"temperature": -1}, {"top_k": 0}, {"top_k": 0.5}, {"top_p": 0}],
+    ids=str,
+)
 def test_sampling_params_out_of_range_raise(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         SamplingParams(**{"max_new_tokens": 4} | options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flexpg.conversations import Conversation, read_conversations, template_messages
-from flexpg.conversations.transcripts import read_rows
+from flexpg.conversations.row_files import read_rows
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "tau_bench_sample.json"
 SYSTEM = {"role": "system", "content": "P"}
@@ -309,6 +309,14 @@ def test_broken_file_raises_even_if_rows_are_skipped(data, words, tmp_path):
     (tmp_path / "rows").write_bytes(data)
     with pytest.raises(ValueError, match=f"rows {words}"):
         read_conversations(tmp_path / "rows", skipped={})
+
+
+def test_file_of_another_format_raises(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\n")
+    with pytest.raises(ValueError, match=r"rows.csv must be a file of JSON lines, JSON or Parquet, got .csv"):
+        read_conversations(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match="must be a file of JSON lines, JSON or Parquet, got a folder"):
+        read_conversations(tmp_path)
 
 
 def test_read_rows_skips_what_convert_refuses(tmp_path):

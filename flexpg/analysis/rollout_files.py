@@ -16,9 +16,10 @@ from flexpg.conversations.rollouts import (
     conversation_sequences,
     rollouts_from_masked,
 )
-from flexpg.conversations.transcripts import Row, conversations_of, is_messages, read_rows, rewards_of, skipped_message
+from flexpg.conversations.row_files import Row, read_rows, skipped_message
+from flexpg.conversations.transcripts import conversations_of, is_messages, rewards_of
 from flexpg.rollouts import Rollouts
-from flexpg.tree import token_ids
+from flexpg.token_sequences import token_ids
 
 Encode = Callable[[str], Sequence[int]]  # a text's token ids, without special tokens
 TURN = ", turn "  # in the name of a rollout that is one turn of a conversation

@@ -10,28 +10,22 @@
 | tau2-bench | `simulations`, each with `messages` and `reward_info` |
 | SWE-agent | `history` |
 
-A file holds JSON lines, a JSON array or object, or Parquet, and may be compressed by gzip.
+`flexpg.conversations.row_files` reads the rows.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from io import BytesIO
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flexpg.conversations.messages import Message, template_messages
 from flexpg.conversations.rollouts import Conversation
-
-Row = dict[str, Any]
-Converted = TypeVar("Converted")
+from flexpg.conversations.row_files import Row, located, read_rows, skipped_message
 
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -39,14 +33,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
     **{role: role for role in ("system", "developer")},
 }
-WHOLE = "the object"  # the name of a row that is a file
 MESSAGE_KEYS = ("messages", "traj", "conversations", "history", "completions")
-OTHER_COMPRESSION = {  # by the first bytes of a file
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -d"),
-    b"BZh": ("bzip2", "bzip2 -d"),
-    b"\xfd7zXZ": ("xz", "xz -d"),
-}
-NAMED = 10  # skipped rows that a message names
 
 
 def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = None) -> list[Conversation]:
@@ -71,7 +58,7 @@ def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = Non
             keys = ", ".join(key for key, value in row.items() if value is not None)
             reason = f"reward must be in every row or in none, got only {keys} here, and a reward in others"
             if skipped is None:
-                raise ValueError(f"{_located(path, name)}: {reason}")
+                raise ValueError(f"{located(path, name)}: {reason}")
             skipped[name] = reason
         rows = [own for own in rows if own[0] not in unrewarded]
     found = [each for _, (_, own) in rows for each in own]
@@ -82,50 +69,6 @@ def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = Non
         number = {own: n for n, own in enumerate(dict.fromkeys(ids))}
         ids = [number[own] for own in ids]
     return [replace(conversation, task=task) for conversation, task in zip(found, ids, strict=True)]
-
-
-def read_rows(
-    path: str | Path, convert: Callable[[Row], Converted], skipped: dict[str, str] | None = None
-) -> Iterator[tuple[str, Converted]]:
-    """Yield the name of every row of a file, such as "line 17", and what `convert` makes of it.
-
-    Args:
-        path: The file; "-" for standard input.
-        convert: Called with each row; it may raise any exception.
-        skipped: Receives why a row cannot be read or converted, by its name; None to raise an error at the first.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the file, or without `skipped` a row, cannot be read or converted; with its line or number.
-    """
-    for name, row in _rows(path):
-        try:
-            converted = convert(_checked(row))
-        except Exception as error:  # a chat template may raise anything
-            reason = f"{'' if isinstance(error, ValueError) else f'{type(error).__name__}: '}{error}"
-            if skipped is None:
-                raise ValueError(f"{_located(path, name)}: {reason}") from error
-            skipped[name] = reason
-            continue
-        yield name, converted
-
-
-def _located(path: str | Path, name: str) -> str:
-    """Return where a row is, such as "rows.jsonl:17"."""
-    if name.startswith("line "):
-        return f"{path}:{name.removeprefix('line ')}"
-    return str(path) if name == WHOLE else f"{path}, {name}"
-
-
-def skipped_message(skipped: Mapping[str, str]) -> str:
-    """Return a sentence on the rows that were skipped.
-
-    >>> skipped_message({"line 7": "must be JSON", "line 9": "reward must be finite, got nan"})
-    'skipped 2 rows: line 7, line 9; line 7: must be JSON'
-    """
-    names = [*skipped]
-    named = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
-    return f"skipped {len(names)} row{'s' * (len(names) > 1)}: {named}; {names[0]}: {skipped[names[0]]}"
 
 
 def is_messages(value: Any) -> bool:
@@ -297,99 +240,3 @@ def _task_of(row: Row, conversation: Conversation) -> Any:
     messages = conversation.messages
     is_turn = list(map(is_in_loss, messages))
     return json.dumps(messages[: is_turn.index(True) if True in is_turn else None], default=str)
-
-
-def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
-    data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} must be a complete gzip file: {error}") from error
-    for magic, (name, command) in OTHER_COMPRESSION.items():
-        if data.startswith(magic):
-            raise ValueError(f"{path} must be uncompressed or gzip, got {name}; decompress it, as with `{command}`")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} must be UTF-8, got UTF-16; convert it, as with `iconv -f UTF-16 -t UTF-8`")
-    found = _parquet_rows(data) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)
-    for name, row in found:
-        if isinstance(row, dict) and isinstance(row.get("simulations"), list):
-            prefix = "" if name == WHOLE else f"{name}, "
-            for n, simulation in enumerate(row["simulations"]):
-                yield f"{prefix}simulations[{n}]", _tau2(row, simulation)
-        else:
-            yield name, row
-
-
-def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
-    if data.lstrip().startswith(b"["):
-        try:
-            entries = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} must be a JSON array: {error}") from error
-        yield from ((f"entry {n}", entry) for n, entry in enumerate(entries))
-        return
-    lines = data.split(b"\n")
-    first = next((line for line in lines if line.strip()), b"")
-    if isinstance(_parsed(first), Exception) and isinstance(whole := _parsed(data), dict):
-        yield WHOLE, whole
-        return
-    yield from ((f"line {n}", _parsed(line)) for n, line in enumerate(lines, start=1) if line.strip())
-
-
-def _parsed(data: bytes) -> Row | Exception:
-    try:
-        parsed: Row = json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        return ValueError(f"must be UTF-8: {error}")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"must be JSON: {error}")
-    return parsed
-
-
-def _parquet_rows(data: bytes) -> Iterator[tuple[str, Row | Exception]]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f"{error}; Parquet files need pyarrow: pip install pyarrow") from error
-    rows = (row for batch in ParquetFile(BytesIO(data)).iter_batches() for row in batch.to_pylist())
-    yield from ((f"row {n}", _without_none(row)) for n, row in enumerate(rows))
-
-
-def _without_none(value: Any) -> Any:
-    """Return a value without the keys that Parquet adds because other rows have them."""
-    if isinstance(value, dict):
-        return {key: _without_none(own) for key, own in value.items() if own is not None}
-    return [_without_none(own) for own in value] if isinstance(value, list) else value
-
-
-def _tau2(results: Row, simulation: Row) -> Row | Exception:
-    """Return a simulation of tau2-bench with the policy in front, as the agent saw it: without the user's own tools."""
-    try:
-        messages = [
-            part
-            for message in simulation["messages"]
-            for part in message.get("tool_messages") or [message]
-            if not (part["role"] == "user" and part.get("tool_calls")) and part.get("requestor") != "user"
-        ]
-        policy = ((results.get("info") or {}).get("environment_info") or {}).get("policy")
-    except (AttributeError, KeyError, TypeError) as error:
-        return ValueError(f"must have messages with roles: {type(error).__name__}: {error}")
-    roles = [message["role"] for message in messages]
-    if roles[:1] == ["assistant"]:  # a greeting that the benchmark writes, not the model
-        messages[0] = messages[0] | {"weight": 0}
-    system = [{"role": "system", "content": policy}] if policy and "system" not in roles else []
-    return simulation | {"messages": system + messages}
-
-
-def _checked(row: Row | Exception) -> Row:
-    if isinstance(row, Exception):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        surrogate = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"text must not contain lone surrogates, which are not Unicode, got {surrogate}") from None
-    return row

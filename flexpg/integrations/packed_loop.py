@@ -23,7 +23,7 @@ from flexpg.packing import pack
 from flexpg.prefix_cache import PrefixCache
 from flexpg.prompt_inputs import PromptInputs
 from flexpg.rollouts import Rollouts
-from flexpg.tree import Tokens
+from flexpg.token_sequences import Tokens
 
 
 def encode_prefix(
@@ -127,7 +127,10 @@ def packed_logprobs(
             oversized group would have no gradient or another one.
     """
     if isinstance(rollouts, Rollouts) != (max_tokens is not None):
-        raise ValueError("max_tokens must be given for Rollouts, and not for micro-batches, which are packed already")
+        raise ValueError(
+            "rollouts must be Rollouts with max_tokens, or micro-batches, which are packed already, without, got "
+            f"{type(rollouts).__name__} and max_tokens={max_tokens}"
+        )
     if isinstance(rollouts, Rollouts):
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)

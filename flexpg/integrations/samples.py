@@ -11,7 +11,7 @@ from flexpg.integrations.framework import autocast, integration_for
 from flexpg.integrations.fsdp import unsharded
 from flexpg.layer_hooks import uncompiled
 from flexpg.sampling import Samples, SamplingParams, sample_completions
-from flexpg.tree import Tokens
+from flexpg.token_sequences import Tokens
 
 
 def sample(

@@ -146,21 +146,21 @@ def decoder(model: TransformerDecoder) -> Decoder:
     return decode
 
 
-def check_fits(model: TransformerDecoder, max_token: int, max_length: int) -> None:
+def check_fits(model: TransformerDecoder, max_token: int, length: int) -> None:
     """Check that the model has an embedding for every token and a position for every length.
 
     Args:
         model: A torchtune decoder.
         max_token: The largest token id.
-        max_length: Tokens of the longest sequence, prompt and completion.
+        length: Tokens of the longest sequence, prompt and completion.
 
     Raises:
         ValueError: If it has not.
     """
     if max_token >= (vocab_size := model.tok_embeddings.num_embeddings):
         raise ValueError(f"token ids must be below the model's vocabulary size of {vocab_size}, got {max_token}")
-    if max_length > model.max_seq_len:
-        raise ValueError(f"sequences must have at most max_seq_len={model.max_seq_len} tokens, got {max_length}")
+    if length > model.max_seq_len:
+        raise ValueError(f"sequences must have at most max_seq_len={model.max_seq_len} tokens, got {length}")
 
 
 def _check_dropout(module: nn.Module, rate: float) -> None:

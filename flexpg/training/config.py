@@ -24,7 +24,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from flexpg.advantages import ScaleRewards
 from flexpg.losses import ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
 from flexpg.sampling import SamplingParams
-from flexpg.training.dotpaths import load_dotpath
+from flexpg.training.dotpaths import load_dotpath, near_argument
 from flexpg.training.errors import one_line
 
 Component = dict[str, Any]
@@ -237,7 +237,10 @@ def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         ValueError: If the component cannot be imported, rejects its arguments, or misses a file.
     """
     try:
-        load_dotpath(cfg[name]["_component_"])  # for its errors
+        loaded = load_dotpath(cfg[name]["_component_"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {one_line(error)}") from error
+    try:
         return config.instantiate(cfg[name], *args, **kwargs)
     except Exception as error:  # a component is anybody's code
         kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
@@ -249,7 +252,7 @@ def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
             if is_text or Path(value).exists()
         }
         given = f" (given {', '.join(texts)})" if texts else ""  # parsers seldom name their file
-        raise ValueError(f"{name}: {kind}{one_line(error)}{given}") from error
+        raise ValueError(f"{name}: {kind}{one_line(error)}{near_argument(loaded, error)}{given}") from error
 
 
 def sampling_params(cfg: Any, stop_tokens: list[int]) -> SamplingParams:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +33,17 @@ def load_dotpath(dotpath: str) -> Any:
     if not callable(found):
         raise ValueError(f"{dotpath} must be a function or class, got {type(found).__name__} {found!r}")
     return found
+
+
+def near_argument(component: Callable[..., Any], error: Exception) -> str:
+    """Return `; did you mean NAME?` if a component has refused an argument and has one of a similar name, else "".
+
+    >>> def optimizer(params, lr): ...
+    >>> near_argument(optimizer, TypeError("optimizer() got an unexpected keyword argument 'l_r'"))
+    '; did you mean lr?'
+    """
+    refused = re.search(r"unexpected keyword argument '(\w+)'(?!.*Did you mean)", str(error))
+    return _did_you_mean(refused[1], inspect.signature(component).parameters) if refused else ""
 
 
 def _reason(dotpath: str, cause: BaseException | None) -> str:

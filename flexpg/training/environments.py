@@ -3,7 +3,7 @@
     environment:
       _component_: my_project.Environment  # a class or a function
       max_turns: 8  # of the model
-      max_length: 4096  # tokens of an episode; by default as many as the run's budgets and its sampler allow
+      max_length: 4096  # tokens of an episode; by default as many as the model, the budgets and the sampler allow
       timeout_s: 60.0  # of one answer
       level: hard  # further options are its own
 
@@ -57,7 +57,7 @@ class EnvironmentConfig:
     Attributes:
         begin: Returns what answers in one episode of a problem.
         max_turns: Turns of the model in an episode, at least 1.
-        max_length: Tokens of the longest episode; None for as many as the run's budgets and its sampler allow.
+        max_length: Tokens of the longest episode; None for as many as the model, the budgets and the sampler allow.
         timeout_s: Seconds within which it has to answer.
     """
 
@@ -104,30 +104,25 @@ def build_environment(described: Mapping[str, Any]) -> EnvironmentConfig:
     return config
 
 
-def longest_episode(
-    environment: EnvironmentConfig, first_turn: int, budget: int, check_fits: Callable[[int], None]
-) -> int:
+def longest_episode(environment: EnvironmentConfig, first_turn: int, budget: int, of_model: int | None) -> int:
     """Return how many tokens an episode may have.
 
     Args:
         environment: The environment.
         first_turn: Tokens of the longest prompt and its completion.
         budget: Tokens for which a run has memory.
-        check_fits: Raises ValueError if the model was not made for a length.
+        of_model: Tokens of the longest sequence that the model was made for; None for any.
 
     Raises:
         ValueError: If `max_length` exceeds the budget or what the model was made for, or a first turn exceeds it.
     """
-    length = environment.max_length or budget
-    if length > budget:
-        raise ValueError(f"environment.max_length must be at most {budget}, got {length}")
+    most = budget if of_model is None else min(budget, of_model)
+    length = environment.max_length or most
+    if length > most:
+        whose = "the budgets" if most == budget else "the model"
+        raise ValueError(f"environment.max_length must be at most {most}, for {whose}, got {length}")
     if first_turn > length:
         raise ValueError(f"environment.max_length must be at least {first_turn}, got {length}")
-    try:
-        check_fits(length)
-    except ValueError as error:
-        advice = "" if environment.max_length else "; this is the default here, set environment.max_length"
-        raise ValueError(f"environment.max_length: {error}{advice}") from None
     return length
 
 

@@ -37,8 +37,11 @@ class Library(Protocol):
     def without_adapters(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model is its base."""
 
-    def check_fits(self, model: Any, max_token: int, max_length: int) -> None:
+    def check_fits(self, model: Any, max_token: int, length: int) -> None:
         """Raise ValueError unless the model has an embedding for every token and a position for every length."""
+
+    def max_length(self, model: Any) -> int | None:
+        """Return the tokens of the longest sequence that the model was made for; None for any."""
 
     def shape_of(self, model: Any) -> ModelShape:
         """Return the shape for the cost model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,22 @@ def read_own_progress(checkpoint: Path, cfg: Any) -> Any:
     """
     options: Any = OmegaConf.to_container(cfg)
     progress = read_progress(checkpoint)
-    for name, value in progress["options"].items():
-        if options[name] != value and (name in SAME_ON_EVAL or not cfg.eval_only):
-            raise ValueError(
-                f"{name} must be {value} to resume from {checkpoint}, got {options[name]}; use that, or start from "
-                "scratch with another output_dir"
-            )
+    for name, saved in progress["options"].items():
+        if name in SAME_ON_EVAL or not cfg.eval_only:
+            for option, value, given in _differences(name, saved, options[name]):
+                raise ValueError(
+                    f"{option} must be {value} to resume from {checkpoint}, got {given}; use that, or start from "
+                    "scratch with another output_dir"
+                )
     if progress["steps_done"] > cfg.num_steps and not cfg.eval_only:
         raise ValueError(f"num_steps must be at least {progress['steps_done']} to resume from {checkpoint}")
     return progress
+
+
+def _differences(name: str, saved: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name and both values of each option that differs, such as `optimizer.lr`."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for key in saved | given:
+            yield from _differences(f"{name}.{key}", saved.get(key), given.get(key))
+    elif saved != given:
+        yield name, saved, given

@@ -251,7 +251,7 @@ def read_values(function: Callable[..., Any], result: Any, count: int) -> list[f
         count: Completions that it was given.
 
     Raises:
-        ValueError: If it is not one value per completion.
+        ValueError: If it is not one number, or None, per completion.
     """
     style = convention(function)
     if style in (Convention.COMPLETION, Convention.POSITIONAL):
@@ -264,4 +264,11 @@ def read_values(function: Callable[..., Any], result: Any, count: int) -> list[f
         values = list(result)
     if len(values) != count:
         raise ValueError(f"a reward of a group must be one value per completion, {count}, got {len(values)}")
-    return [None if value is None else float(value) for value in values]
+    return [None if value is None else _number(value) for value in values]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"a reward must be a number or None, got {type(value).__name__} {value!r:.80}") from None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flexpg.training.answers import claimed_number, equal_expressions, last_number, marked_number
-from flexpg.training.dotpaths import load_dotpath
+from flexpg.training.dotpaths import load_dotpath, near_argument
 from flexpg.training.errors import error_context
 from flexpg.training.event_loop import run_all
 from flexpg.training.reward_calls import Group, Log, Run, calls, check_names, is_factory, read_values
@@ -81,13 +81,16 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
             weight = float(options.get("weight", 1.0))
         except (TypeError, ValueError):
             raise ValueError(f"weight of reward {name!r} must be a number, got {options['weight']!r}") from None
+        loaded = None
         try:
-            function = _with_options(load_dotpath(options["_component_"]), own)
+            loaded = load_dotpath(options["_component_"])
+            function = _with_options(loaded, own)
             check_names(function, columns)
         except (KeyError, TypeError, ValueError) as error:
+            near = near_argument(loaded, error) if loaded else ""
             raise ValueError(
                 f"reward {name!r} must be a reward function with options {own}, got "
-                f"{options.get('_component_')!r}: {error}"
+                f"{options.get('_component_')!r}: {error}{near}"
             ) from error
         rewards.append(Reward(name, function, weight))
     return rewards

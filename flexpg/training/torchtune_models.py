@@ -43,12 +43,19 @@ __all__ = [
     "has_adapters",
     "load_weights",
     "materialize",
+    "max_length",
     "prepare",
     "save_weights",
     "shape_of",
     "weights_folder",
     "without_adapters",
 ]
+
+
+def max_length(model: TransformerDecoder) -> int:
+    """Return the tokens of the longest sequence that the model has positions for."""
+    longest: int = model.max_seq_len
+    return longest
 
 
 def prepare(model: TransformerDecoder) -> None:

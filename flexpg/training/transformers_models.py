@@ -34,6 +34,7 @@ __all__ = [
     "has_adapters",
     "load_weights",
     "materialize",
+    "max_length",
     "prepare",
     "save_weights",
     "shape_of",
@@ -76,13 +77,13 @@ def shape_of(model: nn.Module) -> ModelShape:
     return transformers_shape.shape_of(model, dora_as_lora=True)
 
 
-def check_fits(model: nn.Module, max_token: int, max_length: int) -> None:
+def check_fits(model: nn.Module, max_token: int, length: int) -> None:
     """Check that the model has an embedding for every token and was made for sequences of a length.
 
     Args:
         model: A transformers model.
         max_token: The largest token id.
-        max_length: Tokens of the longest sequence, prompt and completion.
+        length: Tokens of the longest sequence, prompt and completion.
 
     Raises:
         ValueError: If it has not.
@@ -90,9 +91,15 @@ def check_fits(model: nn.Module, max_token: int, max_length: int) -> None:
     config: Any = text_config(unwrap(model))
     if max_token >= config.vocab_size:
         raise ValueError(f"token ids must be below the model's vocabulary size of {config.vocab_size}, got {max_token}")
-    longest = getattr(config, "max_position_embeddings", None)  # None for recurrent models
-    if longest is not None and max_length > longest:
-        raise ValueError(f"sequences must have at most max_position_embeddings={longest} tokens, got {max_length}")
+    longest = max_length(model)
+    if longest is not None and length > longest:
+        raise ValueError(f"sequences must have at most max_position_embeddings={longest} tokens, got {length}")
+
+
+def max_length(model: nn.Module) -> int | None:
+    """Return the tokens of the longest sequence that the model was made for; None for any, as recurrent models."""
+    longest: int | None = getattr(text_config(unwrap(model)), "max_position_embeddings", None)
+    return longest
 
 
 def load_weights(cfg: Any, model: nn.Module) -> tuple[None, dict[str, Tensor]]:

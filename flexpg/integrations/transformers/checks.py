@@ -130,8 +130,8 @@ def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
             continue
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(
-                f"{path} has dropout {module.p}, which would differ between the copies of a prefix; set it to 0 "
-                "(lora_dropout=0; in TRL's config disable_dropout=True)"
+                f"{path} has dropout {module.p}, which would differ between the copies of a prefix; set `p` of every "
+                "torch.nn.Dropout to 0 (for LoRA, lora_dropout=0; in TRL's config, disable_dropout=True)"
             )
         if (rate := vars(module).get("attention_dropout") or 0) > 0:
             raise ValueError(
