@@ -152,6 +152,16 @@ class ShardBlockMask(TreeBlockMask):
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("ShardBlockMask cannot be pickled or copied: it holds a process group; pickle mask.shard.tree")
 
+    def to(self, device: torch.device | str) -> TreeBlockMask:
+        """Return the mask itself.
+
+        Raises:
+            ValueError: If `device` is another one.
+        """
+        if torch.empty(0, device=device).device != self.tree.end.device:
+            raise ValueError(f"ShardBlockMask must stay on {self.tree.end.device}, that of its ranks, got {device}")
+        return self
+
     def _replace(self, tree: PrefixTree, window: int | None, chunk: int | None, bidirectional: bool) -> TreeBlockMask:
         return ShardBlockMask(self.shard, window, chunk, bidirectional)
 

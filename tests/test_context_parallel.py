@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import flexpg
 from flexpg import PrefixTree, Rollouts, block_mask, pack, packed_logprobs
-from flexpg.context_parallel import ContextShard, cut, padded_to, token_ranges
+from flexpg.context_parallel import ContextShard, ShardBlockMask, cut, padded_to, token_ranges
 from flexpg.integrations import integration_for
 from flexpg.integrations.transformers.segment_plan import plan_range
 from flexpg.masks import dense_mask
@@ -416,6 +416,19 @@ def other_rollouts(rank: int) -> None:
     dist.init_process_group("gloo")
     rollouts = make_rollouts().select(range(6 - rank))
     next(iter(packed_logprobs(make_model("qwen2"), rollouts, max_tokens=WHOLE, context_parallel=dist.group.WORLD)))
+
+
+def move_mask(rank: int) -> None:
+    dist.init_process_group("gloo")
+    mask = ShardBlockMask(ContextShard(PrefixTree.from_lengths([300], [[20]]), dist.group.WORLD))
+    assert mask.to("cpu") is mask
+    mask.to("meta")
+
+
+@pytest.mark.distributed
+def test_mask_of_several_ranks_on_another_device_raises():
+    with pytest.raises(ValueError, match="ShardBlockMask must stay on cpu, that of its ranks, got meta"):
+        run_processes(1, move_mask)
 
 
 @pytest.mark.distributed
