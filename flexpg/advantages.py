@@ -22,9 +22,9 @@ def group_advantages(
 ) -> Tensor:
     """Compute each reward's distance from the mean of its group, divided by a standard deviation.
 
-    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. If all groups are of one, a
-    warning says that all advantages are 0. Pass the rollouts of the whole step, not those of a micro-batch: a part of a
-    group has another mean.
+    The standard deviation is TRL's: unbiased, 0 in a group of one, and 1e-4 is added to it. If most rollouts are alone
+    in their group, a warning says that their advantages are 0. Pass the rollouts of the whole step, not those of a
+    micro-batch: a part of a group has another mean.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv 2503.20783; "batch" is arXiv 2508.08221.
 
@@ -42,7 +42,8 @@ def group_advantages(
         [N] advantages in the dtype of the rewards.
 
     Raises:
-        ValueError: If `scale_rewards` is unknown, or the rollouts are of a micro-batch with a part of a group.
+        ValueError: If `scale_rewards` is unknown, `group_ids` has another shape, or the rollouts are of a micro-batch
+            with a part of a group.
     """
     if rollouts.is_split:
         raise ValueError(
@@ -52,8 +53,21 @@ def group_advantages(
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
     rewards = rollouts.rewards.double()  # the square of a reward may overflow its own dtype
+    if group_ids is not None and group_ids.shape != rewards.shape:
+        raise ValueError(
+            f"group_ids must have one entry per rollout, {list(rewards.shape)}, got {list(group_ids.shape)}; for those "
+            "of conversations, task[conversation]"
+        )
     group = (rollouts.group_ids if group_ids is None else group_ids).unique(return_inverse=True)[1]  # [N]
-    if len(group) > 1 and int(group.max()) + 1 == len(group):
+    alone = int((group.bincount() == 1).sum())
+    if len(group) > 1 and len(group) > alone > len(group) / 2:
+        warnings.warn(
+            f"{alone} of {len(group)} rollouts are alone in their group, so their advantages are 0; pass group_ids to "
+            "compare rollouts whose prompts differ, such as the turns of conversations of one task",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if len(group) > 1 and alone == len(group):
         warnings.warn(
             f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong into one "
             "group, in Rollouts.from_generate next to one another",
@@ -100,7 +114,7 @@ def rewards_minus_kl(rollouts: Rollouts, beta: float) -> Tensor:
     old, ref = rollouts.old_logprobs, rollouts.ref_logprobs
     if old is None or ref is None:
         raise ValueError("rollouts must have old_logprobs and ref_logprobs for the KL divergence, got None")
-    if beta < 0:
+    if not beta >= 0:
         raise ValueError(f"beta must be at least 0, got {beta}")
     kl = torch.where(rollouts.loss_mask, old.double() - ref.double(), 0.0).sum(1)  # [N]
     return (rollouts.rewards.double() - beta * kl).to(rollouts.rewards.dtype)

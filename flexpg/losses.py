@@ -164,7 +164,7 @@ def grpo_loss(
         )
     if not min(sapo_temperature_pos, sapo_temperature_neg) > 0:
         raise ValueError(f"temperatures must be positive, got {sapo_temperature_pos} and {sapo_temperature_neg}")
-    if beta < 0 or (beta > 0 and ref_logprobs is None):
+    if not beta >= 0 or (beta > 0 and ref_logprobs is None):
         raise ValueError(f"beta must be at least 0, and 0 without ref_logprobs, got {beta}")
     if entropy_coef != 0:
         _check_entropies(entropies, logprobs.requires_grad, total_tokens, total_rollouts)

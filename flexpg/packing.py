@@ -66,13 +66,16 @@ def pack(
         Micro-batches by rank and cache id. The `indices` of those that are not idle name every rollout once.
 
     Raises:
-        ValueError: If a rollout exceeds `max_tokens`, or `indices` is empty or has duplicates.
+        ValueError: If a rollout exceeds `max_tokens`, `indices` is empty, out of range or has duplicates, or
+            `world_size` is below 1.
     """
     chosen = list(range(len(rollouts))) if indices is None else torch.as_tensor(indices).tolist()
     if not chosen:
         raise ValueError("indices must name at least one rollout, got none")
-    if len(set(chosen)) < len(chosen) or min(chosen) < 0:
-        raise ValueError("indices must be non-negative and name every rollout at most once, or it would count twice")
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(rollouts))):
+        raise ValueError(f"indices must be from 0 to {len(rollouts) - 1}, each at most once, got {chosen}")
     sequences = rollouts.sequences
     if rollouts.group_ids.device.type != "cpu":
         sequences = list(torch.cat(sequences).cpu().split(list(map(len, sequences))))  # one transfer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -84,3 +84,12 @@ def check_finite(name: str, values: Tensor, counts: Tensor) -> None:
         index = wrong.nonzero()[0].tolist()
         where = f"rollout {index[0]}" + (f", token {index[1]}" if len(index) > 1 else "")
         raise ValueError(f"{name} must be finite, got {values[tuple(index)].item()} at {where}")
+
+
+def reward_tensor(rewards: Sequence[Any] | Tensor) -> Tensor:
+    """Return [N] float32; raise if an entry is of another type."""
+    if not isinstance(rewards, Tensor):
+        for n, reward in enumerate(rewards):
+            if not isinstance(reward, SupportsFloat):
+                raise TypeError(f"rewards must be numbers, got {reward!r} at rollout {n}; leave the rollout out")
+    return torch.as_tensor(rewards, dtype=torch.float32)

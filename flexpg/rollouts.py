@@ -26,6 +26,7 @@ from flexpg.rollout_checks import (
     check_shapes,
     check_tokens,
     read_inputs,
+    reward_tensor,
 )
 from flexpg.token_sequences import Tokens, token_ids
 from flexpg.tree import PrefixTree
@@ -145,13 +146,15 @@ class Rollouts:
         masks = None
         if loss_mask is not None:
             masks = [torch.as_tensor(mask, dtype=torch.bool) for group in loss_mask for mask in group]
+            if any(mask.dim() != 1 for mask in masks):
+                raise ValueError("loss_mask must have one list per completion, got one value")
             if [len(mask) for mask in masks] != [len(own) for own in completion_ids]:
                 raise ValueError("loss_mask must have one value per completion token")
         return cls(
             prompts=prompt_ids,
             completions=completion_ids,
             group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
-            rewards=torch.as_tensor(list(chain(*rewards)), dtype=torch.float32).to(device),
+            rewards=reward_tensor(list(chain(*rewards))).to(device),
             prompt_inputs=prompt_inputs,  # type: ignore[arg-type]
             loss_mask=None if masks is None else pad_sequence(masks, batch_first=True).to(device),  # type: ignore[arg-type]
         )
@@ -187,7 +190,8 @@ class Rollouts:
         Raises:
             TypeError: If `sequences` is not a tensor.
             ValueError: If there are not G sequences and rewards per prompt, the G rows of a prompt do not begin with
-                the same tokens, or the rows are not longer than the attention mask.
+                the same tokens, the rows are not longer than the attention mask, prompts are padded on the right, or
+                `completion_lens` are out of range.
 
         >>> sequences = torch.tensor([[0, 5, 6, 7, 2, 0], [0, 5, 6, 8, 9, 9]])
         >>> rollouts = Rollouts.from_generate(sequences, torch.tensor([[0, 1, 1]]), [1.0, 0.0], eos_token_id=2)
@@ -210,6 +214,11 @@ class Rollouts:
                 f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
                 f"{len(rewards)}"
             )
+        if not attention_mask[:, -1].all():
+            raise ValueError(
+                "attention_mask must end with 1 in every row, got padding on the right, which generate() continues; "
+                'tokenize prompts with padding_side="left"'
+            )
         generated = sequences[:, prompt_len:]  # [B * G, T]
         if completion_lens is None:
             stops = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64)
@@ -217,6 +226,11 @@ class Rollouts:
             before = is_stop.cumsum(1) - is_stop.long()  # stop tokens before each token
             completion_lens = (before == 0).sum(1)
         lengths = torch.as_tensor(completion_lens).tolist()
+        if len(lengths) != len(generated) or not all(1 <= length <= generated.shape[1] for length in lengths):
+            raise ValueError(
+                f"completion_lens must be {len(generated)} numbers from 1 to {generated.shape[1]}, without prompts, "
+                f"got {lengths}"
+            )
         group_size = len(sequences) // batch
         check_prompts_repeat(sequences[:, :prompt_len], attention_mask.bool(), group_size)
         prompts = [sequences[b * group_size, :prompt_len][attention_mask[b].bool()] for b in range(batch)]
@@ -232,7 +246,7 @@ class Rollouts:
             prompts=[prompt for prompt, own in zip(prompts, is_new, strict=True) if own],
             completions=[row[:length] for row, length in zip(generated, lengths, strict=True)],
             group_ids=group_ids,
-            rewards=torch.as_tensor(rewards, dtype=torch.float32).to(sequences.device),
+            rewards=reward_tensor(rewards).to(sequences.device),
             prompt_inputs=tuple(own for own, is_first in zip(inputs, is_new, strict=True) if is_first),
         )
 

@@ -46,6 +46,16 @@ def test_group_advantages_group_ids_compare_rollouts_of_different_prompts():
     with pytest.warns(RuntimeWarning, match="every group has one rollout, so all 3 advantages are 0"):
         assert group_advantages(rollouts, "none").tolist() == [0.0, 0.0, 0.0]
     assert group_advantages(rollouts, "none", group_ids=tokens(5, 5, 9)).tolist() == [0.5, -0.5, 0.0]
+    with pytest.raises(ValueError, match=r"group_ids must have one entry per rollout, \[3\], got \[2\]"):
+        group_advantages(rollouts, group_ids=tokens(5, 5))
+
+
+def test_group_advantages_of_rollouts_that_are_mostly_alone_warn():
+    rollouts = Rollouts.from_groups(
+        [[1], [2], [3], [4]], [[[4], [5]], [[4]], [[4]], [[4]]], [[1.0, 0.0], [0], [0], [0]]
+    )
+    with pytest.warns(RuntimeWarning, match="3 of 5 rollouts are alone in their group, so their advantages are 0"):
+        assert group_advantages(rollouts, "none").tolist() == [0.5, -0.5, 0.0, 0.0, 0.0]
 
 
 @each_scale

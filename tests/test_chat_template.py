@@ -341,3 +341,45 @@ def test_empty_tools_and_calls_are_as_if_absent():
         rollouts, _ = conversation_rollouts(conversations, tokenizer)
         assert rollouts.group_ids.tolist() == [0, 0, 0]
         assert len({tuple(own.tolist()) for own in rollouts.completions}) == 1
+
+
+def test_template_that_writes_arguments_as_python_gets_them_as_json():
+    tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }} {{ c.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (turn,) = assistant_turns(tokenizer, [USER, assistant(None, tool_calls=[CALL])])
+    assert tokenizer.decode(turn.completion) == 'find {"id":"X1"}<|im_end|>'
+
+
+def test_special_token_and_newline_of_the_text_are_generated():
+    tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
+    tokenizer.add_tokens([AddedToken("</tool_call>", special=True)], special_tokens=True)
+    (turn,) = assistant_turns(tokenizer, [USER, assistant("x\n</tool_call>\n")])
+    assert tokenizer.decode(turn.completion) == "x\n</tool_call>\n<|im_end|>"
+
+
+def test_added_token_that_depends_on_the_text_around_it_is_encoded_with_it():
+    tokenizer = chat_tokenizer("qwen3", "qwen3")
+    tokenizer.add_tokens([AddedToken("cat", single_word=True)])
+    turns = [USER, assistant("concatenate"), USER, assistant("b")]
+    first, _ = assistant_turns(tokenizer, turns)
+    written = tokenizer.decode(first.completion)
+    assert "concatenate" in written and first.completion.tolist() == tokenizer.encode(written, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [(["<|im_end|>"], "a list of token ids"), (5, "a list of"), ([999_999], "ids of the tokenizer, got 999999")],
+    ids=str,
+)
+def test_stop_tokens_that_are_not_ids_raise(stop, message):
+    with pytest.raises(ValueError, match=f"stop_tokens must be {message}"):
+        assistant_turns(chat_tokenizer("qwen2_5", "qwen2_5"), [USER, assistant("x")], stop_tokens=stop)
+
+
+def test_template_options_that_are_set_already_raise():
+    with pytest.raises(ValueError, match="template_options must not have tools, which flexpg sets itself"):
+        assistant_turns(chat_tokenizer("qwen2_5", "qwen2_5"), [USER, assistant("x")], template_options={"tools": []})

@@ -125,13 +125,14 @@ def test_qwen_config_takes_a_local_file_as_test_problems(tmp_path):
 SETUP_MISTAKES = [
     ("minibatches=3", "prompts_per_step must be a multiple of minibatches", "got 8 in 3 on 1 ranks"),
     ("rewards.correct.digits=3", "reward 'correct' must be ", "unexpected keyword argument 'digits'"),
-    ("rewards.correct.weight=much", "weight of reward 'correct' must be a number, got 'much'"),
+    ("rewards.correct.weight=much", "weight of reward 'correct' must be a finite number, got 'much'"),
     ("test_reward._component_=flexpg.training.tasks.no_such_reward", "reward 'test_reward'", "no_such_reward"),
     ("test_reward._component_=math.pi", "reward 'test_reward' must be a reward function with options {}"),
     ("checkpointer.model_type=LAMA3", "checkpointer: ", "LAMA3"),
     ("checkpointer.checkpoint_files=[nothing.safetensors]", "checkpointer: ", "nothing.safetensors"),
     ("checkpointer.checkpoint_dir=recipes/nowhere", "checkpointer: ", "recipes/nowhere"),
-    ("output_dir=README.md", "checkpointer: ", "File exists: 'README.md'"),
+    ("output_dir=README.md", "output_dir must be a folder, got the file README.md"),
+    ("context_parallel=0", "context_parallel must be at least 1, got 0"),
     ("model._component_=torchtune.models.no_such_model", "model: ", "no_such_model"),
     (
         "model.embed_dim=64",

@@ -429,3 +429,16 @@ def test_docs_conversations_snippets_run(monkeypatch):
 def test_no_conversations_raise():
     with pytest.raises(ValueError, match="conversations must not be empty"):
         conversation_rollouts([], chat_tokenizer("qwen2_5", "qwen2_5"))
+
+
+@pytest.mark.parametrize(
+    ("conversations", "message"),
+    [
+        ([[{"role": "user", "content": "a"}]], r"must be Conversation\(messages, reward\), got list"),
+        (Conversation([{"role": "user", "content": "a"}]), "must be a list of Conversation, got one"),
+    ],
+    ids=["messages", "one"],
+)
+def test_what_is_no_list_of_conversations_raises(conversations, message):
+    with pytest.raises(TypeError, match=message):
+        conversation_rollouts(conversations, None)

@@ -146,3 +146,22 @@ def test_longest_episode_fits_budget_and_model(max_length, of_model, expected):
 def test_longest_episode_beyond_the_budget_or_the_model_raises(of_model, message):
     with pytest.raises(ValueError, match=f"environment.max_length must be at most {message}, got 600"):
         longest_episode(built("Counter", times=1, max_length=600), first_turn=20, budget=512, of_model=of_model)
+
+
+class WithoutStep:
+    def __init__(self, problem: Problem) -> None:
+        pass
+
+
+def test_class_without_step_raises_before_the_run():
+    with pytest.raises(ValueError, match=r"environment must be .* it has no method step"):
+        built("WithoutStep")
+
+
+def test_several_environments_that_raise_print_one_line(capsys):
+    def broken(messages: list) -> list:
+        return []
+
+    with pytest.raises(TypeError, match="an environment must return a list of messages"):
+        answers([broken] * 3, [TURN] * 3, 5.0)
+    assert capsys.readouterr().err.count("error: ") == 1

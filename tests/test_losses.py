@@ -284,6 +284,7 @@ def test_low_precision_is_computed_in_float32(dtype):
         ({"epsilon": 2.0}, "epsilon must be between 0 and 1"),
         ({"epsilon": 0.1, "epsilon_high": -0.1}, "epsilon_high at least 0"),
         ({"beta": -0.1}, "beta must be at least 0, and 0 without ref_logprobs"),
+        ({"beta": math.nan}, "beta must be at least 0, and 0 without ref_logprobs, got nan"),
         ({"beta": 0.1, "ref_logprobs": None}, "beta must be at least 0, and 0 without ref_logprobs"),
         ({"loss_type": "ppo"}, "loss_type must be one of grpo"),
         ({"loss_type": "cispo"}, "'cispo' needs epsilon_high of at least 1, the largest ratio, got None"),

@@ -234,3 +234,9 @@ def test_spellings_of_tools_are_converted():
 def test_tools_that_are_not_schemas_raise(tools):
     with pytest.raises(ValueError, match="tools must be "):
         template_tools(tools)
+
+
+def test_reasoning_under_two_names_is_there_once():
+    blocks = [{"type": "thinking", "thinking": "R"}, {"type": "text", "text": "t"}]
+    (message,) = template_messages([{"role": "assistant", "content": blocks, "reasoning_content": "R"}])
+    assert message["reasoning_content"] == "R"

@@ -112,8 +112,13 @@ def test_pack_indices_packs_a_part_as_if_it_were_all():
         part, own = pack(rollouts, 60, world_size=3, indices=chosen), pack(rollouts.select(chosen), 60, world_size=3)
         assert indices_of(part) == [[chosen[i] for i in indices] for indices in indices_of(own)]
         assert all(torch.equal(a.tree.end, b.tree.end) for a, b in zip(part, own, strict=True))
-    with pytest.raises(ValueError, match="indices must be non-negative and name every rollout at most once"):
+    with pytest.raises(ValueError, match=r"indices must be from 0 to \d, each at most once, got \[0, 1, 0\]"):
         pack(rollouts, 60, indices=[0, 1, 0])
+    for wrong in ([len(rollouts)], [-1]):
+        with pytest.raises(ValueError, match="indices must be from 0 to"):
+            pack(rollouts, 60, indices=wrong)
+    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+        pack(rollouts, 60, world_size=0)
     with pytest.raises(ValueError, match="indices must name at least one rollout"):
         pack(rollouts, 60, indices=[])
 

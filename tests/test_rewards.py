@@ -69,9 +69,10 @@ def test_reward_that_cannot_be_built_is_named(options, message):
     assert message in str(error.value)
 
 
-def test_weight_of_a_reward_that_is_no_number_is_named():
-    with pytest.raises(ValueError, match="weight of reward 'mine' must be a number, got 'much'"):
-        build_rewards({"mine": {"_component_": "flexpg.training.rewards.number_correct", "weight": "much"}})
+@pytest.mark.parametrize("weight", ["much", math.nan, math.inf, None], ids=str)
+def test_weight_of_a_reward_that_is_not_finite_is_named(weight):
+    with pytest.raises(ValueError, match=f"weight of reward 'mine' must be a finite number, got {weight!r}"):
+        build_rewards({"mine": {"_component_": "flexpg.training.rewards.number_correct", "weight": weight}})
 
 
 def test_no_rewards_are_refused():
@@ -187,7 +188,13 @@ def test_nan_or_inf_reward_raises(value, of_group, capsys):
     assert capsys.readouterr().err == "error: reward 'mine', rollout 5, completion 'b', answer '5'\n"
 
 
-@pytest.mark.parametrize("value", ["good", {"score": 1}, [1.0, 0.0]], ids=str)
+@pytest.mark.parametrize("values", [{0: 5.0, 1: 7.0}, {1.0, 0.0}, "10"], ids=str)
+def test_rewards_of_a_group_without_order_raise(values):
+    with pytest.raises(ValueError, match=f"a reward of a group must be a list of numbers, got {type(values).__name__}"):
+        score([Reward("mine", lambda completions: values)], [group_of(["a", "b"])])
+
+
+@pytest.mark.parametrize("value", ["good", "1.0", {"score": 1}, [1.0, 0.0]], ids=str)
 def test_reward_of_another_type_raises(value, capsys):
     message = re.escape(f"a reward must be a number or None, got {type(value).__name__} {value!r}")
     with pytest.raises(ValueError, match=f"^{message}$"):

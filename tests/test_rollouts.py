@@ -285,3 +285,22 @@ def test_keep_in_loss_empties_the_loss_masks_of_other_rollouts():
     for counts in (torch.tensor([0, 2]), torch.ones(3, dtype=torch.bool), torch.ones_like(LOSS_MASK)):
         with pytest.raises(ValueError, match=r"counts must be bool \[4\], got"):
             full.keep_in_loss(counts)
+
+
+@pytest.mark.parametrize("lens", [[4], [0], [-1], [1, 1]], ids=str)
+def test_from_generate_completion_lens_out_of_range_raise(lens):
+    with pytest.raises(ValueError, match="completion_lens must be 1 numbers from 1 to 3, without prompts, got"):
+        Rollouts.from_generate(
+            torch.tensor([[5, 6, 7, 2, 0]]), torch.tensor([[1, 1]]), [0.0], eos_token_id=2, completion_lens=lens
+        )
+
+
+def test_from_generate_padding_on_the_right_raises():
+    with pytest.raises(ValueError, match="attention_mask must end with 1 in every row, got padding on the right"):
+        Rollouts.from_generate(torch.tensor([[5, 6, 0, 7, 2]]), torch.tensor([[1, 1, 0]]), [0.0], eos_token_id=2)
+
+
+@pytest.mark.parametrize("reward", [None, "1"], ids=str)
+def test_rewards_of_another_type_raise(reward):
+    with pytest.raises(TypeError, match=r"rewards must be numbers, got .* at rollout 1; leave the rollout out"):
+        Rollouts.from_groups([[1]], [[[2], [3]]], [[0.0, reward]])

@@ -177,7 +177,32 @@ def test_every_kind_of_file_gives_the_same_problems_whatever_the_split(tmp_path,
         {"parquet": data.to_parquet, "csv": data.to_csv}[kind](file)
     for split in ("train", "test"):
         found = problems(str(file), "{q}", "{a}", split=split)
-        assert found == [Problem(row["q"], str(row["a"]), row) for row in ROWS]
+        columns = [row | {"a": str(row["a"])} for row in ROWS] if kind == "csv" else ROWS
+        assert found == [Problem(row["q"], str(row["a"]), row) for row in columns]
+
+
+def test_values_of_a_file_are_as_written(tmp_path):
+    texts = ["2024-01-05", "007", "1.50", "NA"]
+    rows = [{"q": text, "a": text} for text in texts] + [{"q": "n", "a": 5}, {"q": "m", "a": 2.5}]
+    found = problems(jsonl(tmp_path / "rows.jsonl", rows), "{q}", "{a}")
+    assert [problem.answer for problem in found] == [*texts, "5", "2.5"]
+    (tmp_path / "rows.csv").write_text("q,a\n" + "".join(f"{text},{text}\n" for text in texts))
+    assert [problem.answer for problem in problems(str(tmp_path / "rows.csv"), "{q}", "{a}")] == texts
+
+
+@pytest.mark.parametrize("options", [{"skip": -2}, {"size": -1}, {"shots": -1}], ids=str)
+def test_negative_numbers_of_rows_raise(options, tmp_path):
+    with pytest.raises(ValueError, match="skip, size and shots must be at least 0, got "):
+        problems(jsonl(tmp_path / "rows.jsonl", ROWS), "{q}", "{a}", **options)
+
+
+def test_csv_with_too_many_cells_or_broken_text_raises(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"q,a\n1,2,3\n")
+    with pytest.raises(ValueError, match="row 0 has more cells than the first line has names"):
+        problems(str(tmp_path / "rows.csv"), "{q}", "{a}")
+    (tmp_path / "rows.csv").write_bytes(b"q,a\n\xff,2\n")
+    with pytest.raises(ValueError, match=r"could not load .*rows.csv': 'utf-8'"):
+        problems(str(tmp_path / "rows.csv"), "{q}", "{a}")
 
 
 def test_changed_file_is_read_again(tmp_path):
@@ -204,8 +229,9 @@ def test_folder_has_splits_and_few_shot_examples_may_come_from_another(tmp_path,
 GOOD = b'{"q": "1", "a": 2}\n'
 MISTAKES = {  # file content, options, message
     "empty file": (b"", {}, "source must have rows, got the empty file .*rows.jsonl"),
-    "truncated line": (GOOD + b'{"q": "1",', {}, "could not load '.*rows.jsonl', split 'train': "),
-    "invalid utf-8": (GOOD + b'{"q": "\xb7", "a": 2}\n', {}, "could not load '.*rows.jsonl', split 'train': .*utf-8"),
+    "truncated line": (GOOD + b'{"q": "1",', {}, "rows.jsonl:2: must be JSON: "),
+    "invalid utf-8": (GOOD + b'{"q": "\xb7", "a": 2}\n', {}, "rows.jsonl:2: must be UTF-8: "),
+    "blank answer": (GOOD + b'{"q": "x", "a": " "}\n', {}, "rows.jsonl, row 1: the answer is empty; fill it in"),
     "null": (GOOD + b'{"q": null, "a": 2}\n', {}, r"rows.jsonl, row 1: '\{q\}' cannot .*columns a; null: q: KeyError"),
     "other column": (
         GOOD,

@@ -330,3 +330,41 @@ def test_examples_of_several_environments_are_different_tasks(tmp_path):
     rows = [{"example_id": 0, "task": name, "prompt": [USER], "completion": [ASSISTANT]} for name in ("a", "b", "a")]
     (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
     assert [each.task for each in read_conversations(tmp_path / "rows")] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"},
+            "completions that are texts need a prompt",
+        ),
+        ({"completion": "b"}, "completions that are texts need a prompt; split a transcript"),
+        ({"prompt": "a", "completion": [SYSTEM, {"role": "user", "content": "c"}, ASSISTANT]}, "got role system"),
+        ({"messages": TURNS, "completion": [ASSISTANT]}, "must not have both messages and completion"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "the value of function_call must be JSON"),
+    ],
+    ids=["texts", "text", "another prompt", "messages and completion", "function_call"],
+)
+def test_row_whose_prompt_is_unknown_raises(row, message, tmp_path):
+    (tmp_path / "rows").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        read_conversations(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("prompt", ["a", " a\n"])
+def test_prompt_that_completions_have_after_a_system_message_is_there_once(prompt, tmp_path):
+    pair = {
+        "prompt": prompt,
+        "chosen": [SYSTEM, USER, ASSISTANT],
+        "rejected": [SYSTEM, USER, context(ASSISTANT), ASSISTANT],
+    }
+    (tmp_path / "rows").write_text(json.dumps(pair))
+    found = read_conversations(tmp_path / "rows")
+    assert [own.messages for own in found] == [pair["chosen"], pair["rejected"]]
+
+
+def test_two_completions_are_not_a_pair_so_all_their_turns_are_in_the_loss(tmp_path):
+    both = [[USER, ASSISTANT, USER, {"role": "assistant", "content": text}] for text in "cd"]
+    (tmp_path / "rows").write_text(json.dumps({"completions": both}))
+    assert [own.messages for own in read_conversations(tmp_path / "rows")] == both

@@ -102,6 +102,9 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         lengths = (args.prompt_tokens, args.completion_tokens, args.group_size)
         if any((*lengths, args.prompts)) if args.files else None in lengths:
             parser.error("give either FILE, or --prompt-tokens, --completion-tokens and --group-size")
+        for file in filter(None, (args.out, args.json)):
+            if not file.parent.is_dir():
+                parser.error(f"there is no folder {file.parent} for {file.name}")
         print_report(args)
 
     parser.set_defaults(run=run)

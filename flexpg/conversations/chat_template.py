@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,10 +75,16 @@ def assistant_turns(
             assistant wrote, or where a turn begins or ends is unknown.
         Exception: What the template raises.
     """
+    if stop_tokens is not None:
+        check_stop_tokens(tokenizer, stop_tokens)
     texts = turn_texts(tokenizer, messages, template_tools(tools), template_options or {})
     ends = [_end_of_turn(tokenizer, text, stop_tokens) for text in texts]
     # Added tokens separate texts, which are encoded once each; what that gives must be what whole texts give.
-    pieces, whole = _Pieces(tokenizer), _Whole(tokenizer)
+    # Those that depend on the text around them, or take whitespace from it, do not.
+    whole = _Whole(tokenizer)
+    kinds = ("single_word", "lstrip", "rstrip")
+    depends = any(getattr(own, kind, False) for own in tokenizer.added_tokens_decoder.values() for kind in kinds)
+    pieces = whole if depends else _Pieces(tokenizer)
     turns = [_turn(tokenizer, text, end, pieces) for text, end in zip(texts, ends, strict=True)]
     last = _turn(tokenizer, texts[-1], ends[-1], whole)
     if np.array_equal(last.tokens, turns[-1].tokens) and len(last.history) == len(turns[-1].history):
@@ -100,7 +107,8 @@ class _Pieces(_Whole):
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         super().__init__(tokenizer)
-        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        tokens = tokenizer.added_tokens_decoder.values()
+        added = sorted((token.content for token in tokens), key=len, reverse=True)
         self.separators = re.compile(f"({'|'.join(map(re.escape, filter(None, added)))})" if added else r"(?!)")
         self.known: dict[str, list[int]] = {}
 
@@ -148,8 +156,9 @@ def _end_of_turn(tokenizer: ChatTokenizer, text: TurnText, stop_tokens: Sequence
         after.insert(0, (token, start, end))
     first = next((n for n, (token, *_) in enumerate(after) if token in stops), None)
     unknown = after[0][0] if after and first is None else None
-    if first and after[first - 1][2] < after[first][1]:  # whitespace between the two is the template's
-        unknown = after[first - 1][0]
+    if first and after[first - 1][2] < after[first][1]:
+        own = written[after[first - 1][1] : after[first][1]]  # a token and whitespace before the stop token
+        unknown = None if text.content.endswith(own) else after[first - 1][0]  # the whitespace is the template's
     if unknown and stop_tokens is None:
         raise ValueError(
             f"messages[{j}] ends with {written[start:]!r}, where {unknown!r} is not known as a stop token; pass "
@@ -159,6 +168,19 @@ def _end_of_turn(tokenizer: ChatTokenizer, text: TurnText, stop_tokens: Sequence
     if not stop:
         raise ValueError(f"messages[{j}] must have a token as the template renders it; drop the message")
     return stop
+
+
+def check_stop_tokens(tokenizer: ChatTokenizer, stop_tokens: Sequence[int]) -> None:
+    """Raise ValueError unless stop tokens are ids of the tokenizer."""
+    try:
+        texts = {n: tokenizer.decode([operator.index(n)]) for n in stop_tokens}
+    except (OverflowError, TypeError) as error:
+        raise ValueError(
+            f"stop_tokens must be a list of token ids, got {stop_tokens!r}; of texts, "
+            "tokenizer.convert_tokens_to_ids returns them"
+        ) from error
+    if unknown := [n for n, text in texts.items() if not text and n not in tokenizer.added_tokens_decoder]:
+        raise ValueError(f"stop_tokens must be ids of the tokenizer, got {unknown[0]}, which it does not have")
 
 
 def default_stop_tokens(tokenizer: ChatTokenizer) -> list[int]:

@@ -88,7 +88,8 @@ def _tool(tool: Any) -> dict[str, Any]:
     if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping):
         return dict(tool)
     if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
-        raise ValueError(f"tools must be schemas with a name, got {_short(tool)}")
+        hint = "; transformers.utils.get_json_schema returns that of a function" if callable(tool) else ""
+        raise ValueError(f"tools must be schemas with a name, got {_short(tool)}{hint}")
     parameters = tool.get("parameters", tool.get("input_schema"))
     function = {key: tool[key] for key in ("name", "description") if tool.get(key) is not None}
     return {"type": "function", "function": function | ({} if parameters is None else {"parameters": parameters})}
@@ -126,7 +127,7 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
     out = {key: value for key, value in message.items() if key not in converted}
     given = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
     blocks = next((message[key] for key in REASONING_BLOCKS if message.get(key)), ())
-    if given is not None:
+    if given is not None and given != "".join(reasoning):  # else the same reasoning under two names
         reasoning.insert(0, _text("reasoning", given, role))
     elif not reasoning:
         reasoning = [_text("thinking", block.get("thinking", block.get("text")), role) for block in blocks]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -88,11 +88,14 @@ def conversation_rollouts(
         The rollouts on the CPU, and [N] int64, the index of the conversation that each is from.
 
     Raises:
+        TypeError: If a conversation is anything else.
         ValueError: If there is no conversation, one has no assistant message, a message cannot be converted, a reward
             is not finite, the template leaves out what an assistant wrote, or where a turn begins or ends is unknown;
             with `per_turn=False`, if the tokens of a turn change once a later message follows.
         Exception: What the template raises. All errors have a note that names the conversation, by its index.
     """
+    if isinstance(conversations, Conversation):
+        raise TypeError("conversations must be a list of Conversation, got one; pass [conversation]")
     if not conversations:
         raise ValueError("conversations must not be empty")
     sequences: list[MaskedSequence] = []
@@ -100,8 +103,10 @@ def conversation_rollouts(
     by_turn: dict[int, str] = {}  # conversation: why
     for i, conversation in enumerate(conversations):
         try:
-            if conversation.reward is None:
-                raise ValueError("reward must be a number, got None")
+            if not isinstance(conversation, Conversation):
+                raise TypeError(f"must be Conversation(messages, reward), got {type(conversation).__name__}")
+            if not isinstance(conversation.reward, SupportsFloat):
+                raise ValueError(f"reward must be a number, got {conversation.reward!r}")
             own, reason = conversation_sequences(
                 conversation, tokenizer, per_turn=per_turn, stop_tokens=stop_tokens, template_options=template_options
             )

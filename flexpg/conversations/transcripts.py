@@ -4,7 +4,7 @@
 | --- | --- |
 | OpenAI, Anthropic, mini-SWE-agent | `messages`, with `system` and `tools` if there are any |
 | TRL (conversational), verifiers, prime-rl | `prompt` and `completion` or `completions`, as messages |
-| preference pairs | `prompt`, `chosen` and `rejected`, or the latter two with the prompt in both |
+| preference pairs | `prompt`, `chosen` and `rejected`, or the latter two as messages with the prompt in both |
 | ShareGPT | `conversations`, with `from` and `value` |
 | tau-bench | `traj` |
 | tau2-bench | `simulations`, each with `messages` and `reward_info` |
@@ -19,6 +19,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from itertools import takewhile
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,15 @@ def _conversations_of(row: Row) -> list[Conversation]:
     for key in ("messages", "traj"):
         if row.get(key):
             messages = _messages(row, key)
+            if other := {"completion", "completions", "chosen"} & row.keys():
+                raise ValueError(
+                    f"must not have both {key} and {', '.join(sorted(other))}; name messages before a completion prompt"
+                )
             return _conversations(row, [], [[own for own in messages if own.get("role") != "exit"]])  # mini-SWE-agent's
     if row.get("conversations"):
         return _conversations(row, [], [[_sharegpt(own) for own in _messages(row, "conversations")]])
-    if "chosen" in row and "rejected" in row:
+    is_pair = "chosen" in row and "rejected" in row
+    if is_pair:
         completions = [row["chosen"], row["rejected"]]
     else:
         completions = row["completions"] if "completions" in row else [row["completion"]] if "completion" in row else []
@@ -134,14 +140,34 @@ def _conversations_of(row: Row) -> list[Conversation]:
             f"{', '.join(row) or 'none'}{hint}"
         )
     prompt = _listed(row.get("prompt", []), "user")
+    if not (prompt or row.get("system")) and any(isinstance(decoded(own), str) for own in completions):
+        raise ValueError("completions that are texts need a prompt; split a transcript that is a text into messages")
     replies = [_listed(own, "assistant") for own in completions]
-    if not prompt and len(replies) == 2:  # of a pair: what both have in common is their prompt
-        shared = next((n for n, (a, b) in enumerate(zip(*replies, strict=False)) if a != b), 0)
-        prompt = replies[0][:shared]
+    opening = [_opening(own) for own in replies]
+    if is_pair and not prompt:  # what both have in common is their prompt
+        prompt = _shared(*replies)
+    elif isinstance(row.get("prompt"), str) and all(_same(own, opening[0]) for own in opening):
+        text = str(opening[0][-1].get("content")) if opening[0] else ""
+        if text.strip() == row["prompt"].strip():  # in the completions, maybe after a system message
+            prompt = opening[0]
     size = len(prompt)
     if size and all(_same(own[:size], prompt) for own in replies):  # the prompt is in the completions too
         replies = [own[size:] for own in replies]
+    elif prompt and any(opening):
+        role = next(own[0].get("role") for own in opening if own)
+        raise ValueError(f"completions must begin with the whole prompt or an assistant message, got role {role}")
     return _conversations(row, _context(prompt), replies)
+
+
+def _opening(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages before the first of the assistant."""
+    return [*takewhile(lambda message: message.get("role") != "assistant", messages)]
+
+
+def _shared(a: list[Message], b: list[Message]) -> list[Message]:
+    """Return the messages that both begin with, without the last one of either."""
+    size = min(len(a), len(b)) - 1
+    return a[: next((n for n, (x, y) in enumerate(zip(a[:size], b[:size], strict=True)) if x != y), size)]
 
 
 def _same(messages: Sequence[Message], others: Sequence[Message]) -> bool:
@@ -225,7 +251,10 @@ def _sharegpt(message: Message) -> Message:
     role, text = message["from"], message.get("value")
     other = {key: value for key, value in message.items() if key not in ("from", "value")}
     if role == "function_call":
-        return other | {"role": "assistant", "tool_calls": json.loads(text or "null")}
+        try:
+            return other | {"role": "assistant", "tool_calls": json.loads(text or "null")}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the value of function_call must be JSON, got {text!r:.60}: {error}") from error
     if str(role).lower() not in SHAREGPT_ROLES:
         raise ValueError(f"from must be one of {', '.join(SHAREGPT_ROLES)}, function_call, got {role!r}")
     return other | {"role": SHAREGPT_ROLES[role.lower()], "content": text}

@@ -6,8 +6,9 @@ after the first is what the model would have generated. So it needs no {% genera
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,11 +32,13 @@ class TurnText:
         message: The number of the message.
         history: What the model saw, generation prompt included.
         written: What the model would have generated, and what the template adds after it.
+        content: The text of the message.
     """
 
     message: int
     history: str
     written: str
+    content: str
 
 
 def turn_texts(
@@ -57,6 +60,8 @@ def turn_texts(
             assistant wrote, or where a turn begins is unknown.
         Exception: What the template raises.
     """
+    if reserved := {"tools", "tokenize", "add_generation_prompt", "conversation"} & template_options.keys():
+        raise ValueError(f"template_options must not have {', '.join(sorted(reserved))}, which flexpg sets itself")
     forms = _forms(messages)
     trained = [j for j, own in enumerate(forms[0]) if own["role"] == "assistant" and own.get("weight", 1) != 0]
     if not trained:
@@ -129,7 +134,7 @@ class _Chat:
                 f"messages[{j}]: the template leaves out its {missing}; use a template that renders it, or remove it "
                 "from the message if the model did not generate it"
             )
-        return TurnText(j, history, written)
+        return TurnText(j, history, written, _text_of(message))
 
     def _left_out(self, j: int, history: str, written: str) -> str | None:
         """Return what a template leaves out or changes of what the assistant wrote, or None."""
@@ -155,6 +160,8 @@ class _Chat:
             return f"reasoning {reasoning.strip()[:40]!r}"
         for n, call in enumerate(calls):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if any(own in written and own not in _text_of(message) for own in _reprs(arguments)):
+                return f"arguments of {name} as JSON"
             if f"{NAME_PROBE}{n}." not in probe:
                 return f"tool call of {name}"
             if arguments and f"{ARGUMENT_PROBE}{n}." not in probe:
@@ -174,6 +181,18 @@ class _Chat:
                 arguments = mark
             calls.append(call | {"function": call["function"] | {"arguments": arguments}})
         return message | {"tool_calls": calls}
+
+
+def _reprs(value: Any) -> Iterator[str]:
+    """Yield how Python writes the objects in arguments, where JSON is another text."""
+    if isinstance(value, dict):
+        if str(value) != json.dumps(value, ensure_ascii=False):
+            yield str(value)
+        for own in value.values():
+            yield from _reprs(own)
+    elif isinstance(value, list):
+        for own in value:
+            yield from _reprs(own)
 
 
 REASONING_PROBE, NAME_PROBE, ARGUMENT_PROBE = "flexpg-reasoning", "flexpg-name-", "flexpg-argument-"

@@ -115,7 +115,8 @@ def packed_logprobs(
         context_parallel: Ranks with the same rollouts and model that share the work on every packed sequence, for
             prompts that are too long for one: a process group, or a one-dimensional DeviceMesh. Each computes a part
             of the tokens. All get the same log-probabilities and, when the loop ends, the gradients of one rank alone;
-            FSDP2 averages them as usual, over a mesh that contains these ranks. None for this rank only.
+            FSDP2 averages them as usual, over a mesh that contains these ranks. A loss must not have terms that depend
+            on neither log-probabilities nor entropies: they would count once per rank. None for this rank only.
 
     Yields:
         (batch, logprobs): a `MicroBatch` of n rollouts and [n, C] float32, 0 where its loss mask is False.

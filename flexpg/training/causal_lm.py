@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from flexpg.training.dotpaths import near_argument
 from flexpg.training.quantization import quantize_layers
 from flexpg.training.tools import load_functions
 
@@ -79,7 +80,10 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
             f"lora.lora_dropout must be 0, got {lora['lora_dropout']}: it would differ between the copies of a prefix"
         )
     options: Any = OmegaConf.to_container(lora) if isinstance(lora, DictConfig) else lora  # PEFT tests for lists
-    config, default = LoraConfig(task_type="CAUSAL_LM", **options), LoraConfig()
+    try:
+        config, default = LoraConfig(task_type="CAUSAL_LM", **options), LoraConfig()
+    except TypeError as error:
+        raise ValueError(f"lora: {error}{near_argument(LoraConfig, error)}") from error
     for name in options:
         if name not in LORA_OPTIONS and (value := getattr(config, name)) != getattr(default, name):
             raise ValueError(
@@ -145,6 +149,8 @@ def tokenizer(
     except OSError:  # the checkpoint has no generation config
         eos = None
     ids |= {eos} if isinstance(eos, int) else set(eos or ())
+    if isinstance(stop_tokens, str) or not all(isinstance(text, str) for text in stop_tokens):
+        raise ValueError(f'stop_tokens must be a list of texts, such as ["<|im_end|>"], got {stop_tokens!r}')
     for text in stop_tokens:
         encoded = own.encode(text, add_special_tokens=False)
         if len(encoded) != 1:

@@ -6,6 +6,7 @@ or function, and its arguments, as in torchtune.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,7 +174,9 @@ def parse_config(recipe_main: Callable[[Any], None]) -> Callable[[], None]:
             if not parsed:
                 raise
         except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
-            sys.exit(f"error: {one_line(error)}")
+            text = one_line(error)
+            hint = "; a component cannot be removed: of a reward, set weight=0" if "to remove" in text else ""
+            sys.exit(f"error: {text}{hint}")
         except TypeError:  # torchtune passes the file's options on as keywords
             sys.exit("error: --config must be a YAML mapping")
         try:
@@ -244,7 +247,8 @@ def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         return config.instantiate(cfg[name], *args, **kwargs)
     except Exception as error:  # a component is anybody's code
         kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
-        is_text = isinstance(error, TypeError) and "'str'" in str(error)  # probably where a number was expected
+        # Probably a text where a number was expected.
+        is_text = isinstance(error, TypeError) and re.search(r"\bstr\b", str(error))
         texts = {  # unique, in their order, and inputs only
             f"{key}={value!r}" if is_text else value: None
             for key, value in cfg[name].items()
@@ -301,6 +305,10 @@ def _check_values(cfg: Any) -> None:
     for name in ("num_steps", "prompts_per_step", "num_iterations", "minibatches", "eval_every_n_steps"):
         if cfg[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
+    if cfg.context_parallel < 1:
+        raise ValueError(f"context_parallel must be at least 1, got {cfg.context_parallel}")
+    if Path(cfg.output_dir).is_file():
+        raise ValueError(f"output_dir must be a folder, got the file {cfg.output_dir}")
     if cfg.group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {cfg.group_size}: a group of one has no advantage")
     if cfg.checkpoint_every_n_steps < 0 or cfg.keep_last_n_checkpoints < 1:

@@ -20,6 +20,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -81,6 +82,8 @@ def build_environment(described: Mapping[str, Any]) -> EnvironmentConfig:
     try:
         component = load_dotpath(described["_component_"])
         is_class = inspect.isclass(component)
+        if is_class and not callable(getattr(component, "step", None)):
+            raise TypeError("it has no method step")
         signature = inspect.signature(component)
         signature.bind(None, **options) if is_class else signature.bind([], problem=None, **options)
     except (KeyError, TypeError, ValueError) as error:
@@ -140,7 +143,7 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
         ValueError: If it begins with the conversation.
         Exception: What an environment raises, with one line above the traceback that names the conversation.
     """
-    free = asyncio.Semaphore(AT_A_TIME)
+    free, failed = asyncio.Semaphore(AT_A_TIME), []  # type: ignore[var-annotated]
 
     async def ask(step: Step, messages: list[Message]) -> Answer:
         shown = str(messages[-1].get("content") or messages[-1].get("tool_calls"))[-80:]
@@ -148,7 +151,8 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
         async with free:
             answer = asyncio.ensure_future(_call(step, list(messages)))
             done, _ = await asyncio.wait({answer}, timeout=timeout_s)
-            with error_context(where):
+            with nullcontext() if failed else error_context(where):  # a line for the first error only
+                failed.append(True)
                 if not done:
                     answer.cancel()
                     raise TimeoutError(
@@ -160,6 +164,7 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
                         f"an environment must return its new messages only, got {len(new)} that begin with the "
                         "conversation so far"
                     )
+                failed.pop()
                 return new, reward
 
     return run_all([ask(step, messages) for step, messages in zip(steps, conversations, strict=True)])

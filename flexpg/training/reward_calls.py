@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -260,6 +260,8 @@ def read_values(function: Callable[..., Any], result: Any, count: int) -> list[f
         values = list(result.total_reward)
     elif style is Convention.TORCHTUNE and "tokenizer" in _names(function):
         values = list(result[0].reshape(count, -1).sum(-1))
+    elif isinstance(result, str | bytes | Mapping | Set):
+        raise ValueError(f"a reward of a group must be a list of numbers, got {type(result).__name__} {result!r:.80}")
     else:
         values = list(result)
     if len(values) != count:
@@ -269,6 +271,8 @@ def read_values(function: Callable[..., Any], result: Any, count: int) -> list[f
 
 def _number(value: Any) -> float:
     try:
+        if isinstance(value, str):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"a reward must be a number or None, got {type(value).__name__} {value!r:.80}") from None

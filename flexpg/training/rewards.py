@@ -80,7 +80,9 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
         try:
             weight = float(options.get("weight", 1.0))
         except (TypeError, ValueError):
-            raise ValueError(f"weight of reward {name!r} must be a number, got {options['weight']!r}") from None
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise ValueError(f"weight of reward {name!r} must be a finite number, got {options['weight']!r}")
         loaded = None
         try:
             loaded = load_dotpath(options["_component_"])

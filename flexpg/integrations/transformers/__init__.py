@@ -92,7 +92,7 @@ def forward(
             exact_forward(model, encoded, None if prefix is None else prefix.tree),
             with_images(base, packed) as arguments,
         ):
-            hidden = backbone(base)(**arguments, use_cache=False).last_hidden_state
+            hidden = backbone(base)(**arguments, use_cache=False, return_dict=True).last_hidden_state
         if step_has_images and sharded_modules(model):
             hidden = hidden + zero_of_towers(base).to(hidden)
         return whole_sequence(hidden, tree, prefix, shard)
@@ -144,7 +144,8 @@ def output(model: nn.Module) -> OutputLayer:
             module.forward = decoder_forward
         input_ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
         try:
-            out = base.forward(input_ids=input_ids, use_cache=False)  # not base(...): no hooks, such as those of FSDP
+            # Not base(...): no hooks, such as those of FSDP.
+            out = base.forward(input_ids=input_ids, use_cache=False, return_dict=True)
         finally:
             for module, forward in own.items():
                 del module.forward
@@ -173,7 +174,9 @@ def baseline_forward(
     base = unwrap(model)
     images = {} if inputs is None else baseline_arguments(base, input_ids, inputs)
     base_model = backbone(base)
-    return run_as_forward(model, lambda: base_model(input_ids=input_ids, use_cache=False, **images).last_hidden_state)
+    return run_as_forward(
+        model, lambda: base_model(input_ids=input_ids, use_cache=False, return_dict=True, **images).last_hidden_state
+    )
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -211,6 +214,7 @@ def decoder(model: nn.Module) -> Decoder:
                 position_ids=position_ids,
                 attention_mask=mask_for(backbone(language_model(base)), mask),
                 use_cache=False,
+                return_dict=True,
             ).last_hidden_state
             return hidden
         finally:

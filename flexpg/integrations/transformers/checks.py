@@ -46,7 +46,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
         for config in model.peft_config.values():
             kind = config.peft_type.value
             if config.is_prompt_learning:
-                raise ValueError(f"the adapter ({kind}) adds virtual tokens, which a packed sequence cannot hold")
+                raise ValueError(
+                    f"the adapter ({kind}) adds virtual tokens, which a packed sequence cannot hold; use LoRA"
+                )
             if kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
                 raise ValueError(
                     f"the adapter ({kind}) depends on the whole sequence; use one that does not, like LoRA"
@@ -185,7 +187,7 @@ def exact_forward(
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
-            "would differ between the copies of a prefix; disable them"
+            "would differ between the copies of a prefix; disable them, as with from_pretrained(..., dropout=0)"
         )
 
 
@@ -214,7 +216,7 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, lo
         if depends_on_longest and longest > original:
             raise ValueError(
                 f"RoPE scaling {kind!r} depends on the longest sequence of a batch once it exceeds {original} tokens, "
-                f"here {longest}; put such sequences into a tree of their own"
+                f"here {longest}; keep prompts and completions within {original} tokens, or pack longer ones separately"
             )
 
 

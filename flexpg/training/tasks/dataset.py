@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexpg.conversations.row_files import read_rows
 from flexpg.training.tasks.problem import Problem
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 Template = str | Callable[[Mapping[str, Any]], str]
 
@@ -62,6 +64,8 @@ def problems(
     >>> problems(file.name, template="{q} =", answer="{a}", shots=1)
     [Problem(prompt='1+1 = 2\n\n2+3 =', answer='5', columns={'q': '2+3', 'a': 5})]
     """
+    if skip < 0 or shots < 0 or (size is not None and size < 0):
+        raise ValueError(f"skip, size and shots must be at least 0, got {skip}, {size} and {shots}")
     asked_from = (source, split)
     shown_from = (shots_source or source, shots_split or (split if shots_source is None else "train"))
     rows = _rows(*asked_from, subset)
@@ -101,7 +105,10 @@ def partition_numbers(count: int, partition: str | None) -> list[int]:
 
 
 def _problem(where: str, row: Mapping[str, Any], template: str, answer: Template, context: str) -> Problem:
-    return Problem(context + _filled(where, template, row), _filled(where, answer, row), row)
+    filled = _filled(where, answer, row)
+    if not filled.strip() and (callable(answer) or answer.strip()):
+        raise ValueError(f"{where}: the answer is empty; fill it in, or leave the row out")
+    return Problem(context + _filled(where, template, row), filled, row)
 
 
 def _shot(where: str, row: Mapping[str, Any], template: str, answer: Template, shot_template: str | None) -> str:
@@ -130,22 +137,44 @@ def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
 
 def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[str, Any]]]:
     """Return numbered rows; the value of a null is None."""
-    import datasets  # at first use: it takes a second
-
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix not in _LOADERS:
-            raise ValueError(f"source must be a {', '.join(_LOADERS)} file, got {source}")
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"source must be a {', '.join(_SUFFIXES)} file, got {source}")
         if path.stat().st_size == 0:
             raise ValueError(f"source must have rows, got the empty file {source}")
-        arguments: dict[str, Any] = {"path": _LOADERS[path.suffix], "data_files": str(path)}
+        if path.suffix != ".parquet":  # `datasets` would turn texts into dates and numbers
+            return list(enumerate(_csv_rows(path) if path.suffix == ".csv" else _json_rows(path)))
+        arguments: dict[str, Any] = {"path": "parquet", "data_files": str(path)}
         split = "train"  # what `datasets` calls the one split of a file
-    elif path.suffix in _LOADERS or source.count("/") > 1:
+    elif path.suffix in _SUFFIXES or source.count("/") > 1:
         raise FileNotFoundError(f"no file or folder {source!r} (working directory {Path.cwd()})")
     else:
         arguments = {"path": str(path) if path.is_dir() else source, "name": subset}
+    import datasets  # at first use: it takes a second
+
     try:
         rows = datasets.load_dataset(**arguments, split=split).to_list()  # broken UTF-8 is found by to_list
     except Exception as error:  # of many kinds
         raise ValueError(f"could not load {source!r}, split {split!r}: {error.__cause__ or error}") from error
     return list(enumerate(rows))
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of JSON lines or an array, with None where a row lacks a column of others."""
+    rows = [row for _, row in read_rows(path, dict)]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file, whose cells are texts; None for an empty one."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"could not load {str(path)!r}: {error}") from error
+    for n, row in enumerate(rows):
+        if None in row:  # where DictReader keeps what exceeds the header
+            raise ValueError(f"{path}, row {n} has more cells than the first line has names")
+    return [{name: value or None for name, value in row.items()} for row in rows]
