@@ -525,6 +525,8 @@ class GRPORecipe(FTRecipeInterface):
         """
 
         def save() -> None:
+            if not self.steps_done:
+                return  # the run may start again as it is
             if metrics:
                 self.log(metrics)
             self.save_progress(self.checkpoint_dir)

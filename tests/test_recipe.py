@@ -270,6 +270,16 @@ def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_p
     assert "resuming after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
 
 
+def test_error_in_the_first_step_saves_nothing_so_that_the_run_can_start_again(tmp_path, monkeypatch):
+    recipe = make(tmp_path, *SMALL, "num_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "rewarded", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            recipe.train()
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(train(make(tmp_path, *SMALL, "num_steps=1")).history) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "counts"), [([], "821,888 of 821,888"), (LORA, "155,648 of 977,536")], ids=["all", "LoRA"]
 )
