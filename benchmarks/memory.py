@@ -6,11 +6,10 @@
 
 The implementations are those of benchmarks.update. A peak is the most memory that one update (forward,
 log-probabilities, loss, backward) has allocated with torch's allocator at a time; what was there before does not count:
-weights and tokens. torchtune's dense
-mask (G T^2 bytes) is built in the call and counts, as a recipe keeps it. Gradients do not count, because each is freed
-as soon as it is computed. So a peak is what has to be free besides weights and gradients, as in a training step from
-its second micro-batch on. The output layer is tied to the embeddings: its gradient (V E entries) waits for theirs and
-counts, which the estimate leaves out.
+weights and tokens. torchtune's dense mask (G T^2 bytes) is built in the call and counts, as a recipe keeps it.
+Gradients do not count, because each is freed as soon as it is computed. So a peak is what has to be free besides
+weights and gradients, as in a training step from its second micro-batch on. The output layer is tied to the embeddings:
+its gradient (V E entries) waits for theirs and counts, which the estimate leaves out.
 
 The largest group is found by bisection over measured peaks, one update each, and over the estimate. An implementation
 that runs out of memory is left out. Nothing is timed and peaks do not vary, so --repeats has no effect.

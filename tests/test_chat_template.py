@@ -364,7 +364,7 @@ def test_special_token_and_newline_of_the_text_are_generated():
 def test_added_token_that_depends_on_the_text_around_it_is_encoded_with_it():
     tokenizer = chat_tokenizer("qwen3", "qwen3")
     tokenizer.add_tokens([AddedToken("cat", single_word=True)])
-    turns = [USER, assistant("concatenate"), USER, assistant("b")]
+    turns = [USER, assistant("a", reasoning_content="concatenate"), USER, assistant("b")]  # the last does not see it
     first, _ = assistant_turns(tokenizer, turns)
     written = tokenizer.decode(first.completion)
     assert "concatenate" in written and first.completion.tolist() == tokenizer.encode(written, add_special_tokens=False)

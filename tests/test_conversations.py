@@ -439,6 +439,6 @@ def test_no_conversations_raise():
     ],
     ids=["messages", "one"],
 )
-def test_what_is_no_list_of_conversations_raises(conversations, message):
+def test_conversations_of_another_type_raise(conversations, message):
     with pytest.raises(TypeError, match=message):
         conversation_rollouts(conversations, None)

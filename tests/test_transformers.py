@@ -110,6 +110,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "trainable_tokens": ("llama", {"trainable_token_indices": [3, 5, 8]}),
     "modules_to_save": ("llama", {"modules_to_save": ["lm_head"]}),
+    "layer_replication": ("llama", {"layer_replication": [[0, 2], [0, 2]]}),
 }
 
 
@@ -543,6 +544,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         lambda: with_lora(hf.tiny_model("llama"), alora_invocation_tokens=[3, 4]),
         ValueError,
         "the adapter (LORA) depends on the whole sequence; use one that does not, like LoRA",
+    ),
+    "loha": (
+        lambda: peft.get_peft_model(hf.tiny_model("llama"), peft.LoHaConfig(target_modules=["q_proj"], r=2)),
+        ValueError,
+        "the forward of LlamaForCausalLM consumed random numbers",
     ),
     "dropout": (
         lambda: changed(lambda layers: setattr(layers[1], "mlp", nn.Sequential(layers[1].mlp, nn.Dropout(0.2)))),

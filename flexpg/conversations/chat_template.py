@@ -79,8 +79,8 @@ def assistant_turns(
         check_stop_tokens(tokenizer, stop_tokens)
     texts = turn_texts(tokenizer, messages, template_tools(tools), template_options or {})
     ends = [_end_of_turn(tokenizer, text, stop_tokens) for text in texts]
-    # Added tokens separate texts, which are encoded once each; what that gives must be what whole texts give.
-    # Those that depend on the text around them, or take whitespace from it, do not.
+    # Added tokens separate texts, which are encoded once each, unless one depends on the text around it. What that
+    # gives must be what whole texts give.
     whole = _Whole(tokenizer)
     kinds = ("single_word", "lstrip", "rstrip")
     depends = any(getattr(own, kind, False) for own in tokenizer.added_tokens_decoder.values() for kind in kinds)
@@ -107,8 +107,7 @@ class _Pieces(_Whole):
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         super().__init__(tokenizer)
-        tokens = tokenizer.added_tokens_decoder.values()
-        added = sorted((token.content for token in tokens), key=len, reverse=True)
+        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self.separators = re.compile(f"({'|'.join(map(re.escape, filter(None, added)))})" if added else r"(?!)")
         self.known: dict[str, list[int]] = {}
 

@@ -53,6 +53,9 @@ def set_attention(model: PreTrainedModel) -> None:
     """Switch the language model of a transformers model to the attention implementation "flexpg"."""
     if text_config(model)._attn_implementation != NAME:
         language_model(model).set_attn_implementation(NAME)
+    for module in language_model(model).modules():
+        if type(own := getattr(module, "config", None)) is type(text_config(model)):
+            own._attn_implementation = NAME  # copied layers, like those of PEFT's layer_replication, have a copy
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
