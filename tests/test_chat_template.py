@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 from chat_tokenizers import chat_tokenizer
@@ -307,10 +308,15 @@ def test_special_tokens_next_to_the_stop_token_are_generated():
             "leaves out its tool call of fin",
         ),
         ("qwen3", "qwen3_6", [assistant("Hello!"), {"role": "assistant", "content": "x"}], "No user query found"),
+        ("qwen3", "qwen3", [USER, assistant("<think>\nstill thinking")], "messages[1] must close <think>"),
+        ("gptoss", "gptoss", [USER, assistant("x", channel="analysis")], "leaves out its channel 'analysis'"),
+        ("qwen2_5", "qwen2_5", [USER, assistant("x", tool_plan="y")], "leaves out its tool_plan 'y'"),
+        ("qwen2_5", "qwen2_5", [USER, assistant("x<|im_end|>"), USER, assistant("y")], "ends with '<|im_end|>', which"),
+        ("qwen3", "qwen3", [USER, assistant("x"), assistant("y")], "or join it with messages[1]"),
     ],
     ids=[
         *("reasoning", "call", "second-call", "text", "two-calls", "named-in-text", "reasoning-in-text"),
-        *("part-of-name", "no-user"),
+        *("part-of-name", "no-user", "cut-off-reasoning", "channel", "tool-plan", "stop-token-in-text", "two-in-a-row"),
     ],
 )
 def test_template_that_leaves_out_what_was_generated_raises(family, template, messages, words):
@@ -352,6 +358,68 @@ def test_template_that_writes_arguments_as_python_gets_them_as_json():
     )
     (turn,) = assistant_turns(tokenizer, [USER, assistant(None, tool_calls=[CALL])])
     assert tokenizer.decode(turn.completion) == 'find {"id":"X1"}<|im_end|>'
+
+
+def template_of(assistant_part: str, user_part: str = "{{ m.content }}") -> Any:
+    """Return a tokenizer with a template that writes an assistant message as given."""
+    tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        + assistant_part
+        + "{% else %}"
+        + user_part
+        + "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+ARGUMENTS = {"ids": ["a", "b"], "n": 1}
+CALL_OF_LISTS = [{"id": "functions.f:0", "function": {"name": "f", "arguments": ARGUMENTS}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments.ids | tojson }}", "arguments"),
+        (
+            "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | items | list }}{% endfor %}",
+            "as JSON",
+        ),
+        (
+            "{% for k, v in m.tool_calls[0].function.arguments.items() %}{{ k }}{{ v }}{% endfor %}f",
+            "arguments of f as JSON",
+        ),
+    ],
+    ids=["one of two", "items", "list"],
+)
+def test_template_that_leaves_out_or_changes_an_argument_raises(template, words):
+    with pytest.raises(ValueError, match=f"leaves out its .*{words}"):
+        assistant_turns(template_of(template), [USER, assistant("", tool_calls=CALL_OF_LISTS)])
+
+
+def test_name_of_a_tool_call_may_be_in_its_id():
+    """Kimi-K2's template writes `functions.NAME:NUMBER`, which is the id."""
+    tokenizer = template_of("{{ m.tool_calls[0].id }}{{ m.tool_calls[0].function.arguments | tojson }}")
+    (turn,) = assistant_turns(tokenizer, [USER, assistant("", tool_calls=CALL_OF_LISTS)])
+    assert tokenizer.decode(turn.completion) == 'functions.f:0{"ids": ["a", "b"], "n": 1}<|im_end|>'
+    with pytest.raises(ValueError, match="leaves out its tool call of f"):
+        assistant_turns(tokenizer, [USER, assistant("", tool_calls=[CALL_OF_LISTS[0] | {"id": "1"}])])
+
+
+def test_template_that_leaves_out_what_a_user_wrote_raises():
+    with pytest.raises(ValueError, match=r"messages\[0\]: the template leaves out its text"):
+        assistant_turns(template_of("{{ m.content }}", "{{ m.text }}"), [USER, assistant("x")])
+
+
+def test_reasoning_that_the_template_drops_later_is_in_the_history():
+    """gpt-oss's template drops the reasoning before a tool call once the final answer follows."""
+    call = assistant("", thinking="t", tool_calls=[CALL])
+    tokenizer = chat_tokenizer("gptoss", "gptoss")
+    turns = [USER, call, {"role": "tool", "content": "r"}, assistant("done")]
+    stop = tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"])
+    first, last = assistant_turns(tokenizer, turns, tools=TOOLS, stop_tokens=stop)
+    assert "t<|end|>" in tokenizer.decode(first.completion) and "t<|end|>" in tokenizer.decode(last.history)
+    assert tokenizer.decode(last.completion) == "<|channel|>final<|message|>done<|return|>"
 
 
 def test_special_token_and_newline_of_the_text_are_generated():

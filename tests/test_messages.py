@@ -1,7 +1,7 @@
-"""Messages ofrom flexpg.conversations import template_messages, template_tools
-f several APIs become what chat templates read, or raise an error that names the message."""
+"""Messages of several APIs become what chat templates read, or raise an error that names the message."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -197,6 +197,25 @@ def test_tool_results_in_a_user_message_are_messages_of_their_own():
         (assistant(content="", tool_calls="f("), "tool_calls must be objects or JSON, got 'f('"),
         (assistant(content="", tool_calls=[call(3)]), "arguments that are an object or JSON, got 3"),
         (assistant(content="a", reasoning={"summary": "x"}), "reasoning must be a text"),
+        (assistant(content="a", refusal="b"), "must have content or a refusal, got both; join them"),
+        (assistant(content="a", weight="0"), "weight must be a number, got '0'"),
+        (
+            assistant(content="a", reasoning_content="b", reasoning="c"),
+            "got different ones in reasoning_content, reasoning",
+        ),
+        (
+            assistant(content=[{"type": "thinking", "thinking": "b"}], thinking="c"),
+            "must have the same reasoning under all names",
+        ),
+        (assistant(content="<think>b</think>a", reasoning="b"), "must not have reasoning and <think> in its content"),
+        (
+            assistant(content="a", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}]),
+            "reasoning_details has a block without text, which cannot be rendered",
+        ),
+        (
+            {"role": "user", "content": ["a", {"type": "tool_result", "content": "b"}]},
+            "must not have text before a tool_result",
+        ),
     ],
 )
 def test_message_whose_meaning_is_not_clear_raises_with_its_number(message, words):
@@ -240,3 +259,11 @@ def test_reasoning_under_two_names_is_there_once():
     blocks = [{"type": "thinking", "thinking": "R"}, {"type": "text", "text": "t"}]
     (message,) = template_messages([{"role": "assistant", "content": blocks, "reasoning_content": "R"}])
     assert message["reasoning_content"] == "R"
+    (message,) = template_messages([{"role": "assistant", "content": blocks[:1] * 2, "reasoning": "R\nR"}])
+    assert message["reasoning_content"] == "R\nR"
+
+
+def test_tool_result_of_objects_with_a_type_is_json():
+    flights = [{"type": "flight", "id": 1}]
+    (message,) = template_messages([{"role": "tool", "content": flights}])
+    assert json.loads(message["content"]) == flights

@@ -81,6 +81,11 @@ def test_read_rollouts_of_messages_equal_conversation_rollouts(per_turn, write):
         (PROMPT | {"prompt": [1.5]}, "TypeError: prompt must hold integer token ids"),
         (PROMPT | {"completions": [[200]]}, "below the model's vocabulary size of 200, got 200"),
         (CHAT, "messages need a tokenizer with a chat template"),
+        (CHAT | {"input": "x", "output": "y"}, "messages need a tokenizer with a chat template"),
+        ({"system": "P", "prompt": "a", "completion": "b"}, "messages need a tokenizer with a chat template"),
+        ({"prompt": [1], "chosen": [2]}, "must have the keys of a known format"),
+        ({"prompt": ["a"], "completion": [2]}, "prompt must be a text or a list of token ids, got a list of texts"),
+        ({"nodes": [{"parent": 1}, {"parent": 0}, {"parent": 1}]}, "nodes must be a tree, got a cycle through node"),
     ],
 )
 def test_read_rollouts_of_broken_line_raises_with_its_number(row, message, write):
@@ -177,5 +182,7 @@ def test_read_rollouts_of_a_trace_has_its_sampled_tokens(write):
     assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 10]]
     assert rollouts.loss_mask.tolist() == [[True, True, False, True, True], [True, False, False, False, False]]
     assert rollouts.rewards.tolist() == [2.5, 2.5]
+    rollouts, _ = read_rollouts(write({"nodes": nodes, "reward": 3.0}))
+    assert rollouts.rewards.tolist() == [3.0, 3.0]
     with pytest.raises(ValueError, match="a sampled token that has one before it, got 2 for 2 tokens, 0 sampled"):
         read_rollouts(write({"nodes": nodes[:1]}))

@@ -159,6 +159,30 @@ FORMATS = {
         },
         [Conversation([SYSTEM, context(ASSISTANT), *TURNS, context(ASSISTANT | {"content": ""})])],
     ),
+    "swe-agent with the reason of its end as text": (
+        {
+            "history": [
+                USER,
+                *TURNS[1:3],
+                {"role": "assistant", "content": "Exit", "thought": "Exit", "action": "", "tool_calls": None},
+                USER,
+                ASSISTANT | {"thought": "b", "action": "ls"},
+            ]
+        },
+        [Conversation([*TURNS[:3], context(ASSISTANT | {"content": ""}), USER, ASSISTANT])],
+    ),
+    "system before a message that repeats it": (
+        {"system": "P", "messages": [USER, ASSISTANT, SYSTEM, USER, ASSISTANT]},
+        [Conversation([SYSTEM, USER, ASSISTANT, SYSTEM, USER, ASSISTANT])],
+    ),
+    "system in one of two completions": (
+        {"system": "P", "completions": [[SYSTEM, USER, ASSISTANT], [USER, ASSISTANT]]},
+        [Conversation([SYSTEM, USER, ASSISTANT]), Conversation([SYSTEM, USER, ASSISTANT])],
+    ),
+    "tau2-bench with the policy as a message": (
+        {"simulations": [{"task_id": 1, "messages": [SYSTEM, ASSISTANT, USER, ASSISTANT]}]},
+        [Conversation([SYSTEM, context(ASSISTANT), USER, ASSISTANT], task=1)],
+    ),
 }
 
 
@@ -209,6 +233,20 @@ def test_tasks_without_ids_are_conversations_with_the_same_prompt(tmp_path):
     assert [each.task for each in read_conversations(tmp_path / "rows")] == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("ids", "tasks"), [([1, "1", 2], [0, 0, 1]), ([3, 3.0, 2], [3, 3, 2]), (["a", "b", "a"], [0, 1, 0])], ids=str
+)
+def test_equal_ids_of_different_types_are_one_task(ids, tasks, tmp_path):
+    (tmp_path / "rows").write_text("\n".join(json.dumps({"messages": TURNS, "task_id": own}) for own in ids))
+    assert [each.task for each in read_conversations(tmp_path / "rows")] == tasks
+
+
+def test_id_that_is_nan_raises(tmp_path):
+    (tmp_path / "rows").write_text(json.dumps({"messages": TURNS, "task_id": float("nan")}))
+    with pytest.raises(ValueError, match="task_id or example_id must be a text or a number, got nan"):
+        read_conversations(tmp_path / "rows")
+
+
 # Broken rows.
 
 GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
@@ -233,6 +271,13 @@ GOOD = json.dumps({"messages": [USER, ASSISTANT]}).encode()
         (GOOD[:-1] + b', "reward": NaN}', "reward must be a finite number, got nan"),
         (GOOD[:-1] + b', "rewards": [1, 2]}', "rewards must be one for each of 1 completions, got 2"),
         (b'{"history": [3]}', "messages must be objects with role and content, got 3"),
+        (b'{"history": [["' + b"x" * 200 + b'"]]}', r"messages must be objects with role and content, got \['x{58}$"),
+        (GOOD[:-1] + b', "reward": 1, "rewards": [0]}', "must have reward or rewards, got both"),
+        (
+            b'{"system": "P", "completions": [[{"role": "assistant", "content": "a"}], '
+            b'[{"role": "system", "content": "Q"}, {"role": "assistant", "content": "a"}]]}',
+            "system must be given once",
+        ),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "messages must have one of role assistant in the loss"),
         (b'{"task_id": 1, "traj": [], "info": {"error": "x"}}', "traj must not be empty; drop the conversation"),
         (
@@ -303,6 +348,8 @@ def test_file_without_a_conversation_raises(tmp_path):
         (gzip.compress(GOOD * 99)[:-9], "must be a complete gzip file: "),
         (gzip.compress(GOOD * 99)[:20] + b"\0\1\2" + gzip.compress(GOOD * 99)[23:], "must be a complete gzip file: "),
         (b"[" * 200_000, "must be a JSON array: "),
+        (b"[[]]\n[[]]", "must be a JSON array: .*; a line of JSON lines must be an object"),
+        (b"PAR1" * 9, "must be a complete Parquet file: "),
     ],
 )
 def test_broken_file_raises_even_if_rows_are_skipped(data, words, tmp_path):

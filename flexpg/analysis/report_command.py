@@ -105,6 +105,8 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         for file in filter(None, (args.out, args.json)):
             if not file.parent.is_dir():
                 parser.error(f"there is no folder {file.parent} for {file.name}")
+        if not args.out.suffix:
+            parser.error(f"--out must end in the figure's format, as {args.out}.png does")
         print_report(args)
 
     parser.set_defaults(run=run)

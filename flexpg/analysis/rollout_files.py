@@ -104,9 +104,13 @@ def _of_row(
     if "nodes" in row:
         return _of_trace(row)
     keys = [key for key in ("completions", "chosen", "completion", "output") if key in row]
+    if "chosen" in keys and "rejected" not in row:
+        keys.remove("chosen")
     prompt = row.get("prompt", None if "instruction" in row else row.get("input"))
     parts = [prompt, *(own for key in keys for own in (row[key] if isinstance(row[key], list) else [row[key]]))]
-    if prompt is None or not keys or any(is_messages(own) or isinstance(own, dict) for own in parts):
+    parts += [row.get(key) for key in ("messages", "traj", "conversations", "history")]
+    has_messages = any(is_messages(own) or isinstance(own, dict) for own in parts)
+    if prompt is None or not keys or has_messages or row.get("system"):
         return _of_messages(row, chat, options)
     if options["per_turn"]:
         raise ValueError("per-turn rollouts need `messages`")
@@ -114,15 +118,15 @@ def _of_row(
     many = row[key] if key == "completions" else [row["chosen"], row["rejected"]] if key == "chosen" else [row[key]]
     if not isinstance(many, list) or not many:
         raise ValueError(f"completions must be a list of at least one, got {many!r}")
-    parts = ["chosen", "rejected"] if key == "chosen" else [key]
+    names = ["chosen", "rejected"] if key == "chosen" else [key]
     if key == "completions":
-        parts = [f"completions[{i}]" for i in range(len(many))]
+        names = [f"completions[{i}]" for i in range(len(many))]
     first = _tokens("prompt", prompt, encode)
     sequences = []
-    for part, completion in zip(parts, many, strict=True):
-        own = _tokens(part, completion, encode)
+    for name, completion in zip(names, many, strict=True):
+        own = _tokens(name, completion, encode)
         sequences.append((np.concatenate([first, own]), np.arange(len(first) + len(own)) >= len(first)))
-    suffixes = [f", {part}" if len(many) > 1 or key == "completions" else "" for part in parts]
+    suffixes = [f", {name}" if len(many) > 1 or key == "completions" else "" for name in names]
     return list(zip(suffixes, sequences, rewards_of(row, len(many)), [""] * len(many), strict=True))
 
 
@@ -131,6 +135,8 @@ def _tokens(name: str, value: str | list[int], encode: Encode | None) -> np.ndar
         if encode is None:
             raise ValueError(f"{name} is text, which needs a tokenizer")
         value = list(encode(value))
+    if isinstance(value, list) and any(isinstance(own, str) for own in value):
+        raise ValueError(f"{name} must be a text or a list of token ids, got a list of texts")
     return token_ids(name, value).numpy()
 
 
@@ -158,13 +164,18 @@ def _of_trace(row: Row) -> list[tuple[str, MaskedSequence, float, str]]:
     if not nodes:
         raise ValueError("nodes must have at least one, got []")
     parents = {node.get("parent") for node in nodes}
-    given = [reward for reward in (row.get("rewards") or {}).values() if reward is not None]
-    reward = sum(float(own["score"]) * float(own.get("weight", 1.0)) for own in given)
+    if isinstance(rewards := row.get("rewards"), Mapping):
+        given = [own for own in rewards.values() if own is not None]
+        reward = sum(float(own["score"]) * float(own.get("weight", 1.0)) for own in given)
+    else:
+        (reward,) = rewards_of(row, 1)
     found = []
     for leaf in (n for n in range(len(nodes)) if n not in parents):
         path: list[Any] = []
         n: int | None = leaf
         while n is not None:
+            if len(path) == len(nodes):
+                raise ValueError(f"nodes must be a tree, got a cycle through node {n}")
             path.insert(0, nodes[n])
             n = nodes[n].get("parent")
         tokens = token_ids("token_ids", [token for node in path for token in node["token_ids"]]).numpy()

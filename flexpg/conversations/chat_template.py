@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from unicodedata import normalize
 
 import numpy as np
 
@@ -127,10 +128,13 @@ def _turn(tokenizer: ChatTokenizer, text: TurnText, end: int, encoder: _Whole) -
     completion = whole[len(prompt) :]
     if whole[: len(prompt)] != prompt:  # such as Qwen's token of two newlines, one on each side
         completion = encoder.encode(written)
-        decoded = tokenizer.decode(completion, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if decoded != written:  # such as a tokenizer that puts a space in front
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        together, alone = (tokenizer.decode(ids, **options) for ids in ([*prompt, *completion], prompt))
+        decoded = together.removeprefix(alone)
+        if normalize("NFC", decoded) != normalize("NFC", written):  # such as a tokenizer that puts a space in front
             raise ValueError(
-                f"the tokenizer must encode {written[:40]!r} separately, but decodes it as {decoded[:40]!r}"
+                f"messages[{text.message}]: the tokenizer must encode {written[:40]!r} separately, but decodes it as "
+                f"{decoded[:40]!r}"
             )
     return Turn(text.message, np.asarray(prompt, dtype=np.int64), np.asarray(completion, dtype=np.int64))
 
@@ -163,6 +167,8 @@ def _end_of_turn(tokenizer: ChatTokenizer, text: TurnText, stop_tokens: Sequence
             f"messages[{j}] ends with {written[start:]!r}, where {unknown!r} is not known as a stop token; pass "
             f"stop_tokens, such as [{special[unknown]}] for {unknown!r}, as in the model's generation_config.json"
         )
+    if first is not None and len(after) > first + 1 and text.content.rstrip().endswith(after[first][0]):
+        raise ValueError(f"messages[{j}] ends with {after[first][0]!r}, which the template writes too; remove it")
     stop = len(written) if first is None else after[first][2]
     if not stop:
         raise ValueError(f"messages[{j}] must have a token as the template renders it; drop the message")

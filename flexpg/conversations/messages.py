@@ -101,6 +101,10 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
     if role not in ROLES:
         got = f"{role!r}" if role is not None else f"none; its keys are {', '.join(message) or 'none'}"
         raise ValueError(f"must have a role of {', '.join(ROLES)}, got {got}")
+    if message.get("content") and message.get("refusal"):
+        raise ValueError("must have content or a refusal, got both; join them")
+    if not isinstance(message.get("weight", 1), int | float):
+        raise ValueError(f"weight must be a number, got {message['weight']!r}")
     content: Any = message.get("content") or message.get("refusal", message.get("content"))
     content = None if content == [] and role != "tool" else content
     parts = [_part(part, role) for part in content] if _is_parts(content, role) else [{"type": "text", "text": content}]
@@ -110,6 +114,8 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
     reasoning: list[str] = []
     for part in parts:
         kind = part["type"]
+        if kind == "tool_result" and texts:
+            raise ValueError("must not have text before a tool_result: templates write results first")
         if kind == "tool_result":
             results.append(_tool_result(part))
         elif kind == "tool_use":
@@ -125,31 +131,43 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
             texts.append(_text("content", part["text"], role) if part["text"] is not None else None)
     converted = ("function_call", "refusal", *REASONING_KEYS, *REASONING_BLOCKS)
     out = {key: value for key, value in message.items() if key not in converted}
-    given = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
-    blocks = next((message[key] for key in REASONING_BLOCKS if message.get(key)), ())
-    if given is not None and given != "".join(reasoning):  # else the same reasoning under two names
-        reasoning.insert(0, _text("reasoning", given, role))
-    elif not reasoning:
-        reasoning = [_text("thinking", block.get("thinking", block.get("text")), role) for block in blocks]
-    if any(reasoning):
-        out |= dict.fromkeys(REASONING_KEYS, "".join(reasoning))
+    if thought := _reasoning(message, "".join(reasoning)):
+        if "".join(text or "" for text in texts).lstrip().startswith("<think>"):
+            raise ValueError("must not have reasoning and <think> in its content; keep the one that the model wrote")
+        out |= dict.fromkeys(REASONING_KEYS, thought)
     if calls := [*_listed(message.get("tool_calls")), *calls, *_listed(message.get("function_call"))]:
         out["tool_calls"] = [_call(call, parse_arguments) for call in calls]
     else:
         out.pop("tool_calls", None)
     has_text = any(text is not None for text in texts)
-    if not (has_text or results or calls or any(reasoning)):
+    if not (has_text or results or calls or thought):
         raise ValueError("must have content, tool_calls or reasoning, got none")
     if results and not any(texts):
         return results
     return [*results, out | {"role": role, "content": "".join(text or "" for text in texts)}]
 
 
+def _reasoning(message: Message, in_parts: str) -> str:
+    """Return the reasoning of a message: in parts of its content, or under another name."""
+    found = {"content": in_parts} if in_parts else {}
+    found |= {key: _text(key, message[key], "assistant") for key in REASONING_KEYS if message.get(key)}
+    key = next((key for key in REASONING_BLOCKS if message.get(key)), None)
+    if key and not found:
+        texts = [block.get("thinking", block.get("text")) for block in message[key]]
+        if None in texts:
+            raise ValueError(f"{key} has a block without text, which cannot be rendered: {_short(message[key])}")
+        found = {key: "".join(_text(key, text, "assistant") for text in texts)}
+    if len({"".join(text.split()) for text in found.values()}) > 1:  # but for whitespace between blocks
+        raise ValueError(f"must have the same reasoning under all names, got different ones in {', '.join(found)}")
+    return next(reversed(found.values()), "")
+
+
 def _is_parts(content: Any, role: str) -> bool:
     """Return whether a content is a list of parts; a tool's result may be a list of its own."""
     if not isinstance(content, Sequence) or isinstance(content, str) or not content:
         return False
-    return role != "tool" or all(isinstance(part, Mapping) and "type" in part for part in content)
+    kinds = [str(part.get("type")) for part in content if isinstance(part, Mapping)]
+    return role != "tool" or any(kind in TEXT_PARTS or kind in MEDIA_PARTS for kind in kinds)
 
 
 def _part(part: Any, role: str) -> Message:

@@ -83,7 +83,9 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
             raise ValueError(f"{path} must be uncompressed or gzip, got {name}; decompress it, as with `{command}`")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} must be UTF-8, got UTF-16; convert it, as with `iconv -f UTF-16 -t UTF-8`")
-    found = _parquet_rows(data) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)
+    found = (
+        _parquet_rows(data, path) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)
+    )
     for name, row in found:
         if isinstance(row, dict) and isinstance(row.get("simulations"), list):
             prefix = "" if name == WHOLE else f"{name}, "
@@ -98,7 +100,8 @@ def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Excep
         try:
             entries = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} must be a JSON array: {error}") from error
+            hint = "; a line of JSON lines must be an object" if _is_list(data.lstrip().split(b"\n")[0]) else ""
+            raise ValueError(f"{path} must be a JSON array: {error}{hint}") from error
         yield from ((f"entry {n}", entry) for n, entry in enumerate(entries))
         return
     lines = data.split(b"\n")
@@ -119,12 +122,21 @@ def _parsed(data: bytes) -> Row | Exception:
     return parsed
 
 
-def _parquet_rows(data: bytes) -> Iterator[tuple[str, Row | Exception]]:
+def _is_list(data: bytes) -> bool:
+    return isinstance(_parsed(data), list)
+
+
+def _parquet_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
     try:
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ImportError(f"{error}; Parquet files need pyarrow: pip install pyarrow") from error
-    rows = (row for batch in ParquetFile(BytesIO(data)).iter_batches() for row in batch.to_pylist())
+    try:
+        file = ParquetFile(BytesIO(data))
+    except ArrowException as error:
+        raise ValueError(f"{path} must be a complete Parquet file: {error}") from error
+    rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
     yield from ((f"row {n}", _without_none(row)) for n, row in enumerate(rows))
 
 
@@ -148,8 +160,9 @@ def _tau2(results: Row, simulation: Row) -> Row | Exception:
     except (AttributeError, KeyError, TypeError) as error:
         return ValueError(f"must have messages with roles: {type(error).__name__}: {error}")
     roles = [message["role"] for message in messages]
-    if roles[:1] == ["assistant"]:  # a greeting that the benchmark writes, not the model
-        messages[0] = messages[0] | {"weight": 0}
+    first = int(roles[:1] == ["system"])
+    if roles[first : first + 1] == ["assistant"]:  # a greeting that the benchmark writes, not the model
+        messages[first] = messages[first] | {"weight": 0}
     system = [{"role": "system", "content": policy}] if policy and "system" not in roles else []
     return simulation | {"messages": system + messages}
 

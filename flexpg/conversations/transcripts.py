@@ -67,8 +67,9 @@ def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = Non
     if not found:
         raise ValueError(f"{path} must have a conversation{f'; {skipped_message(skipped)}' if skipped else ''}")
     if not all(isinstance(own, int) for own in ids):
-        number = {own: n for n, own in enumerate(dict.fromkeys(ids))}
-        ids = [number[own] for own in ids]
+        texts = list(map(str, ids))  # 1 and "1" are the same
+        number = {own: n for n, own in enumerate(dict.fromkeys(texts))}
+        ids = [number[own] for own in texts]
     return [replace(conversation, task=task) for conversation, task in zip(found, ids, strict=True)]
 
 
@@ -114,7 +115,8 @@ def _conversations_of(row: Row) -> list[Conversation]:
     if row.get("history"):  # SWE-agent: demonstrations come first, and what ended the run is no turn
         history = _messages(row, "history")
         demos = max((j for j, message in enumerate(history) if message.get("is_demo")), default=-1)
-        own = [message | {"weight": 0} if _is_exit(message) else message for message in history[demos + 1 :]]
+        exit = {"weight": 0, "content": ""}
+        own = [message | exit if _is_exit(message) else message for message in history[demos + 1 :]]
         return _conversations(row, _context(history[: demos + 1]), [own])
     for key in ("messages", "traj"):
         if row.get(key):
@@ -179,15 +181,21 @@ def _same(messages: Sequence[Message], others: Sequence[Message]) -> bool:
 
 def _is_exit(message: Message) -> bool:
     """Return whether SWE-agent wrote an assistant message because it ended the run, without a call of the model."""
-    return message.get("role") == "assistant" and not message.get("content") and not message.get("tool_calls")
+    if message.get("role") != "assistant" or message.get("tool_calls"):
+        return False
+    # Of a step, `content` is what the model wrote, and `thought` and `action` are its parts.
+    ended = not message.get("action", True) and message.get("content") == message.get("thought")
+    return ended or not message.get("content")
 
 
 def rewards_of(row: Row, count: int) -> list[float]:
     """Return the rewards of a row's completions: `reward`, `rewards` or `score`, one for all or one each; 0 without.
 
     Raises:
-        ValueError: If one is not a finite number, or there are fewer or more.
+        ValueError: If one is not a finite number, there are fewer or more, or there are both `reward` and `rewards`.
     """
+    if row.get("reward") is not None and row.get("rewards") is not None:
+        raise ValueError("must have reward or rewards, got both; leave one of them out")
     reward = _reward(row)
     reward = 0.0 if reward is None else reward
     rewards = reward if isinstance(reward, list) else [reward] * count
@@ -208,18 +216,22 @@ def _reward(row: Row) -> Any:
 
 
 def _conversations(row: Row, prompt: list[Message], completions: Sequence[Any]) -> list[Conversation]:
-    system = row.get("system")
-    first: list[Message] = [{"role": "system", "content": system}] if system else []
-    given = next((own for own in (*prompt, *_listed(completions[0], "assistant")) if own.get("role") == "system"), None)
-    if first and given is not None:
-        if given.get("content") != system:
-            raise ValueError("system must be given once, got another one among the messages")
-        first = []
     tools = row.get("tools") or row.get("tool_defs") or row.get("functions") or None
     return [
-        Conversation([*first, *prompt, *_listed(own, "assistant")], reward, tools=tools)
+        Conversation(_with_system(row.get("system"), [*prompt, *_listed(own, "assistant")]), reward, tools=tools)
         for own, reward in zip(completions, rewards_of(row, len(completions)), strict=True)
     ]
+
+
+def _with_system(system: Any, messages: list[Message]) -> list[Message]:
+    """Return messages that begin with a row's system prompt."""
+    if not system:
+        return messages
+    if not messages or messages[0].get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0].get("content") != system:
+        raise ValueError("system must be given once, got another one among the messages")
+    return messages
 
 
 def _messages(row: Row, key: str) -> list[Message]:
@@ -236,7 +248,7 @@ def _listed(messages: Any, role: str) -> list[Message]:
         messages = [messages]
     for message in messages:
         if not isinstance(message, dict):
-            raise ValueError(f"messages must be objects with role and content, got {message!r}")
+            raise ValueError(f"messages must be objects with role and content, got {message!r:.60}")
     return list(messages)
 
 
@@ -264,8 +276,10 @@ def _task_of(row: Row, conversation: Conversation) -> Any:
     given = row.get("task_id") if row.get("task_id") is not None else row.get("example_id")
     if given is not None and isinstance(row.get("task"), str):  # verifiers: examples of several environments
         return json.dumps([row["task"], given], default=str)
+    if isinstance(given, float) and not isfinite(given):  # what pandas writes for a missing id
+        raise ValueError(f"task_id or example_id must be a text or a number, got {given}")
     if given is not None:
-        return given if isinstance(given, int) else str(given)
+        return int(given) if isinstance(given, float) and given.is_integer() else given
     messages = conversation.messages
     is_turn = list(map(is_in_loss, messages))
     return json.dumps(messages[: is_turn.index(True) if True in is_turn else None], default=str)

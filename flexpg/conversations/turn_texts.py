@@ -70,7 +70,9 @@ def turn_texts(
     for form in forms:
         chat = _Chat(template, form, tools, template_options)
         try:
-            return [chat.turn(j) for j in trained]
+            found = [chat.turn(j) for j in trained]
+            chat.check_users(trained[-1], found[-1].history)
+            return found
         except Exception as error:  # templates raise TemplateError, TypeError and others
             errors.append(error)
     other = (error for error in errors if isinstance(error, ValueError) and LEFT_OUT not in str(error))
@@ -119,6 +121,13 @@ class _Chat:
             text = text.replace(f'"{mark}"', arguments).replace(mark, arguments)
         return text
 
+    def check_users(self, j: int, history: str) -> None:
+        """Raise ValueError if a template leaves out what a user wrote before message j."""
+        for i, message in enumerate(self.messages[:j]):
+            if message["role"] == "user" and _text_of(message).strip() not in history:
+                text = _text_of(message).strip()[:40]
+                raise ValueError(f"messages[{i}]: the template {LEFT_OUT} {text!r}; use a template that renders it")
+
     def turn(self, j: int) -> TurnText:
         """Return message j after its history."""
         before, message = self.messages[:j], self.messages[j]
@@ -127,8 +136,19 @@ class _Chat:
         if not history:
             raise ValueError(f"messages[{j}] must have a token before it; put a system or user message in front")
         written = _written(message, history, through)
+        if written is None and any(own.get("reasoning_content") for own in before):
+            # gpt-oss: the template drops earlier reasoning once an answer follows, which the model still saw.
+            plain = [{key: value for key, value in own.items() if key not in REASONING_KEYS} for own in before]
+            written = _written(message, self.render(plain, True), through)
         if written is None:
-            raise ValueError(_unknown_beginning(j, history, through))
+            prompted, rendered = _differing(history, through)
+            follows = j > 0 and before[-1]["role"] == "assistant"
+            raise ValueError(
+                f"messages[{j}]: where it begins is unknown: the template's generation prompt continues with "
+                f"{prompted!r}, and the message itself with {rendered!r}; use template_options under which they agree, "
+                "such as enable_thinking, a template that writes both alike, or reasoning inside the content, as the "
+                f"model wrote it{f'; or join it with messages[{j - 1}]' * follows}"
+            )
         if missing := self._left_out(j, history, written):
             raise ValueError(
                 f"messages[{j}]: the template leaves out its {missing}; use a template that renders it, or remove it "
@@ -143,6 +163,17 @@ class _Chat:
             raise ValueError(
                 f"messages[{j}] must not open <think>, which the template's generation prompt does already"
             )
+        text = _text_of(message).lstrip()
+        if text.startswith("<think>") and "</think>" not in text and "</think>" in written:  # reasoning was cut off
+            raise ValueError(
+                f"messages[{j}] must close <think>, as the template writes reasoning of its own in front; drop the "
+                "message, or set its weight to 0"
+            )
+        for key in GENERATED_KEYS:
+            if (value := message.get(key)) and value != "final":
+                without = {name: own for name, own in message.items() if name != key}
+                if self.render([*self.messages[:j], without]) == self.render(self.messages[: j + 1]):
+                    return f"{key} {value!r:.40}"
         for piece in re.split(r"</?think>", _text_of(message)):
             if piece.strip() not in written:
                 return f"text {piece.strip()[:40]!r}"
@@ -164,7 +195,8 @@ class _Chat:
                 return f"arguments of {name} as JSON"
             if f"{NAME_PROBE}{n}." not in probe:
                 return f"tool call of {name}"
-            if arguments and f"{ARGUMENT_PROBE}{n}." not in probe:
+            marks = range(1 if isinstance(arguments, str) else len(arguments))
+            if arguments and not all(f"{ARGUMENT_PROBE}{n}.{i}." in probe for i in marks):
                 return f"arguments {arguments} of {name}"
         return None
 
@@ -191,10 +223,13 @@ def _reprs(value: Any) -> Iterator[str]:
         for own in value.values():
             yield from _reprs(own)
     elif isinstance(value, list):
+        if str(value) != json.dumps(value, ensure_ascii=False):
+            yield str(value)
         for own in value:
             yield from _reprs(own)
 
 
+GENERATED_KEYS = ("channel", "recipient", "tool_plan")  # what models write besides content: Harmony, Command R
 REASONING_PROBE, NAME_PROBE, ARGUMENT_PROBE = "flexpg-reasoning", "flexpg-name-", "flexpg-argument-"
 
 
@@ -205,9 +240,11 @@ def _probe(message: Message) -> Message:
         probe |= dict.fromkeys(REASONING_KEYS, REASONING_PROBE)
     calls = []
     for n, call in enumerate(message.get("tool_calls") or ()):
-        own, arguments = f"{ARGUMENT_PROBE}{n}.", call["function"]["arguments"]
-        values: Any = own if isinstance(arguments, str) else dict.fromkeys(arguments, own)
-        calls.append(call | {"function": {"name": f"{NAME_PROBE}{n}.", "arguments": values}})
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        marks = [f"{ARGUMENT_PROBE}{n}.{i}." for i in range(1 if isinstance(arguments, str) else len(arguments))]
+        values: Any = marks[0] if isinstance(arguments, str) else dict(zip(arguments, marks, strict=True))
+        ids = {"id": str(call["id"]).replace(name, f"{NAME_PROBE}{n}.")} if "id" in call else {}  # Kimi's have names
+        calls.append(call | ids | {"function": {"name": f"{NAME_PROBE}{n}.", "arguments": values}})
     return probe | ({"tool_calls": calls} if calls else {})
 
 
@@ -249,14 +286,11 @@ def _text_of(message: Message) -> str:
     return content if isinstance(content, str) else content[0]["text"] if content else ""
 
 
-def _unknown_beginning(j: int, history: str, through: str) -> str:
+def _differing(history: str, through: str) -> tuple[str, str]:
+    """Return both texts around the first character in which they differ."""
     shared = _common(history, through)
-    prompted, rendered = (text[max(0, shared - 20) : shared + 20] for text in (history, through))
-    return (
-        f"messages[{j}]: where it begins is unknown: the template's generation prompt continues with {prompted!r}, and "
-        f"the message itself with {rendered!r}; use template_options under which they agree, such as enable_thinking, "
-        "a template that writes both alike, or reasoning inside the content, as the model wrote it"
-    )
+    a, b = (text[max(0, shared - 20) : shared + 20] for text in (history, through))
+    return a, b
 
 
 def _common(a: str, b: str) -> int:
