@@ -46,8 +46,12 @@ def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[d
         if PIXELS[kind] not in tensors or not tensors[PIXELS[kind]].numel():
             continue
         places = [np.flatnonzero(own == number) for own in types]
+        if not sum(map(len, places)):
+            raise ValueError(f"the rows must have {kind} tokens for their {PIXELS[kind]}, got none")
         if _has_row_per_prompt(kind, tensors):
             for n, row in enumerate(rows):
+                if not len(places[n]) and tensors[PIXELS[kind]][n].any():  # padding is zeros
+                    raise ValueError(f"row {n} must have {kind} tokens for its {PIXELS[kind]}, got none")
                 row.update({key: x[n : n + 1] for key, x in tensors.items()} if len(places[n]) else {})
             continue
         parts, sizes, _ = split_items("the batch", kind, tensors)

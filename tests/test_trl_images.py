@@ -227,6 +227,41 @@ def test_images_that_cannot_be_told_apart_are_refused():
         split_batch(types, {"pixel_values": torch.ones(3, 3, 2, 2)})
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 2)], ids=["all", "two"])
+def test_images_without_placeholders_are_refused(name, rows):
+    """As by TRL, which says what to do if the text of this error is in it."""
+    batch = batch_of(name)
+    batch["input_ids"][rows].masked_fill_(batch["input_ids"][rows] == hf.IMAGE, 5)
+    for shares in (True, False):
+        model = in_float64(hf.tiny_model(name))
+        add_fused_lm_head(model)
+        if shares:
+            share_prefixes(model)
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+            model(**batch, fused_lm_head=True)
+
+
+@pytest.mark.parametrize(("name", "has_images"), [("qwen2_5_vl", True), ("qwen2_5_vl", False), ("gemma3_vl", False)])
+def test_sampled_placeholder_without_pixels_is_a_token_as_in_trl(name, has_images):
+    batch = batch_of(name)
+    if has_images:
+        batch["input_ids"][1, -3] = hf.VIDEO
+    else:
+        batch = {key: batch[key][4:6] for key in ("input_ids", "attention_mask", "labels")}
+        batch["input_ids"][1, -3] = hf.IMAGE
+    if name == "gemma3_vl":
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    found = []
+    for shares in (True, False):
+        model = in_float64(hf.tiny_model(name))
+        add_fused_lm_head(model)
+        if shares:
+            share_prefixes(model)
+        found.append(model(**batch, fused_lm_head=True).log_probs)
+    assert (found[0] - found[1]).abs().max() < 1e-6
+
+
 def test_regroup_leaves_rows_of_tiles_with_their_prompts():
     """SmolVLM has a row of tiles per prompt; a micro-batch of as many images as rows must not be split by images."""
     batches = [

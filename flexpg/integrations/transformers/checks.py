@@ -187,7 +187,8 @@ def exact_forward(
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
-            "would differ between the copies of a prefix; disable them, as with from_pretrained(..., dropout=0)"
+            "would differ between the copies of a prefix; disable them, as with from_pretrained(..., dropout=0), or "
+            "module_dropout=0 of a PEFT adapter"
         )
 
 

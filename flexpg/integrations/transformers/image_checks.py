@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -50,6 +50,7 @@ def check_inputs(
     tree: PrefixTree,
     rollout_ids: Sequence[int] | None = None,
     advice: str = PASS_IMAGES,
+    kinds: Collection[str] = PLACEHOLDERS.keys(),
 ) -> None:
     """Check that placeholder tokens and images belong together, before anything is computed.
 
@@ -58,12 +59,13 @@ def check_inputs(
         tree: The packed sequence.
         rollout_ids: What errors call each of its sequences; None for their numbers.
         advice: What to do about a placeholder without an image.
+        kinds: Kinds of placeholders that need an image; the others are tokens like any other.
 
     Raises:
         ValueError: If a placeholder has no image, or an image another number of placeholders than the model needs.
         TypeError: If flexpg does not support images in this model.
     """
-    ids = placeholder_ids(model)
+    ids = {token: kind for token, kind in placeholder_ids(model).items() if kind in kinds}
     inputs = tree.inputs or (None,) * len(tree.lengths)
     if tree.inputs is None and (not ids or tree.max_token < min(ids)):
         return
@@ -96,8 +98,9 @@ def check_inputs(
         if len(alone):
             n, t = (int(i) for i in np.argwhere(node == alone[0])[0])
             where = f"sequence {n}" if rollout_ids is None else f"rollout {rollout_ids[n]}"
+            a = "a" if kind == "video" else "an"
             raise ValueError(
-                f"{where} has an {kind} token ({token} of {name}) at position {t} without an {kind}; {advice}"
+                f"{where} has {a} {kind} token ({token} of {name}) at position {t} without {a} {kind}; {advice}"
             )
 
 

@@ -34,6 +34,8 @@ from flexpg.prompt_inputs import PromptInputs, read_prompt_inputs
 from flexpg.tree import PrefixTree
 
 OF_IMAGES = {*INPUTS["image"], *INPUTS["video"], *TOKEN_TYPES}
+SUPPRESS = "none may be in completions (in TRL's config generation_kwargs, suppress_tokens)"
+MISMATCH = "Image features and image tokens do not match"  # as in transformers; TRL adds what to do about it
 PASSED_ON = {"use_cache", "output_router_logits", "num_items_in_batch", "return_dict"}
 
 
@@ -100,16 +102,22 @@ def _inputs(
     sequences: Sequence[Tensor], images: Mapping[str, Tensor], placeholders: Mapping[int, str]
 ) -> Sequence[PromptInputs | None] | None:
     """Return the images of each sequence; None if all are text."""
-    if not any(images[name].numel() for name in PIXELS.values() if name in images):
+    if not _kinds(images):
         return None
     types = []
     for sequence in sequences:
         tokens = sequence.numpy()
         own = np.zeros(len(tokens), dtype=np.int64)
         for number, kind in KINDS.items():
-            own[np.isin(tokens, [token for token, other in placeholders.items() if other == kind])] = number
+            if kind in _kinds(images):  # without pixels, a sampled placeholder is a token like any other
+                own[np.isin(tokens, [token for token, other in placeholders.items() if other == kind])] = number
         types.append(own)
     return read_prompt_inputs(sequences, split_batch(types, images), name="rows")
+
+
+def _kinds(images: Mapping[str, Tensor]) -> list[str]:
+    """Return what a batch has pixels of: "image", "video", both or none."""
+    return [kind for kind, name in PIXELS.items() if name in images and images[name].numel()]
 
 
 def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambda tree: None) -> None:
@@ -170,8 +178,13 @@ def _shared_forward(
     if other or input_ids is None or attention_mask is None or labels is None:
         got = ", ".join(other) or "input_ids, attention_mask or labels missing"
         raise ValueError(f"inputs must be padded text with or without images, got {got}; use TRL's own trainer")
-    batch = pack_batch(input_ids, attention_mask, labels, images, placeholders)
-    check_inputs(model, batch.tree)
+    try:
+        batch = pack_batch(input_ids, attention_mask, labels, images, placeholders)
+        check_inputs(model, batch.tree, advice=SUPPRESS, kinds=_kinds(images))
+    except ValueError as error:
+        if not _kinds(images):
+            raise
+        raise ValueError(f"{MISMATCH}: {error}") from error
     count(batch.tree)
     packed = packed_input(model, batch.tree)
     num_encoded = packed.input_ids.shape[1]
