@@ -142,7 +142,8 @@ def test_self_check_changes_nothing():
 
 def test_result_prints_one_line():
     assert re.fullmatch(
-        r"self-check passed: no leakage between completions; 3 rollouts \(\d+ packed tokens\) match the baseline: "
+        r"self-check passed: no leakage between completions \(\d+ packed tokens\); 3 of the packed rollouts match the "
+        r"baseline: "
         r"log-probabilities within \de-\d\d \(budget \de-\d\d\), gradients within \de-\d\d \(budget \de-\d\d\), "
         r"in \d+\.\d s",
         str(check(tiny_model("qwen2"))),

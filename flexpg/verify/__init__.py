@@ -51,7 +51,7 @@ class SelfCheckResult:
 
     Attributes:
         rollouts: Rollouts that were compared with the baseline.
-        tokens: Packed tokens, without padding.
+        tokens: Packed tokens of the checked micro-batches, without padding.
         logprob_error: The largest difference to the baseline, in nats.
         logprob_budget: What rounding explains, in nats.
         gradient_error: Of the parameter that is closest to its budget, relative to the norm of its gradient.
@@ -74,8 +74,9 @@ class SelfCheckResult:
     def __str__(self) -> str:
         routes = f", rounding sends {self.rerouted_tokens} tokens to other experts" if self.rerouted_tokens else ""
         return (
-            f"self-check passed: no leakage between completions; {self.rollouts} rollouts ({self.tokens} packed tokens)"
-            f" match the baseline: log-probabilities within {self.logprob_error:.0e} (budget {self.logprob_budget:.0e})"
+            f"self-check passed: no leakage between completions ({self.tokens} packed tokens); {self.rollouts} of the"
+            f" packed rollouts match the baseline: log-probabilities within {self.logprob_error:.0e}"
+            f" (budget {self.logprob_budget:.0e})"
             f", gradients within {self.gradient_error:.0e} (budget {self.gradient_budget:.0e}){routes}"
             f", in {self.seconds:.1f} s"
         )
