@@ -7,6 +7,8 @@ Axes, everywhere in this package:
     H  heads (Hq query, Hkv key/value)                D  head size
     E  width of the hidden states                     V  vocabulary
 
+In a micro-batch of n rollouts, tensors are [n, C], and C is the longest completion of these.
+
 True means "counts" in every mask.
 """
 
