@@ -153,9 +153,14 @@ class LetterChat:
         return "".join(map(chr, token_ids))
 
 
+def ends_once(message: dict[str, str]) -> bool:
+    """Return whether a text does not end with the stop token, which would be there twice and is refused."""
+    return message["role"] != "assistant" or not message["content"].endswith("$")
+
+
 TEXTS = st.text("ab$", max_size=4)
-MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXTS})
-ANSWERS = st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXTS})
+MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXTS}).filter(ends_once)
+ANSWERS = st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXTS}).filter(ends_once)
 
 
 @st.composite

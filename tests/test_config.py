@@ -148,7 +148,7 @@ SETUP_MISTAKES = [
     ("max_tokens=200", "train_problems, problem 0: prompt and completion need ", "more than max_tokens=200"),
     ("max_cache_tokens=200", "train_problems, problem 0: ", "more than max_cache_tokens=200"),
     ("train_problems.size=5", "train_problems must have at least 8 problems, got 5"),
-    ("train_problems.splitt=train", "train_problems: ", "unexpected keyword argument 'splitt'; did you mean split?"),
+    ("train_problems.splitt=train", "train_problems: ", "unexpected keyword argument 'splitt'", "you mean"),
     ("tokenizer._component_=torchtune.models.llama3.llama3_tokenizer tokenizer.path=/no", "tokenizer: ", "/no"),
     ("test_problems.size=0", "test_problems must have at least 1 problem, got 0"),
     ("test_problems.size=many", "test_problems: TypeError: 'str' object", "(given split='test', size='many')"),
