@@ -25,7 +25,17 @@ from flexpg.sample_cache import SampleBlockMask, SampleCache
 from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
 
-__all__ = ["baseline_forward", "check_rollouts", "decoder", "enable", "forward", "layers", "output", "register"]
+__all__ = [
+    "baseline_forward",
+    "check_rollouts",
+    "decoder",
+    "enable",
+    "forward",
+    "layers",
+    "logits",
+    "output",
+    "register",
+]
 
 
 def enable(model: nn.Module) -> None:
@@ -129,6 +139,13 @@ def baseline_forward(
     return run_as_forward(
         model, lambda: base_model(input_ids=input_ids, use_cache=False, return_dict=True, **images).last_hidden_state
     )
+
+
+def logits(model: nn.Module, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None) -> Tensor:
+    """Compute the logits [n, T, V] of right-padded sequences [n, T] by an ordinary call of the model."""
+    images = {} if inputs is None else baseline_arguments(unwrap(model), input_ids, inputs)
+    own: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **images).logits
+    return own
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
