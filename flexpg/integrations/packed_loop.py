@@ -132,6 +132,8 @@ def packed_logprobs(
             "rollouts must be Rollouts with max_tokens, or micro-batches, which are packed already, without, got "
             f"{type(rollouts).__name__} and max_tokens={max_tokens}"
         )
+    if entropy_grad and not return_entropy:
+        raise ValueError("return_entropy must be True with entropy_grad=True, or there is no entropy with a gradient")
     if isinstance(rollouts, Rollouts):
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
