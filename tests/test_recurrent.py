@@ -20,7 +20,8 @@ from torch import nn
 import flexpg
 from flexpg import PrefixTree, Rollouts, packed_logprobs, self_check
 from flexpg.integrations import transformers as integration
-from flexpg.integrations.transformers import recurrent
+from flexpg.integrations.transformers import recurrent, register
+from flexpg.integrations.transformers.attention import NAME
 from flexpg.integrations.transformers.segment_plan import plan_segments
 from flexpg.masks import TreeBlockMask
 
@@ -359,6 +360,13 @@ def test_compiled_recurrent_layer_raises_and_attention_compiles():
     of_kind["linear_attention"].compile(backend=compiler)
     with pytest.raises(TypeError, match=r"layers\.\d+ of Qwen3_5ForCausalLM is compiled and has a recurrent layer"):
         integration.forward(model, tree)
+
+
+def test_recurrent_model_that_was_not_enabled_is_told_to():
+    register()
+    model = hf.model_from_config(hf.HYBRIDS["qwen3_5"], attn_implementation=NAME)
+    with pytest.raises(ValueError, match=r"do not follow a packed sequence yet; call flexpg\.enable\(model\) first"):
+        integration.forward(model, three_levels().tree)
 
 
 def test_copied_recurrent_model_uses_its_own_weights():

@@ -660,6 +660,18 @@ def test_inexact_model_is_refused(what):
         share(make())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_sequence_past_learned_positions_is_refused(name):
+    changes = {"max_position_embeddings": 20, "enable_bias": False, "dropout": 0.0}
+    opt = transformers.OPTConfig(vocab_size=VOCAB, **OPT, **changes)
+    model = hf.tiny_model("gpt2", n_positions=20) if name == "gpt2" else model_from_config(opt)
+    flexpg.enable(model.eval())
+    fits = Case.from_groups([tokens(15, 1)], [[tokens(5, 2), tokens(3, 3)]])
+    assert shared_logprobs(model, fits).isfinite().all()
+    with pytest.raises(ValueError, match=r"sequences must have at most 20 tokens, the learned positions .* got 21"):
+        shared_logprobs(model, Case.from_groups([tokens(15, 1)], [[tokens(6, 2), tokens(3, 3)]]))
+
+
 @pytest.mark.parametrize("what", ["lora_dropout", "dropout", "attention_dropout"])
 def test_dropout_is_allowed_in_eval(what):
     assert share(REFUSED[what][0]().eval()).isfinite().all()
