@@ -80,7 +80,7 @@ def _shallow_copy(
         copied: The submodules to copy too, with all above them; the others are shared.
         forwards: The copies that have another forward.
     """
-    own = object.__new__(type(module))  # copy.copy() would build a module of FSDP2 anew
+    own = object.__new__(type(module))  # copy.copy() would construct a module of FSDP2 again
     state = {key: _rebound(value, module, own) for key, value in vars(module).items()}
     forward = forwards.get(module) or state.get("forward")
     if forward is not None and forward is vars(module).get("forward"):
