@@ -41,6 +41,9 @@ __all__ = [
 def enable(model: nn.Module) -> None:
     """Switch a transformers model, plain or with PEFT adapters, to the attention implementation "flexpg".
 
+    Ordinary calls equal those of "sdpa", or of "eager" where transformers' sdpa does not support the model. A model
+    that was loaded with "eager" returns no attention weights after it.
+
     >>> from transformers import AutoModelForCausalLM, Qwen2Config
     >>> config = Qwen2Config(
     ...     hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=100
