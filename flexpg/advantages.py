@@ -7,6 +7,7 @@ equal give advantages of exactly 0, where TRL's mean leaves a rounding error tha
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ ScaleRewards = Literal["group", "batch", "none"]
 
 
 def group_advantages(
-    rollouts: Rollouts, scale_rewards: ScaleRewards = "group", *, group_ids: Tensor | None = None
+    rollouts: Rollouts, scale_rewards: ScaleRewards = "group", *, group_ids: Tensor | Sequence[int] | None = None
 ) -> Tensor:
     """Compute each reward's distance from the mean of its group, divided by a standard deviation.
 
@@ -35,8 +36,8 @@ def group_advantages(
     Args:
         rollouts: The step's rollouts.
         scale_rewards: Divide by the standard deviation of the "group", of the "batch" (all N), or not ("none").
-        group_ids: [N] int64, equal where rollouts are compared with each other; None for the rollouts' own groups. The
-            trials of one task, for instance, whose prompts differ.
+        group_ids: [N] int64, a tensor or a list, equal where rollouts are compared with each other; None for the
+            rollouts' own groups. The trials of one task, for instance, whose prompts differ.
 
     Returns:
         [N] advantages in the dtype of the rewards.
@@ -53,6 +54,7 @@ def group_advantages(
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
     rewards = rollouts.rewards.double()  # the square of a reward may overflow its own dtype
+    group_ids = None if group_ids is None else torch.as_tensor(group_ids, device=rewards.device)
     if group_ids is not None and group_ids.shape != rewards.shape:
         raise ValueError(
             f"group_ids must have one entry per rollout, {list(rewards.shape)}, got {list(group_ids.shape)}; for those "

@@ -109,23 +109,37 @@ def sum_over_ranks(table: Tensor, group: ProcessGroup, backward_scale: float = 1
     return total
 
 
-def check_same_on_all_ranks(group: ProcessGroup, settings: object, tensors: Iterable[Tensor]) -> None:
-    """Check that all ranks of a group have the same settings and tensors, or they would wait for one another.
+def check_same_on_all_ranks(
+    group: ProcessGroup, settings: object, tensors: Iterable[Tensor], weights: Iterable[Tensor]
+) -> None:
+    """Check that all ranks of a group have the same settings, tensors and weights.
+
+    With other tensors they would wait for one another; with other weights, gradients would be of no model.
 
     Raises:
         ValueError: On all ranks, if they have not.
     """
+    digests: list[Any] = [None] * group.size()
+    dist.all_gather_object(digests, (_digest(tensors, settings), _digest(weights)), group)
+    for rank, (given, of_weights) in enumerate(digests):
+        if given != digests[0][0]:
+            raise ValueError(
+                f"all ranks of context_parallel must have the same rollouts and options, but those of rank {rank} of "
+                "the group are not those of rank 0"
+            )
+        if of_weights != digests[0][1]:
+            raise ValueError(
+                f"all ranks of context_parallel must have the same weights, but those of rank {rank} of the group are "
+                "not those of rank 0; seed all ranks alike before new weights such as those of LoRA are initialized, "
+                "or broadcast the weights"
+            )
+
+
+def _digest(tensors: Iterable[Tensor], settings: object = None) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in tensors:
         digest.update(repr(tensor.shape).encode() + tensor.cpu().numpy().tobytes())
-    digests: list[Any] = [None] * group.size()
-    dist.all_gather_object(digests, digest.hexdigest(), group)
-    others = [rank for rank, own in enumerate(digests) if own != digests[0]]
-    if others:
-        raise ValueError(
-            "all ranks of context_parallel must have the same rollouts and options, but those of rank "
-            f"{others[0]} of the group are not those of rank 0"
-        )
+    return digest.hexdigest()
 
 
 @contextmanager

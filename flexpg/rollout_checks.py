@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,10 +87,26 @@ def check_finite(name: str, values: Tensor, counts: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {values[tuple(index)].item()} at {where}")
 
 
-def reward_tensor(rewards: Sequence[Any] | Tensor) -> Tensor:
-    """Return [N] float32; raise if an entry is of another type."""
-    if not isinstance(rewards, Tensor):
-        for n, reward in enumerate(rewards):
-            if not isinstance(reward, SupportsFloat):
-                raise TypeError(f"rewards must be numbers, got {reward!r} at rollout {n}; leave the rollout out")
-    return torch.as_tensor(rewards, dtype=torch.float32)
+def reward_tensor(rewards: Sequence[Any] | np.ndarray | Tensor, first: int = 0) -> Tensor:
+    """Return a copy of rewards, float64 if they are a tensor or an array of that dtype, else float32.
+
+    Args:
+        rewards: [N] numbers.
+        first: The rollout of the first one, for the error if one is of another type.
+    """
+    if isinstance(rewards, np.ndarray) and rewards.dtype == np.float64:
+        rewards = torch.as_tensor(rewards)
+    if isinstance(rewards, Tensor):
+        return rewards.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32, copy=True)
+    for n, reward in enumerate(rewards):
+        if not isinstance(reward, SupportsFloat):
+            raise TypeError(f"rewards must be numbers, got {reward!r} at rollout {first + n}; leave the rollout out")
+    return torch.tensor([float(reward) for reward in rewards], dtype=torch.float32)
+
+
+def mask_tensor(mask: Any) -> Tensor:
+    """Return a completion's loss mask as bool; raise if it has another value than True, False, 1 and 0."""
+    tensor = torch.as_tensor(mask)
+    if (other := (tensor != 0) & (tensor != 1)).any():
+        raise ValueError(f"loss_mask must be True or False, or 1 or 0, for each token, got {tensor[other][0].item()}")
+    return tensor.bool()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from flexpg.rollout_checks import (
     check_prompts_repeat,
     check_shapes,
     check_tokens,
+    mask_tensor,
     read_inputs,
     reward_tensor,
 )
@@ -117,15 +118,18 @@ class Rollouts:
         Args:
             prompts: Token ids of each prompt: lists, tuples, arrays or 1-D tensors.
             completions: For each prompt, the token ids of its completions.
-            rewards: For each prompt, the rewards of its completions; or a tensor [prompts, G].
-            loss_mask: For each prompt and completion, True for tokens that count in the loss; None for all of them.
+            rewards: For each prompt, the rewards of its completions; or a tensor [prompts, G]. Tensors
+                and arrays of float64 stay float64, lists become float32.
+            loss_mask: For each prompt and completion, True or 1 for tokens that count in the loss, False or 0 for the
+                others; None to count all of them.
             prompt_inputs: For each prompt what a processor returned beside the token ids; None for text.
 
         Returns:
-            Rollouts on the device of the prompts, prompt by prompt.
+            Rollouts on the device of the prompts, prompt by prompt. What was given is copied.
 
         Raises:
-            ValueError: If the lists do not match, a prompt or completion has no token, or a reward is not finite.
+            ValueError: If the lists do not match, a prompt or completion has no token, a reward is not finite, or
+                `loss_mask` has another value.
             TypeError: If token ids are not integers.
         """
         if any(np.ndim(group) == 0 for group in rewards):
@@ -143,9 +147,11 @@ class Rollouts:
             for i, own in enumerate(group)
         ]
         device = prompt_ids[0].device if prompt_ids else torch.device("cpu")
+        starts = accumulate(sizes, initial=0)
+        reward_groups = [reward_tensor(group, n).to(device) for group, n in zip(rewards, starts, strict=False)]
         masks = None
         if loss_mask is not None:
-            masks = [torch.as_tensor(mask, dtype=torch.bool) for group in loss_mask for mask in group]
+            masks = [mask_tensor(mask) for group in loss_mask for mask in group]
             if any(mask.dim() != 1 for mask in masks):
                 raise ValueError("loss_mask must have one list per completion, got one value")
             if [len(mask) for mask in masks] != [len(own) for own in completion_ids]:
@@ -154,7 +160,7 @@ class Rollouts:
             prompts=prompt_ids,
             completions=completion_ids,
             group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
-            rewards=reward_tensor(list(chain(*rewards))).to(device),
+            rewards=torch.cat([torch.zeros(0, device=device), *reward_groups]),
             prompt_inputs=prompt_inputs,  # type: ignore[arg-type]
             loss_mask=None if masks is None else pad_sequence(masks, batch_first=True).to(device),  # type: ignore[arg-type]
         )
@@ -181,7 +187,7 @@ class Rollouts:
                 included, those of a prompt next to one another.
             attention_mask: [B, P], 1 for prompt tokens: the mask that `generate` was given. If it has a row for every
                 completion, [B * G, P], adjacent rows with the same prompt are a group.
-            rewards: [B * G] float.
+            rewards: [B * G] float; a tensor or array of float64 stays float64.
             eos_token_id: Ids that end a completion: `model.generation_config.eos_token_id`; None if none does.
             completion_lens: [B * G] int64, the length of each completion without padding; `eos_token_id` is ignored.
             prompt_inputs: For each row of `attention_mask` what a processor returned for this prompt alone, token types
@@ -244,7 +250,7 @@ class Rollouts:
         group_ids = (torch.tensor(is_new, device=sequences.device).cumsum(0) - 1).repeat_interleave(group_size)
         return cls(
             prompts=[prompt for prompt, own in zip(prompts, is_new, strict=True) if own],
-            completions=[row[:length] for row, length in zip(generated, lengths, strict=True)],
+            completions=[row[:length].clone() for row, length in zip(generated, lengths, strict=True)],
             group_ids=group_ids,
             rewards=reward_tensor(rewards).to(sequences.device),
             prompt_inputs=tuple(own for own, is_first in zip(inputs, is_new, strict=True) if is_first),

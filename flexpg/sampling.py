@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache as cached
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,12 +146,12 @@ def _uniforms(seed: int | Sequence[int] | None, num_prompts: int, group_size: in
     shape = (group_size, params.max_new_tokens)
     if params.temperature == 0:
         return torch.zeros(num_prompts * group_size, params.max_new_tokens, dtype=torch.float64)
-    if seed is None or isinstance(seed, int):
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+    if seed is None or isinstance(seed, int | np.integer):
+        generator = None if seed is None else torch.Generator().manual_seed(int(seed))
         return torch.rand((num_prompts * group_size, shape[1]), dtype=torch.float64, generator=generator)
     if len(seed) != num_prompts:
         raise ValueError(f"seed must be an int or one int per prompt, got {len(seed)} for {num_prompts} prompts")
-    generators = [torch.Generator().manual_seed(own) for own in seed]
+    generators = [torch.Generator().manual_seed(int(own)) for own in seed]
     return torch.cat([torch.rand(shape, dtype=torch.float64, generator=generator) for generator in generators])
 
 

@@ -12,7 +12,7 @@ Tokens = Tensor | np.ndarray | Sequence[int]
 
 
 def token_ids(name: str, tokens: Tokens) -> Tensor:
-    """Return token ids as a 1-D int64 tensor.
+    """Return a copy of token ids as a 1-D int64 tensor.
 
     Args:
         name: What the error calls them.
@@ -31,9 +31,10 @@ def token_ids(name: str, tokens: Tokens) -> Tensor:
         raise ValueError(f"{name} must be 1-D with at least one token id, got shape {list(tensor.shape)}")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer token ids, got {tensor.dtype}")
+    tensor = tensor.to(torch.int64, copy=True)  # before min(), which torch does not have for unsigned integers
     if (smallest := int(tensor.min())) < 0:
         raise ValueError(f"{name} must hold token ids >= 0, got {smallest}; leave padding out")
-    return tensor.long()
+    return tensor
 
 
 def lexicographic_order(arrays: Sequence[np.ndarray]) -> list[int]:

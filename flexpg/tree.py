@@ -315,7 +315,7 @@ def _group_layout(
             f"groups of {[len(group) for group in suffix_lens]} completions"
         )
     sizes = np.array([len(group) for group in suffix_lens])
-    prefix, suffix = np.array(prefix_lens), np.array(list(chain(*suffix_lens)))
+    prefix, suffix = np.asarray(prefix_lens), np.concatenate([np.asarray(own) for own in suffix_lens])
     for name, lens in (("prefix_lens", prefix), ("suffix_lens", suffix)):
         if lens.dtype.kind not in "iu" or lens.min() < 1:
             raise ValueError(f"{name} must be integers >= 1, got {lens.tolist()}")

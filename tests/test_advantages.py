@@ -45,7 +45,8 @@ def test_group_advantages_group_ids_compare_rollouts_of_different_prompts():
     rollouts = Rollouts.from_groups([[1], [1, 2], [3]], [[[4]], [[4]], [[4]]], [[1.0], [0.0], [7.0]])
     with pytest.warns(RuntimeWarning, match="every group has one rollout, so all 3 advantages are 0"):
         assert group_advantages(rollouts, "none").tolist() == [0.0, 0.0, 0.0]
-    assert group_advantages(rollouts, "none", group_ids=tokens(5, 5, 9)).tolist() == [0.5, -0.5, 0.0]
+    for group_ids in (tokens(5, 5, 9), [5, 5, 9]):
+        assert group_advantages(rollouts, "none", group_ids=group_ids).tolist() == [0.5, -0.5, 0.0]
     with pytest.raises(ValueError, match=r"group_ids must have one entry per rollout, \[3\], got \[2\]"):
         group_advantages(rollouts, group_ids=tokens(5, 5))
 

@@ -222,6 +222,13 @@ def test_split_accepts_a_window_that_hides_nothing():
         attention(*inputs, mask, window=longest - 1, backend="split")
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_attention_scale_and_softcap_must_be_finite_and_above_0(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number above 0, or None, got"):
+        attention(*random_qkv(GROUP), block_mask(GROUP), **{name: value})
+
+
 def test_attention_changed_completion_leaves_others_bitwise_identical():
     before = random_qkv(GROUP, dtype=torch.float32)
     after = [x.detach().clone() for x in before]

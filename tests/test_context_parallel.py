@@ -437,6 +437,20 @@ def test_context_parallel_ranks_with_other_rollouts_raise():
         run_processes(2, other_rollouts)
 
 
+def other_weights(rank: int) -> None:
+    dist.init_process_group("gloo")
+    model = hf.tiny_model("qwen2")
+    torch.manual_seed(rank)
+    model = flexpg.enable(hf.peft.get_peft_model(model, hf.peft.LoraConfig(target_modules=["q_proj"])))
+    next(iter(packed_logprobs(model, make_rollouts(), max_tokens=WHOLE, context_parallel=dist.group.WORLD)))
+
+
+@pytest.mark.distributed
+def test_context_parallel_ranks_with_other_lora_weights_raise():
+    with pytest.raises(ValueError, match=r"must have the same weights, .* seed all ranks alike"):
+        run_processes(2, other_weights)
+
+
 def broken_loop(rank: int) -> list[str]:
     dist.init_process_group("gloo")
     model, rollouts = make_model("qwen2"), make_rollouts()

@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from baseline import Operators, random_sequences
@@ -209,6 +210,14 @@ def test_block_mask_work_is_constant_in_calls_and_quadratic_in_blocks():
 
 
 # Use
+
+
+@pytest.mark.filterwarnings("error")
+def test_group_block_mask_accepts_tensors_and_arrays():
+    expected = group_block_mask([10, 20], [[3, 4], [5, 6]])
+    for convert in (torch.tensor, np.array):
+        found = group_block_mask(convert([10, 20]), convert([[3, 4], [5, 6]]))
+        assert torch.equal(found.tree.end, expected.tree.end)
 
 
 def test_group_block_mask_equals_mask_of_the_tree(device):

@@ -80,7 +80,7 @@ NOT_PLAIN |= {f"transformers.{name}" for name in (*hf.SINK_MODELS, "llama4")}
 ALWAYS_TIED = {"torchtune.gemma2"}
 NEVER_TIED = {"torchtune.llama3", "torchtune.mistral", "torchtune.phi3"}
 # On a CPU flex has no float64 and no backward. Each of the others would cost seconds of compilation: other numbers of
-# heads, granite's scale, and windows, softcaps and prefix caches, which test_attention.py and test_prefix.py compare.
+# heads, granite's scale, and windows, softcaps and prefix caches, which test_backends.py and test_prefix_cache.py test.
 # Importing another transformers family makes torch compile flex again (it registers outputs as pytrees), and torch 2.13
 # then writes C++ that does not compile if the length is new too (it takes "ks16" for "ks1" and a 6), hence one length.
 NOT_FLEX = NOT_PLAIN | {"float64", "checkpointed", "mha", "mqa", "prefix_cache"}

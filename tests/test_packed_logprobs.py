@@ -410,3 +410,9 @@ def test_packed_logprobs_fsdp_matches_single_process(name):
     for updates in run_processes(2, fsdp_update, name):
         for update in updates:
             assert largest_error(update, expected) < 1e-12
+
+
+def test_packed_logprobs_entropy_grad_without_return_entropy_raises():
+    model, _ = make_model("torchtune")
+    with pytest.raises(ValueError, match="return_entropy must be True with entropy_grad=True"):
+        packed_logprobs(model, make_rollouts(), max_tokens=OVERSIZED, entropy_grad=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections import Counter
 
+import accelerate
 import hf_models as hf
 import pytest
 import torch
@@ -18,7 +20,8 @@ from torch import nn
 import flexpg
 from flexpg import PrefixTree, Rollouts, packed_logprobs, self_check
 from flexpg.integrations import transformers as integration
-from flexpg.integrations.transformers import recurrent
+from flexpg.integrations.transformers import recurrent, register
+from flexpg.integrations.transformers.attention import NAME
 from flexpg.integrations.transformers.segment_plan import plan_segments
 from flexpg.masks import TreeBlockMask
 
@@ -289,6 +292,47 @@ def test_self_check_passes_a_recurrent_model(name):
 # What does not change, and what is refused.
 
 
+@pytest.mark.parametrize("is_enabled_before", [False, True])
+def test_accelerate_device_hooks_on_recurrent_layers_equal_baseline(is_enabled_before):
+    """`device_map` puts such hooks on the layers and on parts of them; here one counts its calls."""
+    calls = []
+
+    class CountingHook(accelerate.hooks.AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+
+    with float32_is_float64():
+        model, baseline = (hf.tiny_model("qwen3_5", **FLOAT64).double().eval() for _ in range(2))
+        if is_enabled_before:
+            flexpg.enable(model)
+        recurrent_layers = list(recurrent.recurrent_modules(model))
+        for module in (*model.model.layers, *recurrent_layers):
+            accelerate.hooks.add_hook_to_module(module, CountingHook("cpu", io_same_device=True))
+        assert_equal(flexpg.enable(model), baseline, branches(), 1e-10, 1e-9)
+        assert set(recurrent_layers) < set(calls)
+        calls.clear()
+        ids = torch.tensor([tokens(20, 1)])
+        assert torch.equal(model(ids).logits, baseline(ids).logits)
+        assert Counter(calls) == Counter([*model.model.layers, *recurrent_layers])
+        params = flexpg.SamplingParams(max_new_tokens=4)
+        samples, expected = (flexpg.sample(own, [tokens(9, 1)], 2, params, seed=1) for own in (model, baseline))
+    assert torch.equal(samples.logprobs, expected.logprobs)
+
+
+def test_forward_that_replaces_that_of_a_recurrent_layer_is_kept():
+    model, ids = hf.tiny_model("qwen3_5").eval(), torch.tensor([tokens(20, 1)])
+    module = next(recurrent.recurrent_modules(model))
+    module.forward = types.MethodType(
+        lambda self, *args, **kwargs: 2 * type(self).forward(self, *args, **kwargs), module
+    )
+    expected = model(ids).logits
+    flexpg.enable(model)
+    assert torch.equal(model(ids).logits, expected)
+    hidden = integration.forward(model, PrefixTree.from_groups([ids[0].tolist()], [[[3], [4]]]))
+    assert torch.allclose(integration.output(model)(hidden[0, :20]), expected[0], atol=1e-5)
+
+
 def test_ordinary_calls_of_a_recurrent_model_are_bitwise_identical():
     ids = torch.tensor([tokens(20, 1), tokens(20, 2)])
     padding = torch.ones_like(ids)
@@ -316,6 +360,13 @@ def test_compiled_recurrent_layer_raises_and_attention_compiles():
     of_kind["linear_attention"].compile(backend=compiler)
     with pytest.raises(TypeError, match=r"layers\.\d+ of Qwen3_5ForCausalLM is compiled and has a recurrent layer"):
         integration.forward(model, tree)
+
+
+def test_recurrent_model_that_was_not_enabled_is_told_to():
+    register()
+    model = hf.model_from_config(hf.HYBRIDS["qwen3_5"], attn_implementation=NAME)
+    with pytest.raises(ValueError, match=r"do not follow a packed sequence yet; call flexpg\.enable\(model\) first"):
+        integration.forward(model, three_levels().tree)
 
 
 def test_copied_recurrent_model_uses_its_own_weights():

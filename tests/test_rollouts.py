@@ -105,7 +105,7 @@ MASKS = [[[True], [False, True]], [[True, True]]]
 def assert_is_from_groups(rollouts):
     assert [s.tolist() for s in rollouts.sequences] == [[1, 2, 4], [1, 2, 5, 6], [3, 7, 8]]
     assert rollouts.prompt_lens.tolist() == [2, 2, 1] and rollouts.group_ids.tolist() == [0, 0, 1]
-    assert rollouts.rewards.tolist() == [1.0, 0.0, 0.5] and rollouts.rewards.dtype == torch.float32
+    assert rollouts.rewards.tolist() == [1.0, 0.0, 0.5]
     assert all(s.dtype == torch.int64 for s in rollouts.sequences)
 
 
@@ -117,6 +117,45 @@ def test_from_groups_accepts_lists_tuples_arrays_and_tensors(convert):
     assert_is_from_groups(rollouts)
     assert rollouts.loss_mask.tolist() == [[True, False], [False, True], [True, True]]
     assert_is_from_groups(Rollouts.from_groups(tuple(map(convert, PROMPTS)), tuple(map(tuple, completions)), rewards))
+
+
+@pytest.mark.parametrize(
+    ("convert", "dtype"),
+    [
+        (list, torch.float32),
+        (torch.tensor, torch.float32),
+        (np.array, torch.float64),
+        (lambda group: torch.tensor(group, dtype=torch.float64), torch.float64),
+    ],
+)
+def test_from_groups_rewards_of_float64_keep_their_dtype(convert, dtype):
+    rewards = [[1e8 + 1, 1e8], [0.5]]
+    found = Rollouts.from_groups(PROMPTS, COMPLETIONS, [convert(group) for group in rewards]).rewards
+    assert torch.equal(found, torch.tensor([*rewards[0], *rewards[1]], dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [0.25, NAN, -100, 2])
+def test_from_groups_loss_mask_with_another_value_raises(value):
+    masks = [[[1], [0, value]], [[True, True]]]
+    with pytest.raises(ValueError, match=r"loss_mask must be True or False, or 1 or 0, for each token, got"):
+        Rollouts.from_groups(PROMPTS, COMPLETIONS, REWARDS, loss_mask=masks)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int32"])
+def test_from_groups_accepts_arrays_of_every_integer_dtype(dtype):
+    completions = [[np.array(own, dtype=dtype) for own in group] for group in COMPLETIONS]
+    prompts = [np.array(prompt, dtype=dtype) for prompt in PROMPTS]
+    assert_is_from_groups(Rollouts.from_groups(prompts, completions, REWARDS))
+
+
+def test_from_groups_copies_what_it_is_given():
+    prompts, completions = np.array([[1, 2]]), torch.tensor([[[3], [4]]])
+    rewards = np.array([[1.0, 0.0]])
+    rollouts = Rollouts.from_groups(prompts, completions, rewards)
+    for given in (prompts, completions, rewards):
+        given[:] = 9
+    assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3], [1, 2, 4]]
+    assert rollouts.rewards.tolist() == [1.0, 0.0]
 
 
 def test_from_groups_accepts_rectangular_arrays_and_tensors(device):
@@ -187,6 +226,14 @@ def test_from_generate_cuts_left_padding_and_keeps_the_first_stop_token(eos_toke
     assert [own.tolist() for own in rollouts.completions] == completions
     assert rollouts.group_ids.tolist() == [0, 0, 1, 1] and rollouts.rewards.tolist() == [1.0, 0.0, 2.0, 3.0]
     assert rollouts.num_loss_tokens == sum(map(len, completions))
+
+
+def test_from_generate_copies_what_it_is_given():
+    sequences, rewards = torch.tensor([[1, 2, 3], [1, 2, 4]]), torch.tensor([1.0, 0.0])
+    rollouts = Rollouts.from_generate(sequences, torch.ones(1, 2), rewards, eos_token_id=None)
+    sequences[:], rewards[:] = 9, 9
+    assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3], [1, 2, 4]]
+    assert rollouts.rewards.tolist() == [1.0, 0.0]
 
 
 def test_from_generate_completion_lens_end_completions():

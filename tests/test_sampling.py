@@ -99,6 +99,7 @@ def test_seed_int_fixes_all_samples():
     state = torch.get_rng_state()
     samples = as_lists(draw(model, params, seed=1))
     assert samples == as_lists(draw(model, params, seed=1)) != as_lists(draw(model, params, seed=2))
+    assert samples == as_lists(draw(model, params, seed=np.int64(1)))
     assert len({tuple(tokens) for tokens in samples[:G]}) == G  # the samples of a prompt differ
     assert torch.equal(torch.get_rng_state(), state)
 

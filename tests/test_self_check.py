@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from baseline import in_float64, tiny_model
 from cases import tokens
 from processes import run_processes
@@ -261,6 +263,8 @@ class FunctionalDropout(nn.Module):
 class WindowInPackedTokens(nn.Module):
     """A sliding window over the packed sequence instead of the token's own sequence."""
 
+    cache_enabled = False  # read by torchtune's forward
+
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
         self.attn = attn
@@ -335,6 +339,36 @@ def test_transformers_model_that_counts_packed_tokens_is_named():
     model.model.rotary_emb.register_forward_pre_hook(count_packed_tokens, with_kwargs=True)
     with pytest.raises(SelfCheckError, match=DIFFERENT.replace("{layer}", r"model\.layers\.0")):
         check(model)
+
+
+class WithTermOfTokens(transformers.LlamaForCausalLM):
+    """Logits get a term that depends on the tokens, which no hidden state shows."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        out = super().forward(input_ids=input_ids, **kwargs)
+        out.logits = out.logits + 0.1 * F.one_hot(input_ids, out.logits.shape[-1])
+        return out
+
+
+ORDINARY = r"token \d+ of the completion of rollout \d+ has log-probability .* in an ordinary call of the model, "
+
+
+def test_logits_that_depend_on_tokens_fail():
+    with pytest.raises(SelfCheckError, match=ORDINARY):
+        check(flexpg.enable(WithTermOfTokens(copy.deepcopy(hf.CONFIGS["llama"]))))
+
+
+def test_torchtune_forward_that_changes_logits_fails():
+    model = tiny_model("llama3_2")
+    model.register_forward_hook(lambda module, args, logits: 1.1 * logits)
+    with pytest.raises(SelfCheckError, match=ORDINARY):
+        check(model)
+
+
+def test_torchtune_model_with_chunked_logits_passes():
+    model = tiny_model("llama3_2")
+    model.set_num_output_chunks(4)
+    check(model)
 
 
 def test_tokens_outside_the_loss_are_compared_too():

@@ -10,6 +10,8 @@ import importlib.util
 import json
 import re
 import sys
+import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -297,16 +299,77 @@ def test_output_gives_the_logits_of_the_model(name):
     assert torch.equal(model(input_ids=ids).logits[0], expected)
 
 
-def test_output_that_raises_leaves_the_model_unchanged():
+def test_ordinary_call_in_a_thread_during_the_output_layer_is_unchanged():
+    model, ids = flexpg.enable(hf.tiny_model("llama").eval()), torch.tensor([tokens(15, 1)])
+    expected, found = model(input_ids=ids).logits, []
+
+    def call_in_thread(*_: Any) -> None:
+        handle.remove()
+        thread = threading.Thread(target=lambda: found.append(model(input_ids=ids).logits))
+        thread.start()
+        thread.join()
+
+    handle = model.lm_head.register_forward_pre_hook(call_in_thread)
+    output(model)(torch.zeros(3, 32))
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_hooks_on_the_decoder_equal_baseline(name):
+    """They run once, on the packed sequence, and not again on its rows in the output layer."""
+    opt = transformers.OPTConfig(vocab_size=VOCAB, **OPT, dropout=0.0, enable_bias=False)
+    config = opt if name == "opt" else hf.CONFIGS[name]
+    model, baseline = float64_pair(copy.deepcopy(config))
+
+    def scale(module: nn.Module, args: tuple, out: Any) -> Any:
+        out.last_hidden_state = 1.5 * out.last_hidden_state
+        return out
+
+    for each in (model.eval(), baseline.eval()):
+        each.get_decoder().register_forward_hook(scale)
+    assert_equals_baseline(model, baseline, GROUPS, tolerance=float32_floor(2))
+
+
+@pytest.mark.parametrize("register_hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hook_on_the_whole_model_is_refused(register_hook):
+    model = flexpg.enable(hf.tiny_model("llama"))
+    getattr(model, register_hook)(lambda module, *_: None)
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM must have no forward hooks, .* or on the output layer"):
+        output(model)
+
+
+def with_doubled_logits(model: nn.Module) -> None:
+    """Replace a model's forward by a method, as liger-kernel does."""
+
+    def doubled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = type(self).forward(self, *args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    model.forward = types.MethodType(doubled, model)
+
+
+def with_device_hook(model: nn.Module) -> None:
+    with_doubled_logits(model)
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
+
+
+def with_compiled_forward(model: nn.Module) -> None:
+    with_doubled_logits(model)
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("replace_forward", [with_doubled_logits, with_device_hook, with_compiled_forward])
+def test_output_calls_a_forward_that_another_library_installed(replace_forward):
     model, ids = flexpg.enable(hf.tiny_model("llama")), torch.tensor([tokens(15, 1)])
-    expected = model(input_ids=ids).logits
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        output(model)(torch.zeros(3, 5))
-    assert "forward" not in vars(model.base_model)
-    assert torch.equal(model(input_ids=ids).logits, expected)
+    hidden, plain = model.model(input_ids=ids).last_hidden_state[0], model(input_ids=ids).logits[0]
+    replace_forward(model)
+    own = vars(model)["forward"]
+    assert torch.equal(output(model)(hidden), 2 * plain)
+    assert torch.equal(model(input_ids=ids).logits[0], 2 * plain) and vars(model)["forward"] is own
 
 
-def test_output_keeps_a_forward_that_another_library_installed():
+def test_output_keeps_a_decoder_forward_that_another_library_installed():
     model, ids = flexpg.enable(hf.tiny_model("llama")), torch.tensor([tokens(15, 1)])
     decoder, calls = model.base_model, []
     original = decoder.forward
@@ -597,6 +660,18 @@ def test_inexact_model_is_refused(what):
         share(make())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_sequence_past_learned_positions_is_refused(name):
+    changes = {"max_position_embeddings": 20, "enable_bias": False, "dropout": 0.0}
+    opt = transformers.OPTConfig(vocab_size=VOCAB, **OPT, **changes)
+    model = hf.tiny_model("gpt2", n_positions=20) if name == "gpt2" else model_from_config(opt)
+    flexpg.enable(model.eval())
+    fits = Case.from_groups([tokens(15, 1)], [[tokens(5, 2), tokens(3, 3)]])
+    assert shared_logprobs(model, fits).isfinite().all()
+    with pytest.raises(ValueError, match=r"sequences must have at most 20 tokens, the learned positions .* got 21"):
+        shared_logprobs(model, Case.from_groups([tokens(15, 1)], [[tokens(6, 2), tokens(3, 3)]]))
+
+
 @pytest.mark.parametrize("what", ["lora_dropout", "dropout", "attention_dropout"])
 def test_dropout_is_allowed_in_eval(what):
     assert share(REFUSED[what][0]().eval()).isfinite().all()
@@ -721,8 +796,16 @@ def test_shared_keys_and_fewer_queries_of_ordinary_calls_equal_sdpa(logits_to_ke
         assert torch.allclose(*each, rtol=0, atol=1e-6)
 
 
-def test_forward_that_does_not_call_its_decoder_is_refused(monkeypatch):
+def test_forward_that_does_not_call_its_decoder_is_refused():
     model = flexpg.enable(hf.tiny_model("llama"))
-    monkeypatch.setattr(model, "forward", lambda **inputs: None)
+    model.forward = types.MethodType(lambda self, **inputs: None, model)
     with pytest.raises(TypeError, match="the forward of LlamaForCausalLM does not call its LlamaModel"):
+        output(model)(torch.zeros(3, 32))
+
+
+def test_forward_that_is_replaced_by_a_function_is_refused():
+    model = flexpg.enable(hf.tiny_model("llama"))
+    original = model.forward
+    model.forward = lambda **inputs: original(**inputs)
+    with pytest.raises(TypeError, match=r"was replaced by .*; replace it by a method: model\.forward = types"):
         output(model)(torch.zeros(3, 32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,7 +50,8 @@ def attention(
         [1, Hq, S, D] in the dtype of q.
 
     Raises:
-        ValueError: If shapes do not belong to the mask's tree, or the backend does not support what is asked.
+        ValueError: If shapes do not belong to the mask's tree, `scale` or `softcap` is not a positive finite number, or
+            the backend does not support what is asked.
         TypeError: If `mask` is not a TreeBlockMask.
     """
     if not isinstance(mask, TreeBlockMask):
@@ -59,6 +61,9 @@ def attention(
             f"q must be [1, Hq, S, D] with k and v [1, Hkv, S, D], got {list(q.shape)}, {list(k.shape)} and "
             f"{list(v.shape)}"
         )
+    for name, factor in (("scale", scale), ("softcap", softcap)):
+        if factor is not None and not 0 < factor < inf:
+            raise ValueError(f"{name} must be a finite number above 0, or None, got {factor}")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [{q.shape[1]}], one logit per query head, got {list(sinks.shape)}")
     if window is not None:

@@ -66,6 +66,9 @@ class Integration(Protocol):
         `inputs` are the images of each sequence's prompt.
         """
 
+    def logits(self, model: Any, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None) -> Tensor:
+        """Compute the logits [n, T, V] of right-padded sequences [n, T] by an ordinary call of the model."""
+
     def layers(self, model: Any) -> dict[str, nn.Module]:
         """Return the decoder layers by name, in order."""
 

@@ -9,7 +9,8 @@ from contextvars import ContextVar
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 if TYPE_CHECKING:
@@ -47,6 +48,15 @@ def sums_over(model: nn.Module, group: ProcessGroup) -> bool:
                 'flattened mesh of ("data", "context")'
             )
     return True
+
+
+def first_weights(model: nn.Module) -> Tensor:
+    """Return the first weights of every trained parameter that is not sharded, float64, to compare ranks by."""
+    from torch.distributed.tensor import DTensor  # here, because it takes a second
+
+    trained = [own.detach() for own in model.parameters() if own.requires_grad and not isinstance(own, DTensor)]
+    first = [own.reshape(-1)[:8].double() for own in trained]
+    return torch.cat([own.to(first[0].device) for own in first]) if first else torch.zeros(0)
 
 
 def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from flexpg.collectives import check_same_on_all_ranks, sum_over_ranks, summed_gradients
 from flexpg.context_parallel import ContextShard
 from flexpg.integrations.framework import autocast, integration_for
-from flexpg.integrations.fsdp import run_as_forward, sharded_modules, sums_over
+from flexpg.integrations.fsdp import first_weights, run_as_forward, sharded_modules, sums_over
 from flexpg.logprobs import chunk_tokens_of_rank, token_logprobs
 from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.packing import pack
@@ -132,6 +132,8 @@ def packed_logprobs(
             "rollouts must be Rollouts with max_tokens, or micro-batches, which are packed already, without, got "
             f"{type(rollouts).__name__} and max_tokens={max_tokens}"
         )
+    if entropy_grad and not return_entropy:
+        raise ValueError("return_entropy must be True with entropy_grad=True, or there is no entropy with a gradient")
     if isinstance(rollouts, Rollouts):
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
@@ -151,7 +153,7 @@ def packed_logprobs(
         for batch in rollouts
         for own in (batch.tree.input_ids, batch.tree.end, batch.tree.node, batch.rollouts.prompt_lens, batch.loss_mask)
     )
-    check_same_on_all_ranks(group, [*options, autocast_dtype, len(rollouts)], tensors)
+    check_same_on_all_ranks(group, [*options, autocast_dtype, len(rollouts)], tensors, [first_weights(model)])
     return _over_ranks(model, _packed_logprobs(model, rollouts, *options, context, group), group)
 
 

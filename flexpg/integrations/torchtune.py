@@ -129,6 +129,12 @@ def baseline_forward(
     return run_as_forward(model, lambda: _hidden_states(model, input_ids, None, None))
 
 
+def logits(model: TransformerDecoder, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None) -> Tensor:
+    """Compute the logits [n, T, V] of right-padded sequences [n, T] by an ordinary call of the model."""
+    own: Tensor | list[Tensor] = model(input_ids)  # several chunks, if the loss asked for them
+    return torch.cat(own, 1) if isinstance(own, list) else own
+
+
 def layers(model: TransformerDecoder) -> dict[str, nn.Module]:
     """Return the decoder layers by name, in order."""
     return {f"layers.{n}": layer for n, layer in enumerate(model.layers)}

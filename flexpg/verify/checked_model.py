@@ -72,6 +72,17 @@ class CheckedModel:
                 self.model, rollouts, temperature=self.temperature, autocast_dtype=self.autocast_dtype
             )[0][0]
 
+    @torch.no_grad()
+    def own_logprobs(self, batch: MicroBatch, n: int) -> Tensor:
+        """Return the log-probabilities [C] of one rollout from the logits of an ordinary call of the model."""
+        rollouts = batch.rollouts.select([n])
+        (tokens,), prompt_len = rollouts.sequences, int(rollouts.prompt_lens)
+        with autocast(self.model, self.autocast_dtype), uncompiled(self.model):
+            logits = self.integration.logits(self.model, tokens[None], rollouts.sequence_inputs)[0, prompt_len - 1 : -1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = (logits / self.temperature).log_softmax(-1)  # [C, V]
+        return scores.gather(-1, tokens[prompt_len:, None])[:, 0]
+
     def layer_outputs(self, call: Callable[[], Tensor]) -> dict[str, Tensor]:
         """Call the model once and return the output [T, E] of every layer."""
         return record_layer_outputs(self.integration.layers(self.model), call)

@@ -98,6 +98,28 @@ def check_logprobs(
     return error, budget
 
 
+def check_own_logprobs(
+    checked: CheckedModel, batch: MicroBatch, n: int, own: Tensor, baseline: Tensor, budget: float
+) -> None:
+    """Check that an ordinary call of the model gives rollout n the log-probabilities of the baseline.
+
+    The baseline and the packed sequence both compute logits from hidden states only, so nothing else shows a forward
+    that adds something to its logits, such as a term that depends on the tokens.
+    """
+    differences = (own - baseline).abs().nan_to_num(torch.inf)
+    unit = max(1.0, float(baseline.abs().max())) * torch.finfo(torch.float32).eps  # torchtune returns float32
+    budget, c = max(budget, ULPS * unit), int(differences.argmax())
+
+    def explain() -> str:
+        return (
+            f"{token_name(batch, n, int(batch.rollouts.prompt_lens[n]) + c)} has log-probability {float(own[c]):.4f} "
+            f"in an ordinary call of the model, {float(baseline[c]):.4f} if its output layer gets the hidden states "
+            f"only; rounding explains {budget:.0e}. Logits must depend on nothing else; {ADVICE}"
+        )
+
+    checked.settle(not float(differences.max()) <= budget, explain)
+
+
 def check_gradients(
     checked: CheckedModel,
     compared: Sequence[tuple[MicroBatch, int]],

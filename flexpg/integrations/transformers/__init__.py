@@ -6,12 +6,8 @@ A model that accepts the mask need not obey it: checks.py refuses what would not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexpg.context_parallel import ContextShard
 from flexpg.integrations.fsdp import run_as_forward, sharded_modules
@@ -20,8 +16,8 @@ from flexpg.integrations.transformers.checks import check_architecture, check_no
 from flexpg.integrations.transformers.composite import backbone, language_model, path_of, set_attention, text_config
 from flexpg.integrations.transformers.image_checks import SAMPLE_TEXT, check_inputs, check_supports_images
 from flexpg.integrations.transformers.images import baseline_arguments, with_images, zero_of_towers
+from flexpg.integrations.transformers.output_layer import output
 from flexpg.integrations.transformers.recurrent import install, mask_for, sampled
-from flexpg.logprobs import OutputLayer
 from flexpg.packed_input import packed_input, whole_sequence
 from flexpg.prefix_cache import PrefixCache
 from flexpg.prompt_inputs import PromptInputs
@@ -29,11 +25,24 @@ from flexpg.sample_cache import SampleBlockMask, SampleCache
 from flexpg.sampling import Decoder
 from flexpg.tree import PrefixTree
 
-__all__ = ["baseline_forward", "check_rollouts", "decoder", "enable", "forward", "layers", "output", "register"]
+__all__ = [
+    "baseline_forward",
+    "check_rollouts",
+    "decoder",
+    "enable",
+    "forward",
+    "layers",
+    "logits",
+    "output",
+    "register",
+]
 
 
 def enable(model: nn.Module) -> None:
     """Switch a transformers model, plain or with PEFT adapters, to the attention implementation "flexpg".
+
+    Ordinary calls equal those of "sdpa", or of "eager" where transformers' sdpa does not support the model. A model
+    that was loaded with "eager" returns no attention weights after it.
 
     >>> from transformers import AutoModelForCausalLM, Qwen2Config
     >>> config = Qwen2Config(
@@ -117,50 +126,6 @@ def check_rollouts(
     check_inputs(base, tree, rollout_ids)
 
 
-def output(model: nn.Module) -> OutputLayer:
-    """Return the model's output layer: [M, E] -> logits [M, V], tied or not, with its scale and softcap.
-
-    It is the model's own forward around its decoder, so nothing that an architecture does to its logits is missed.
-
-    Raises:
-        TypeError: If the model has no output layer or, when called, its forward does not call its decoder.
-    """
-    base = unwrap(model)
-    base_model = backbone(base)
-    if base_model is base:
-        raise TypeError(f"{type(base).__name__} has no output layer; load it with AutoModelForCausalLM")
-
-    parts = base_model, base.get_decoder()  # OPT calls the inner one itself
-    decoders = {part for part in parts if isinstance(part, PreTrainedModel) and part is not base}
-
-    def logits(rows: Tensor) -> Tensor:
-        own, calls = {module: vars(module).get("forward") for module in decoders}, []
-
-        def decoder_forward(*args: Any, **kwargs: Any) -> _HiddenStates:
-            calls.append(True)
-            return _HiddenStates(last_hidden_state=rows[None])
-
-        for module in decoders:
-            module.forward = decoder_forward
-        input_ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
-        try:
-            # Not base(...): no hooks, such as those of FSDP.
-            out = base.forward(input_ids=input_ids, use_cache=False, return_dict=True)
-        finally:
-            for module, forward in own.items():
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
-        if not calls:
-            raise TypeError(
-                f"the forward of {type(base).__name__} does not call its {type(base_model).__name__}; pass an output "
-                "layer of your own to token_logprobs"
-            )
-        return out.logits[0]
-
-    return logits
-
-
 def baseline_forward(
     model: nn.Module, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None
 ) -> Tensor:
@@ -177,6 +142,13 @@ def baseline_forward(
     return run_as_forward(
         model, lambda: base_model(input_ids=input_ids, use_cache=False, return_dict=True, **images).last_hidden_state
     )
+
+
+def logits(model: nn.Module, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None) -> Tensor:
+    """Compute the logits [n, T, V] of right-padded sequences [n, T] by an ordinary call of the model."""
+    images = {} if inputs is None else baseline_arguments(unwrap(model), input_ids, inputs)
+    own: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **images).logits
+    return own
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -236,11 +208,3 @@ def decoder(model: nn.Module) -> Decoder:
         return run_as_forward(model, prefill)
 
     return decode
-
-
-class _HiddenStates(BaseModelOutputWithPast):
-    """A decoder's output of hidden states only: every other field that the model around it reads is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)

@@ -164,6 +164,11 @@ def exact_forward(
         raise ValueError(
             f'{type(base).__name__} has attn_implementation="{implementation}"; call flexpg.enable(model) first'
         )
+    if any("forward" not in vars(module) for module in recurrent_modules(language_model(base))):
+        raise ValueError(
+            f"{type(base).__name__} has recurrent layers that do not follow a packed sequence yet; call "
+            "flexpg.enable(model) first"
+        )
     check_no_dropout(model)
     _check_not_compiled(base)
     _check_tree(base, tree, tree if prefix is None else prefix, max(longest, tree.max_length))
@@ -206,6 +211,14 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, lo
     config = text_config(model)
     if tree.max_token >= (vocab := config.vocab_size):
         raise ValueError(f"token ids must be below the model's vocabulary size of {vocab}, got {tree.max_token}")
+    for path, module in language_model(model).named_modules():
+        if isinstance(module, nn.Embedding) and ("position" in path or path.endswith("wpe")):  # GPT-2's name
+            limit = config.max_position_embeddings
+            if longest > limit:
+                raise ValueError(
+                    f"sequences must have at most {limit} tokens, the learned positions (max_position_embeddings) of "
+                    f"{type(model).__name__}, got {longest}"
+                )
     shortest = min(int(tree.lengths.min()), prefix.max_length)  # a cached prompt is rotated by its own length
     rope = getattr(config, "rope_parameters", None) or {}
     for scaling in [rope] if "rope_type" in rope else rope.values():  # or one per kind of layer

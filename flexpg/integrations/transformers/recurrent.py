@@ -13,8 +13,9 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # the first since tr
 driven: ContextVar[set[nn.Module] | None] = ContextVar("driven", default=None)
 # The sampler's mask of the current forward; models drop masks of single tokens.
 sampled: ContextVar[SampleBlockMask | None] = ContextVar("sampled", default=None)
-_checked: set[type] = set()  # kinds of layers that were seen to continue from a state
+# Kinds of layers, and forwards that another library installed, that were seen to continue from a state.
+_checked: WeakSet[type | SegmentedForward] = WeakSet()
 
 _plans: WeakKeyDictionary[TreeBlockMask, Plan] = WeakKeyDictionary()
 _range_plans: WeakKeyDictionary[TreeBlockMask, list[RangePlan | None]] = WeakKeyDictionary()
@@ -108,27 +110,35 @@ class _Padding:
 
 
 class SegmentedForward:
-    """The forward of a recurrent module: its own, per segment if it gets the mask of a packed sequence."""
+    """The forward of a recurrent module: its own, per segment if it gets the mask of a packed sequence.
+
+    A forward that another library installed in the module, like accelerate's device hooks, is its own too.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module  # a copy of the model copies both
+        self.module, self.installed = module, vars(module).get("forward")  # a copy of the model copies all three
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module's output; the arguments are those of its own forward."""
-        module, own = self.module, type(self.module).forward
-        signature = inspect.signature(own)
+        module = self.module
+        own = self.installed or partial(type(module).forward, module)
+        signature = inspect.signature(type(module).forward)
         given = signature.bind(module, *args, **kwargs).arguments
         mask = given.get("attention_mask")
         mask = sampled.get() or (mask.mask if isinstance(mask, _Padding) else mask)
         if not isinstance(mask, TreeBlockMask):
-            return own(module, *args, **kwargs)
+            return own(*args, **kwargs)
         cache_name = next(name for name in CACHE_NAMES if name in signature.parameters)
-        unused, returns_tuple = unused_arguments(own), False
+        unused, returns_tuple = unused_arguments(type(module).forward), False
 
         def call(hidden: Tensor, previous: States | None) -> tuple[Tensor, States]:
             nonlocal returns_tuple
             states = SegmentStates(previous)
-            out = own(module, hidden, **unused, **{cache_name: states})
+            token = sampled.set(None)  # `own` may call a SegmentedForward, if it was installed after one
+            try:
+                out = own(hidden, **unused, **{cache_name: states})
+            finally:
+                sampled.reset(token)
             if returns_tuple := isinstance(out, tuple):
                 out = out[0]
             if not isinstance(out, Tensor):
@@ -140,7 +150,10 @@ class SegmentedForward:
 
         hidden = given["hidden_states"]
         if (modules := driven.get()) is not None:  # None in the recomputation of activation checkpointing
-            _check_continues(type(module), call, hidden)
+            key = type(module) if self.installed is None else self
+            if key not in _checked:
+                _check_continues(type(module), call, hidden)
+                _checked.add(key)
             modules.add(module)
         if isinstance(mask, SampleBlockMask):
             out = _sampled(module, call, hidden, mask)
@@ -290,8 +303,6 @@ def _check_continues(
     Raises:
         TypeError: If the outputs of two halves differ from those of the whole, or do not depend on a state.
     """
-    if kind in _checked:
-        return
     tokens = hidden[:, :8] if hidden.shape[1] >= 8 else hidden[:, :1].expand(-1, 8, -1)
     whole, _ = call(tokens, None)
     first, states = call(tokens[:, :5], None)
@@ -313,4 +324,3 @@ def _check_continues(
             f"{kind.__name__} does not continue from its state over several tokens (relative error {error:.1g}), so a "
             "prefix cannot be shared; train this model without flexpg"
         )
-    _checked.add(kind)

@@ -1,0 +1,120 @@
+"""The output layer of a transformers model: its own forward, around given hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from flexpg.integrations.transformers.checks import unwrap
+from flexpg.integrations.transformers.composite import backbone
+from flexpg.logprobs import OutputLayer
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def output(model: nn.Module) -> OutputLayer:
+    """Return the model's output layer: [M, E] -> logits [M, V], tied or not, with its scale and softcap.
+
+    It is the model's own forward around its decoder, so nothing that an architecture does to its logits is missed. It
+    runs on shallow copies, so the model does not change, and hooks on its decoder run in the packed forward only.
+
+    Raises:
+        TypeError: If the model has no output layer, has hooks that would be missed, or has a forward that was replaced
+            by a function of another kind than a method; when called, if its forward does not call its decoder.
+    """
+    base = unwrap(model)
+    base_model = backbone(base)
+    if base_model is base:
+        raise TypeError(f"{type(base).__name__} has no output layer; load it with AutoModelForCausalLM")
+    _check_hooks(base)
+    parts = base_model, base.get_decoder()  # OPT calls the inner one itself
+    decoders = {part for part in parts if isinstance(part, PreTrainedModel) and part is not base}
+    paths = [path.split(".") for path, module in base.named_modules() if module in decoders]
+    copied = {base.get_submodule(".".join(path[:n])) for path in paths for n in range(len(path) + 1)}
+
+    def logits(rows: Tensor) -> Tensor:
+        calls = []
+
+        def decoder_forward(*args: Any, **kwargs: Any) -> _HiddenStates:
+            calls.append(True)
+            return _HiddenStates(last_hidden_state=rows[None])
+
+        own: Any = _shallow_copy(base, copied, dict.fromkeys(decoders, decoder_forward))
+        input_ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
+        # Not own(...): no compiled forward of the whole model.
+        out = own.forward(input_ids=input_ids, use_cache=False, return_dict=True)
+        if not calls:
+            raise TypeError(
+                f"the forward of {type(base).__name__} does not call its {type(base_model).__name__}; pass an output "
+                "layer of your own to token_logprobs"
+            )
+        return out.logits[0]
+
+    return logits
+
+
+def _check_hooks(base: PreTrainedModel) -> None:
+    """Refuse hooks that ordinary calls of a model run, but its output layer on a few rows cannot; FSDP2's own may."""
+    for hook in (*base._forward_pre_hooks.values(), *base._forward_hooks.values()):
+        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
+            raise TypeError(
+                f"{type(base).__name__} must have no forward hooks, because its logits are computed for rows of hidden "
+                f"states instead of whole sequences, got {hook}; register it on a layer or on the output layer instead"
+            )
+
+
+def _shallow_copy(
+    module: nn.Module, copied: set[nn.Module], forwards: dict[nn.Module, Callable[..., Any]]
+) -> nn.Module:
+    """Return a copy of a module that shares its parameters, without hooks.
+
+    Args:
+        module: The module to copy.
+        copied: The submodules to copy too, with all above them; the others are shared.
+        forwards: The copies that have another forward.
+    """
+    own = object.__new__(type(module))  # copy.copy() would construct a module of FSDP2 again
+    state = {key: _rebound(value, module, own) for key, value in vars(module).items()}
+    forward = forwards.get(module) or state.get("forward")
+    if forward is not None and forward is vars(module).get("forward"):
+        raise TypeError(
+            f"the forward of {type(module).__name__} was replaced by {forward}, which cannot be called with given "
+            "hidden states; replace it by a method: model.forward = types.MethodType(function, model)"
+        )
+    parts = {
+        name: part if part not in copied else _shallow_copy(part, copied, forwards)
+        for name, part in module._modules.items()
+    }
+    vars(own).update(state, _modules=parts, _compiled_call_impl=None, **{name: {} for name in HOOKS})
+    if forward is not None:
+        vars(own)["forward"] = forward
+    return own
+
+
+def _rebound(value: Any, module: nn.Module, own: nn.Module) -> Any:
+    """Return a method of a module, compiled or not, or a partial function of the module, for its copy.
+
+    Everything else is returned as it is. Accelerate keeps the forward of a module in `_old_forward`, and replaces it by
+    a partial function.
+    """
+    value = getattr(value, "_torchdynamo_orig_callable", value)
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, own)
+    if isinstance(value, partial) and any(given is module for given in value.args):
+        return partial(value.func, *(own if given is module else given for given in value.args), **value.keywords)
+    return value
+
+
+class _HiddenStates(BaseModelOutputWithPast):
+    """A decoder's output of hidden states only: every other field that the model around it reads is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
