@@ -64,6 +64,7 @@ from flexpg.training.episodes import (
 )
 from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.event_loop import in_daemon_thread
+from flexpg.training.lr_schedule import build_lr_scheduler, step_lr_scheduler
 from flexpg.training.metrics import (
     UpdateMetrics,
     best_step,
@@ -154,7 +155,7 @@ class GRPORecipe(FTRecipeInterface):
             self.reference = flexpg.enable(load(build_model(cfg, self.dtype, self.dtype).requires_grad_(False)))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = component(cfg, "optimizer", self.trained)
-        self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer)
+        self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer)
 
         self.steps_done, self.history, self.accuracies = 0, [], {}
         if cfg.resume and earlier:
@@ -230,9 +231,10 @@ class GRPORecipe(FTRecipeInterface):
             self.log_samples(step, data, advantages)
             metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
             metrics["lr"] = float(training.get_lr(self.optimizer))  # a tensor in torchao's optimizers
-            self.lr_scheduler.step()
             self.clock.lap("train_s")
             self.steps_done = step
+            with self.saved_on_error(metrics | self.clock.seconds):
+                step_lr_scheduler(self.lr_scheduler, self.world)
             if self.engine:
                 wait([pending] if pending else [])  # its episodes are of one version of the weights
                 self.clock.lap("sample_s")
@@ -559,7 +561,8 @@ class GRPORecipe(FTRecipeInterface):
 
     def save_checkpoint(self) -> None:
         """Save the trained weights in the format that they were loaded from, over those of an earlier run."""
-        replace_weights(self.library.weights_folder(self.cfg), self.save_weights, self.world)
+        save_progress = partial(self.save_progress, self.checkpoint_dir)
+        replace_weights(self.library.weights_folder(self.cfg), self.save_weights, save_progress, self.world)
 
     def save_weights(self, folder: Path) -> None:
         """Write the trained weights in the format that they were loaded from."""

@@ -155,6 +155,11 @@ SETUP_MISTAKES = [
     ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
     ("optimizer.lr=high", "optimizer: TypeError: '<=' not supported ", "'float' and 'str' (given lr='high')"),
     ("lr_scheduler.factorr=2", "lr_scheduler: ", "factorr"),
+    (
+        "lr_scheduler._component_=torch.optim.lr_scheduler.ReduceLROnPlateau",
+        "lr_scheduler must be a scheduler whose step() needs no argument, got ReduceLROnPlateau: ",
+        "'metrics'",
+    ),
     ("dtype=fp32 param_dtype=bf16", "param_dtype must not be bf16 if dtype is fp32"),
     ("device=gpu", "device=gpu, dtype=fp32: "),
 ]

@@ -270,6 +270,18 @@ def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_p
     assert "resuming after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
 
 
+def test_lr_scheduler_that_raises_saves_the_steps_done(tmp_path, capsys):
+    options = [*SMALL, *SHORT, "num_steps=4", "lr_scheduler.max_lr=1e-3", "lr_scheduler.total_steps=1"]
+    options.append("lr_scheduler._component_=torch.optim.lr_scheduler.OneCycleLR")
+    recipe = make(tmp_path, *options)
+    with pytest.raises(ValueError, match="The specified number of total steps is 1"):
+        train(recipe)
+    assert "error: lr_scheduler cannot take another step" in capsys.readouterr().err
+    again = make(tmp_path, *options, "resume=true")
+    assert again.steps_done == len(again.history) == recipe.steps_done == 2  # torch raises one step late
+    assert torch.equal(flat(again.model.parameters()), flat(recipe.model.parameters()))
+
+
 def test_error_in_the_first_step_saves_nothing_so_that_the_run_can_start_again(tmp_path, monkeypatch):
     recipe = make(tmp_path, *SMALL, "num_steps=1")
     with monkeypatch.context() as patch:

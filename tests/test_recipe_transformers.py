@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from flexpg.training.causal_lm import tokenizer
+from flexpg.training.checkpoints import CheckpointError
 from flexpg.training.config import SETUP_ERRORS
 from flexpg.training.prompts import prompt_tokens
 from flexpg.training.tasks import ByteTokenizer
@@ -150,6 +151,21 @@ def test_resumed_run_takes_the_same_steps(tmp_path):
     assert min(entry["grad_norm"] for entry in whole.history) > 0.001
     assert_same_history(second.history, whole.history, rel=1e-9)
     assert torch.equal(flat(second.trained), flat(whole.trained))
+
+
+def test_missing_base_model_at_the_end_saves_progress_to_resume(tmp_path):
+    checkpoint = save_tiny("llama", tmp_path / "checkpoint")
+    options = (*OPTIONS, f"model.path={checkpoint}", "num_steps=1")
+    trained = train(make(tmp_path / "out", *options, config=CONFIG))
+    checkpoint.rename(tmp_path / "moved")
+    message = r"epoch_0: no file .*config.json; .*; the run is saved: free disk space, or put missing files back, and "
+    with pytest.raises(CheckpointError, match=f"{message}run again with resume=true$"):
+        trained.save_checkpoint()
+    (tmp_path / "moved").rename(checkpoint)
+    resumed = train(make(tmp_path / "out", *options, "resume=true", config=CONFIG))
+    assert resumed.is_finished() and torch.equal(flat(resumed.trained), flat(trained.trained))
+    resumed.save_checkpoint()
+    assert (tmp_path / "out/epoch_0/model.safetensors").exists()
 
 
 def test_bfloat16_run_keeps_trained_parameters_in_float32(tmp_path):

@@ -228,7 +228,7 @@ def save_weights(model: nn.Module, cfg: Any, source: None, world: World, folder:
         else get_model_state_dict(model, options=GATHER)  # on rank 0
     )
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
-    with world.raise_on_all_ranks(*WRITE_ERRORS):
+    with world.raise_on_all_ranks(*WRITE_ERRORS, ValueError):  # ValueError: of files that are read again
         if world.is_first:
             _write_weights(gathered, cfg, trained, folder)
 
