@@ -153,12 +153,33 @@ def test_resumed_run_takes_the_same_steps(tmp_path):
     assert torch.equal(flat(second.trained), flat(whole.trained))
 
 
+def test_weights_are_saved_with_the_tokenizer_that_trained(tmp_path):
+    own = AutoTokenizer.from_pretrained(TINY)
+    own.chat_template = "{{ messages[0]['content'] }}="
+    own.save_pretrained(tmp_path / "tokenizer")
+    options = (f"tokenizer.path={tmp_path / 'tokenizer'}", "prompt_format=chat")
+    make(tmp_path / "out", *OPTIONS, *options, config=CONFIG).save_checkpoint()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/epoch_0").chat_template == own.chat_template
+
+
+@pytest.mark.parametrize("part", ["epoch_0", "link", "engine/epoch_0"])
+def test_base_model_where_the_weights_are_written_is_refused(tmp_path, part):
+    (tmp_path / "link").symlink_to("epoch_0")
+    save_tiny("llama", (tmp_path / part).resolve())
+    options = (*OPTIONS, f"model.path={tmp_path / part}")
+    with pytest.raises(
+        ValueError, match=r"model.path must not be where this run writes its weights, got .*set another"
+    ):
+        make(tmp_path, *options, config=CONFIG)
+    make(tmp_path, *options, "eval_only=true", config=CONFIG)
+
+
 def test_missing_base_model_at_the_end_saves_progress_to_resume(tmp_path):
     checkpoint = save_tiny("llama", tmp_path / "checkpoint")
     options = (*OPTIONS, f"model.path={checkpoint}", "num_steps=1")
     trained = train(make(tmp_path / "out", *options, config=CONFIG))
     checkpoint.rename(tmp_path / "moved")
-    message = r"epoch_0: no file .*config.json; .*; the run is saved: free disk space, or put missing files back, and "
+    message = r"epoch_0: no file .*/checkpoint; .*; the run is saved: free disk space, or put missing files back, and "
     with pytest.raises(CheckpointError, match=f"{message}run again with resume=true$"):
         trained.save_checkpoint()
     (tmp_path / "moved").rename(checkpoint)

@@ -98,6 +98,24 @@ def library_of(model: nn.Module) -> Library:
     return library
 
 
+def refuse_own_weights(cfg: Any, option: str, base: str, place: Path) -> None:
+    """Raise ValueError if a run would load its base model from where it writes its weights.
+
+    A run that is resumed would load the trained weights as its base, and apply the adapters a second time.
+
+    Args:
+        cfg: The configuration.
+        option: The option that `base` is from.
+        base: The folder that weights are loaded from.
+        place: The folder that gets epoch_0 and adapter/epoch_0.
+    """
+    written = [folder / "epoch_0" for folder in (place, place / "adapter", Path(cfg.output_dir) / "engine")]
+    if not cfg.eval_only and Path(base).resolve() in [folder.resolve() for folder in written]:
+        raise ValueError(
+            f"{option} must not be where this run writes its weights, got {base}; set another output_dir, or move it"
+        )
+
+
 def replace_weights(place: Path, save: Callable[[Path], None], save_progress: Callable[[], None], world: World) -> None:
     """Save trained weights to a temporary folder, and rename its parts over those of an earlier run.
 
