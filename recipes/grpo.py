@@ -82,7 +82,7 @@ from flexpg.training.offloading import offload_activations
 from flexpg.training.packed_step import PackedStep, batches_to_check, check_minibatches, pack_step
 from flexpg.training.problem_order import ProblemOrder, derive_seed
 from flexpg.training.prompts import completion_groups, tokenize_problems
-from flexpg.training.resume import newest_checkpoint, read_own_progress, same_options
+from flexpg.training.resume import lock_output_dir, newest_checkpoint, read_own_progress, same_options
 from flexpg.training.reward_calls import Run, TrainerState
 from flexpg.training.rewards import Scores, add_environment, build_rewards, reward_metrics, score
 from flexpg.training.run_report import write_report
@@ -139,10 +139,7 @@ class GRPORecipe(FTRecipeInterface):
             budget = min(cfg.max_tokens, cfg.max_cache_tokens)
             of_model = self.library.max_length(self.model)
             self.max_length = longest_episode(self.environment, first_turn, budget, of_model)
-        earlier = newest_checkpoint(cfg, self.checkpoint_dir, world)
-        saved = self.library.weights_folder(cfg) / "epoch_0"
-        if world.is_first and saved.exists() and not (earlier or cfg.eval_only):
-            print(f"the trained weights in {saved} will be replaced at the end of this run")
+        earlier = newest_checkpoint(cfg, self.checkpoint_dir, self.library.weights_folder(cfg) / "epoch_0", world)
 
         self.source, weights = self.library.load_weights(cfg, self.model) if world.is_first else (None, {})
         load = partial(self.library.materialize, weights=weights, world=world, seed=cfg.seed, compile=cfg.compile)
@@ -157,6 +154,8 @@ class GRPORecipe(FTRecipeInterface):
         self.optimizer = component(cfg, "optimizer", self.trained)
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer)
 
+        self.lock = lock_output_dir(cfg, self.checkpoint_dir, earlier, world)  # of this run, until it ends
+        self.same = same_options(cfg, train_problems=self.problems, test_problems=self.test_problems)
         self.steps_done, self.history, self.accuracies = 0, [], {}
         if cfg.resume and earlier:
             self.resume(earlier)
@@ -183,7 +182,7 @@ class GRPORecipe(FTRecipeInterface):
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint of the same run."""
-        progress = read_own_progress(checkpoint, self.cfg)
+        progress = read_own_progress(checkpoint, self.cfg, self.same)
         load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
         self.steps_done, self.history = progress["steps_done"], progress["history"]
         self.accuracies = dict(progress["accuracies"])
@@ -544,7 +543,7 @@ class GRPORecipe(FTRecipeInterface):
             "history": self.history,
             "accuracies": list(self.accuracies.items()),
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "options": same_options(self.cfg),
+            "options": self.same,
         }
         best = best_step(self.accuracies) if self.cfg.keep_best_checkpoint else None
         save_checkpoint(
