@@ -279,7 +279,7 @@ class GRPORecipe(FTRecipeInterface):
                 if has_spread(own_scores.total[None]):
                     problems[n], groups[n], scores[n] = number, group, own_scores
         self.scored = list(zip([self.problems[n] for n in problems], groups, scores, strict=True))  # for log_samples
-        rewards = torch.stack([own.total for own in scores])  # [problems, G]
+        rewards = torch.stack([own.total for own in scores])  # [problems, G] float64
         data = build_rollouts(groups, rewards, self.world.device, with_logprobs=self.engine is not None)
         if self.cfg.mask_truncated_completions:
             is_finished = [episode.is_finished for group in groups for episode in group]

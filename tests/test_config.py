@@ -152,6 +152,7 @@ SETUP_MISTAKES = [
     ("tokenizer._component_=torchtune.models.llama3.llama3_tokenizer tokenizer.path=/no", "tokenizer: ", "/no"),
     ("test_problems.size=0", "test_problems must have at least 1 problem, got 0"),
     ("test_problems.size=many", "test_problems: TypeError: 'str' object", "(given split='test', size='many')"),
+    ("environment=my.Env rewards.environment.weight=1", "rewards must not have the name 'environment'"),
     ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
     ("optimizer.lr=high", "optimizer: TypeError: '<=' not supported ", "'float' and 'str' (given lr='high')"),
     ("lr_scheduler.factorr=2", "lr_scheduler: ", "factorr"),

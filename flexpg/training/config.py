@@ -326,6 +326,8 @@ def _check_values(cfg: Any) -> None:
         raise ValueError(f"sampling.temperature must be positive for rollouts, got {cfg.sampling.temperature}")
     if not (cfg.rewards or cfg.environment) or not (cfg.test_reward or cfg.environment):
         raise ValueError("rewards and test_reward must be set, unless there is an environment")
+    if cfg.environment and "environment" in cfg.rewards:
+        raise ValueError("rewards must not have the name 'environment', which is that of the environment's reward")
     if cfg.async_steps not in (0, 1) or cfg.max_resamplings < 0:
         raise ValueError(
             f"async_steps must be 0 or 1 and max_resamplings at least 0, got {cfg.async_steps} and "
