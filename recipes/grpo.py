@@ -81,7 +81,7 @@ from flexpg.training.nonfinite import abort_nonfinite
 from flexpg.training.offloading import offload_activations
 from flexpg.training.packed_step import PackedStep, batches_to_check, check_minibatches, pack_step
 from flexpg.training.problem_order import ProblemOrder, derive_seed
-from flexpg.training.prompts import completion_groups, tokenize_problems
+from flexpg.training.prompts import build_problems, completion_groups, tokenize_problems
 from flexpg.training.resume import lock_output_dir, newest_checkpoint, read_own_progress, same_options
 from flexpg.training.reward_calls import Run, TrainerState
 from flexpg.training.rewards import Scores, add_environment, build_rewards, reward_metrics, score
@@ -119,7 +119,7 @@ class GRPORecipe(FTRecipeInterface):
         cfg, world = self.cfg, self.world
         self.tokenizer = component(cfg, "tokenizer")
         self.sampling = sampling_params(cfg, self.tokenizer.stop_tokens)
-        self.problems, self.test_problems = component(cfg, "train_problems"), component(cfg, "test_problems")
+        self.problems, self.test_problems = build_problems(cfg, "train_problems"), build_problems(cfg, "test_problems")
         self.environment = build_environment(cfg.environment) if cfg.environment else None
         self.rewards = build_rewards(cfg.rewards, self.problems) if cfg.rewards else []
         self.test_reward = []  # the environment's reward
