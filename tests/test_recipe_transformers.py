@@ -254,6 +254,8 @@ def with_dropout(tmp_path: Path) -> str:
         ),
         ("compile=true", "compile must be false for transformers models"),
         ("model.path=nowhere", "tokenizer: no folder nowhere"),
+        ("model.path=recipes/assets", "tokenizer: no config.json and no tokenizer.json in recipes/assets; pass the"),
+        ("model.lora=true", "model: lora must be a mapping of options of peft.LoraConfig, got True"),
         ("model.lora.lora_dropout=0.1", r"lora.lora_dropout must be 0, got 0.1"),
         ("model.lora.modules_to_save=[lm_head]", r"lora.modules_to_save must not be set, got \['lm_head'\]"),
         pytest.param(
