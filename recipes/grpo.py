@@ -64,7 +64,7 @@ from flexpg.training.episodes import (
 )
 from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.event_loop import in_daemon_thread
-from flexpg.training.lr_schedule import build_lr_scheduler, step_lr_scheduler
+from flexpg.training.lr_schedule import build_lr_scheduler, lr_scheduler_errors
 from flexpg.training.metrics import (
     UpdateMetrics,
     best_step,
@@ -232,8 +232,8 @@ class GRPORecipe(FTRecipeInterface):
             metrics["lr"] = float(training.get_lr(self.optimizer))  # a tensor in torchao's optimizers
             self.clock.lap("train_s")
             self.steps_done = step
-            with self.saved_on_error(metrics | self.clock.seconds):
-                step_lr_scheduler(self.lr_scheduler, self.world)
+            with self.saved_on_error(metrics | self.clock.seconds), lr_scheduler_errors(self.world):
+                self.lr_scheduler.step()
             if self.engine:
                 wait([pending] if pending else [])  # its episodes are of one version of the weights
                 self.clock.lap("sample_s")

@@ -183,7 +183,7 @@ def test_missing_base_model_at_the_end_saves_progress_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match=f"{message}run again with resume=true$"):
         trained.save_checkpoint()
     (tmp_path / "moved").rename(checkpoint)
-    resumed = train(make(tmp_path / "out", *options, "resume=true", config=CONFIG))
+    resumed = make(tmp_path / "out", *options, "resume=true", config=CONFIG)
     assert resumed.is_finished() and torch.equal(flat(resumed.trained), flat(trained.trained))
     resumed.save_checkpoint()
     assert (tmp_path / "out/epoch_0/model.safetensors").exists()

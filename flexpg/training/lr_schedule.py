@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.optim import Optimizer
@@ -28,7 +30,8 @@ def build_lr_scheduler(cfg: Any, optimizer: Optimizer) -> Any:
     return scheduler
 
 
-def step_lr_scheduler(scheduler: Any, world: World) -> None:
-    """Take a step of a scheduler, and raise on all ranks if it raises on any; all ranks call it."""
+@contextmanager
+def lr_scheduler_errors(world: World) -> Iterator[None]:
+    """Raise an error of a scheduler's step on all ranks, below a line that names the option; all ranks enter it."""
     with world.raise_together(), error_context("lr_scheduler cannot take another step, such as one past its last"):
-        scheduler.step()
+        yield
