@@ -64,6 +64,7 @@ from flexpg.training.episodes import (
 )
 from flexpg.training.errors import one_line, out_of_memory_hint
 from flexpg.training.event_loop import in_daemon_thread
+from flexpg.training.lr_schedule import build_lr_scheduler, lr_scheduler_errors
 from flexpg.training.metrics import (
     UpdateMetrics,
     best_step,
@@ -80,8 +81,8 @@ from flexpg.training.nonfinite import abort_nonfinite
 from flexpg.training.offloading import offload_activations
 from flexpg.training.packed_step import PackedStep, batches_to_check, check_minibatches, pack_step
 from flexpg.training.problem_order import ProblemOrder, derive_seed
-from flexpg.training.prompts import completion_groups, tokenize_problems
-from flexpg.training.resume import newest_checkpoint, read_own_progress, same_options
+from flexpg.training.prompts import build_problems, completion_groups, tokenize_problems
+from flexpg.training.resume import lock_output_dir, newest_checkpoint, read_own_progress, same_options
 from flexpg.training.reward_calls import Run, TrainerState
 from flexpg.training.rewards import Scores, add_environment, build_rewards, reward_metrics, score
 from flexpg.training.run_report import write_report
@@ -118,7 +119,7 @@ class GRPORecipe(FTRecipeInterface):
         cfg, world = self.cfg, self.world
         self.tokenizer = component(cfg, "tokenizer")
         self.sampling = sampling_params(cfg, self.tokenizer.stop_tokens)
-        self.problems, self.test_problems = component(cfg, "train_problems"), component(cfg, "test_problems")
+        self.problems, self.test_problems = build_problems(cfg, "train_problems"), build_problems(cfg, "test_problems")
         self.environment = build_environment(cfg.environment) if cfg.environment else None
         self.rewards = build_rewards(cfg.rewards, self.problems) if cfg.rewards else []
         self.test_reward = []  # the environment's reward
@@ -138,10 +139,7 @@ class GRPORecipe(FTRecipeInterface):
             budget = min(cfg.max_tokens, cfg.max_cache_tokens)
             of_model = self.library.max_length(self.model)
             self.max_length = longest_episode(self.environment, first_turn, budget, of_model)
-        earlier = newest_checkpoint(cfg, self.checkpoint_dir, world)
-        saved = self.library.weights_folder(cfg) / "epoch_0"
-        if world.is_first and saved.exists() and not (earlier or cfg.eval_only):
-            print(f"the trained weights in {saved} will be replaced at the end of this run")
+        earlier = newest_checkpoint(cfg, self.checkpoint_dir, self.library.weights_folder(cfg) / "epoch_0", world)
 
         self.source, weights = self.library.load_weights(cfg, self.model) if world.is_first else (None, {})
         load = partial(self.library.materialize, weights=weights, world=world, seed=cfg.seed, compile=cfg.compile)
@@ -154,8 +152,10 @@ class GRPORecipe(FTRecipeInterface):
             self.reference = flexpg.enable(load(build_model(cfg, self.dtype, self.dtype).requires_grad_(False)))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = component(cfg, "optimizer", self.trained)
-        self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer)
+        self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer)
 
+        self.lock = lock_output_dir(cfg, self.checkpoint_dir, earlier, world)  # of this run, until it ends
+        self.same = same_options(cfg, train_problems=self.problems, test_problems=self.test_problems)
         self.steps_done, self.history, self.accuracies = 0, [], {}
         if cfg.resume and earlier:
             self.resume(earlier)
@@ -182,7 +182,7 @@ class GRPORecipe(FTRecipeInterface):
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint of the same run."""
-        progress = read_own_progress(checkpoint, self.cfg)
+        progress = read_own_progress(checkpoint, self.cfg, self.same)
         load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
         self.steps_done, self.history = progress["steps_done"], progress["history"]
         self.accuracies = dict(progress["accuracies"])
@@ -230,9 +230,10 @@ class GRPORecipe(FTRecipeInterface):
             self.log_samples(step, data, advantages)
             metrics |= packed.cost | self.update(step, data.rollouts, packed, advantages)
             metrics["lr"] = float(training.get_lr(self.optimizer))  # a tensor in torchao's optimizers
-            self.lr_scheduler.step()
             self.clock.lap("train_s")
             self.steps_done = step
+            with self.saved_on_error(metrics | self.clock.seconds), lr_scheduler_errors(self.world):
+                self.lr_scheduler.step()
             if self.engine:
                 wait([pending] if pending else [])  # its episodes are of one version of the weights
                 self.clock.lap("sample_s")
@@ -278,7 +279,7 @@ class GRPORecipe(FTRecipeInterface):
                 if has_spread(own_scores.total[None]):
                     problems[n], groups[n], scores[n] = number, group, own_scores
         self.scored = list(zip([self.problems[n] for n in problems], groups, scores, strict=True))  # for log_samples
-        rewards = torch.stack([own.total for own in scores])  # [problems, G]
+        rewards = torch.stack([own.total for own in scores])  # [problems, G] float64
         data = build_rollouts(groups, rewards, self.world.device, with_logprobs=self.engine is not None)
         if self.cfg.mask_truncated_completions:
             is_finished = [episode.is_finished for group in groups for episode in group]
@@ -542,7 +543,7 @@ class GRPORecipe(FTRecipeInterface):
             "history": self.history,
             "accuracies": list(self.accuracies.items()),
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "options": same_options(self.cfg),
+            "options": self.same,
         }
         best = best_step(self.accuracies) if self.cfg.keep_best_checkpoint else None
         save_checkpoint(
@@ -559,7 +560,8 @@ class GRPORecipe(FTRecipeInterface):
 
     def save_checkpoint(self) -> None:
         """Save the trained weights in the format that they were loaded from, over those of an earlier run."""
-        replace_weights(self.library.weights_folder(self.cfg), self.save_weights, self.world)
+        save_progress = partial(self.save_progress, self.checkpoint_dir)
+        replace_weights(self.library.weights_folder(self.cfg), self.save_weights, save_progress, self.world)
 
     def save_weights(self, folder: Path) -> None:
         """Write the trained weights in the format that they were loaded from."""

@@ -3,7 +3,7 @@
     python -m tests.mutations                      run all, print the table, exit with status 1 if one survives
     python -m tests.mutations "plain causal mask"  run some
     python -m tests.mutations --tests-passed       run all, after a run of the whole suite has passed
-    python -m tests.mutations --every 6 --from 1   run a sixth of them: CI takes another one for every commit
+    python -m tests.mutations --every 10 --from 1  run a tenth of them: CI takes another one for every commit
     python -m tests.mutations --all-tests NAME     run the whole suite against one, and print which tests fail
 
 They are in mutations.txt. A mutation is one edit of the source, as someone might make it by mistake; most are faults of

@@ -69,6 +69,9 @@ OPTION_ERRORS = [
     ("seed=${nowhere}", "Interpolation key 'nowhere' not found"),
     ("rewards=null", "rewards: field 'rewards' is not Optional"),
     ("rewards.correct=1", "rewards.correct: Value 1 (int) is incompatible with"),
+    ("loss=null", "loss must be a mapping, got null; leave it out for the default"),
+    ("seed=99999999999999999999", "seed must be at least 0 and below 2**63, got 99999999999999999999"),
+    ("seed=-1", "seed must be at least 0 and below 2**63, got -1"),
     ("model=5", "model must be a mapping, got 5"),
     ("rewards=my_rewards.f", "rewards must be a mapping, got 'my_rewards.f'; options of it are written rewards.NAME="),
     ("model._component_=null", "model must have a _component_, got {'_component_': None, "),
@@ -152,9 +155,16 @@ SETUP_MISTAKES = [
     ("tokenizer._component_=torchtune.models.llama3.llama3_tokenizer tokenizer.path=/no", "tokenizer: ", "/no"),
     ("test_problems.size=0", "test_problems must have at least 1 problem, got 0"),
     ("test_problems.size=many", "test_problems: TypeError: 'str' object", "(given split='test', size='many')"),
+    ("environment=my.Env rewards.environment.weight=1", "rewards must not have the name 'environment'"),
     ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+    ("optimizer.weight_decay=null", "optimizer: TypeError: '<=' not supported ", "(given weight_decay=None)"),
     ("optimizer.lr=high", "optimizer: TypeError: '<=' not supported ", "'float' and 'str' (given lr='high')"),
     ("lr_scheduler.factorr=2", "lr_scheduler: ", "factorr"),
+    (
+        "lr_scheduler._component_=torch.optim.lr_scheduler.ReduceLROnPlateau",
+        "lr_scheduler must be a scheduler whose step() needs no argument, got ReduceLROnPlateau: ",
+        "'metrics'",
+    ),
     ("dtype=fp32 param_dtype=bf16", "param_dtype must not be bf16 if dtype is fp32"),
     ("device=gpu", "device=gpu, dtype=fp32: "),
 ]
@@ -166,6 +176,17 @@ def test_setup_reports_a_mistake_before_anything_is_written(given, words, tmp_pa
         make(tmp_path / "out", "train_problems.size=16", "test_problems.size=8", *given.split())
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_home_is_expanded_in_paths_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["output_dir=~/runs/a", "checkpointer.checkpoint_dir=~/base", "test_problems.source=~/b.jsonl"]
+    cfg = load(TINY, tmp_path, *options, "test_problems.template=~/{q}", "metric_logger.log_dir=${output_dir}/logs")
+    assert cfg.output_dir == cfg.checkpointer.output_dir == f"{tmp_path}/runs/a"
+    assert (
+        cfg.metric_logger.log_dir == f"{tmp_path}/runs/a/logs" and cfg.checkpointer.checkpoint_dir == f"{tmp_path}/base"
+    )
+    assert cfg.test_problems.source == f"{tmp_path}/b.jsonl" and cfg.test_problems.template == "~/{q}"
 
 
 def test_component_error_names_existing_inputs_once(tmp_path):

@@ -16,7 +16,7 @@ from torchtune.models.qwen2._tokenizer import bytes_to_unicode
 from torchtune.models.qwen2_5 import qwen2_5_tokenizer
 
 from flexpg.training.config import component
-from flexpg.training.prompts import completion_text, prompt_tokens, tokenize_problems
+from flexpg.training.prompts import build_problems, completion_text, prompt_tokens, tokenize_problems
 from flexpg.training.tasks import ByteTokenizer, Problem
 
 
@@ -127,3 +127,19 @@ def test_problems_become_prompt_tokens_that_fit_the_model_and_the_budgets():
     for options, message in mistakes:
         with pytest.raises(ValueError, match=message):
             tokenize(**options)
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        ((problem for problem in [Problem("1+1=", "2")]), "must return a list of problems, got generator"),
+        ([{"prompt": "1+1="}], r"problem 0 must be a flexpg.training.tasks.Problem, got dict \{'prompt': '1"),
+        ([Problem("1+1=", "2"), Problem("1+1=", 2)], "problem 1: its answer must be text, got int 2"),
+        ([Problem(None, "2")], "problem 0: its prompt must be text, got NoneType None"),
+    ],
+    ids=["generator", "dicts", "int answer", "no prompt"],
+)
+def test_problems_of_a_function_are_checked_and_named(monkeypatch, problems, message):
+    monkeypatch.setattr("recipe_runs.sums", lambda: problems)
+    with pytest.raises(ValueError, match=f"^test_problems.*{message}"):
+        build_problems(OmegaConf.create({"test_problems": {"_component_": "recipe_runs.sums"}}), "test_problems")

@@ -30,6 +30,7 @@ from recipe_runs import (
     make,
     nan_gradient,
     nan_loss,
+    sums,
     train,
 )
 from torch.nn.utils import clip_grad_norm_
@@ -40,6 +41,7 @@ from flexpg.training.config import component
 from flexpg.training.episodes import StepRollouts
 from flexpg.training.errors import out_of_memory_hint
 from flexpg.training.packed_step import batches_to_check, pack_step
+from flexpg.training.tasks import Problem
 from flexpg.verify import SelfCheckError, baseline_logprobs
 from recipes import grpo_minimal
 from recipes.grpo import GRPORecipe, recipe_main
@@ -259,6 +261,10 @@ def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_p
         (["resume=true", "prompts_per_step=4"], r"prompts_per_step must be 2 to resume from"),
         (["resume=true", "optimizer.lr=1"], r"optimizer.lr must be 0.0002 to resume from .*, got 1;"),
         (["resume=true", *LORA], r"model._component_ must be "),
+        (
+            ["resume=true", "test_reward._component_=recipe_runs.group_reward"],
+            r"test_reward._component_ must be recipe_",
+        ),
         (["resume=true", "num_steps=1"], r"num_steps must be at least 2 to resume from .*step_000002"),
     ]
     for more, message in mistakes:
@@ -268,6 +274,54 @@ def test_resume_refuses_other_options_and_a_finished_run_has_nothing_to_do(tmp_p
     again.report()
     assert len(again.history) == 2 and again.is_finished()
     assert "resuming after step 2" in (printed := capsys.readouterr().out) and "held-out accuracy" in printed
+
+
+def test_resume_refuses_data_that_changed_under_the_same_options(tmp_path, monkeypatch):
+    options = [*SMALL, *SHORT, "num_steps=1", "checkpoint_every_n_steps=1"]
+    options.append("train_problems._component_=recipe_runs.sums")
+    train(make(tmp_path, *options))
+    make(tmp_path, *options, "resume=true")
+    monkeypatch.setattr("recipe_runs.sums", lambda size, **others: [*sums(size - 1), Problem("7+7:", "7+7")])
+    message = r"the data of train_problems must be 64 problems .checksum \w{8}. to resume .*, got 64 problems .checksum"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, *options, "resume=true")
+    make(tmp_path, *options, "resume=true", "eval_only=true")
+
+
+HOLD_THE_LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_second_run_in_an_output_dir_is_refused_until_the_first_dies(tmp_path):
+    make(tmp_path, *SMALL).cleanup()
+    command = [sys.executable, "-c", HOLD_THE_LOCK, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(
+            ValueError, match=f"output_dir must not be that of another run, got {tmp_path}, where one is"
+        ):
+            make(tmp_path, *SMALL)
+        make(tmp_path, *SMALL, "eval_only=true")
+        other.kill()
+        other.wait()
+    make(tmp_path, *SMALL)
+
+
+def test_lr_scheduler_that_raises_saves_the_steps_done(tmp_path, capsys):
+    options = [*SMALL, *SHORT, "num_steps=4", "lr_scheduler.max_lr=1e-3", "lr_scheduler.total_steps=1"]
+    options.append("lr_scheduler._component_=torch.optim.lr_scheduler.OneCycleLR")
+    recipe = make(tmp_path, *options)
+    with pytest.raises(ValueError, match="The specified number of total steps is 1"):
+        train(recipe)
+    assert "error: lr_scheduler cannot take another step" in capsys.readouterr().err
+    again = make(tmp_path, *options, "resume=true")
+    assert again.steps_done == len(again.history) == recipe.steps_done == 2  # torch raises one step late
+    assert torch.equal(flat(again.model.parameters()), flat(recipe.model.parameters()))
 
 
 def test_error_in_the_first_step_saves_nothing_so_that_the_run_can_start_again(tmp_path, monkeypatch):

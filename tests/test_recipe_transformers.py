@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from flexpg.training.causal_lm import tokenizer
+from flexpg.training.checkpoints import CheckpointError
 from flexpg.training.config import SETUP_ERRORS
 from flexpg.training.prompts import prompt_tokens
 from flexpg.training.tasks import ByteTokenizer
@@ -152,6 +153,42 @@ def test_resumed_run_takes_the_same_steps(tmp_path):
     assert torch.equal(flat(second.trained), flat(whole.trained))
 
 
+def test_weights_are_saved_with_the_tokenizer_that_trained(tmp_path):
+    own = AutoTokenizer.from_pretrained(TINY)
+    own.chat_template = "{{ messages[0]['content'] }}="
+    own.save_pretrained(tmp_path / "tokenizer")
+    options = (f"tokenizer.path={tmp_path / 'tokenizer'}", "prompt_format=chat")
+    make(tmp_path / "out", *OPTIONS, *options, config=CONFIG).save_checkpoint()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/epoch_0").chat_template == own.chat_template
+
+
+@pytest.mark.parametrize("part", ["epoch_0", "link", "engine/epoch_0"])
+def test_base_model_where_the_weights_are_written_is_refused(tmp_path, part):
+    (tmp_path / "link").symlink_to("epoch_0")
+    save_tiny("llama", (tmp_path / part).resolve())
+    options = (*OPTIONS, f"model.path={tmp_path / part}")
+    with pytest.raises(
+        ValueError, match=r"model.path must not be where this run writes its weights, got .*set another"
+    ):
+        make(tmp_path, *options, config=CONFIG)
+    make(tmp_path, *options, "eval_only=true", config=CONFIG)
+
+
+def test_missing_base_model_at_the_end_saves_progress_to_resume(tmp_path):
+    checkpoint = save_tiny("llama", tmp_path / "checkpoint")
+    options = (*OPTIONS, f"model.path={checkpoint}", "num_steps=1")
+    trained = train(make(tmp_path / "out", *options, config=CONFIG))
+    checkpoint.rename(tmp_path / "moved")
+    message = r"epoch_0: no file .*/checkpoint; .*; the run is saved: free disk space, or put missing files back, and "
+    with pytest.raises(CheckpointError, match=f"{message}run again with resume=true$"):
+        trained.save_checkpoint()
+    (tmp_path / "moved").rename(checkpoint)
+    resumed = make(tmp_path / "out", *options, "resume=true", config=CONFIG)
+    assert resumed.is_finished() and torch.equal(flat(resumed.trained), flat(trained.trained))
+    resumed.save_checkpoint()
+    assert (tmp_path / "out/epoch_0/model.safetensors").exists()
+
+
 def test_bfloat16_run_keeps_trained_parameters_in_float32(tmp_path):
     recipe = run(tmp_path, f"model.path={save_tiny('qwen3_5', tmp_path / 'checkpoint')}", "dtype=bf16", *LORA)
     assert min(entry["grad_norm"] for entry in recipe.history) > 0.001
@@ -217,6 +254,8 @@ def with_dropout(tmp_path: Path) -> str:
         ),
         ("compile=true", "compile must be false for transformers models"),
         ("model.path=nowhere", "tokenizer: no folder nowhere"),
+        ("model.path=recipes/assets", "tokenizer: no config.json and no tokenizer.json in recipes/assets; pass the"),
+        ("model.lora=true", "model: lora must be a mapping of options of peft.LoraConfig, got True"),
         ("model.lora.lora_dropout=0.1", r"lora.lora_dropout must be 0, got 0.1"),
         ("model.lora.modules_to_save=[lm_head]", r"lora.modules_to_save must not be set, got \['lm_head'\]"),
         pytest.param(

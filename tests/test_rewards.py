@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from flexpg.training.episodes import Episode, Turn, build_rollouts, episode_advantages
 from flexpg.training.reward_calls import Group
 from flexpg.training.rewards import Reward, build_rewards, reward_metrics, score
 from flexpg.training.tasks import Problem
@@ -131,7 +132,7 @@ def test_score_returns_the_weighted_sum_and_values_before_weighting():
         Reward("logged", lambda completion, answer: 3, 0),
     ]
     first, second = score(rewards, [group_of(["a", "bcd"]), group_of(["a"])])
-    assert first.total.dtype == torch.float32 and first.total.tolist() == [0.5, -1.5] and second.total.tolist() == [0.5]
+    assert first.total.dtype == torch.float64 and first.total.tolist() == [0.5, -1.5] and second.total.tolist() == [0.5]
     assert {name: column.tolist() for name, column in first.values.items()} == {
         "one": [1.0, 0.0],
         "length": [1.0, 3.0],
@@ -186,6 +187,44 @@ def test_nan_or_inf_reward_raises(value, of_group, capsys):
     with pytest.raises(ValueError, match=f"^{message}$"):
         score([Reward("mine", group if of_group else one)], [group_of(["a", "b"], first=4)])
     assert capsys.readouterr().err == "error: reward 'mine', rollout 5, completion 'b', answer '5'\n"
+
+
+def test_reward_or_sum_beyond_float32_names_the_reward():
+    with pytest.raises(
+        ValueError, match=r"^rewards must be at most 3.4e\+38, the largest float32, got 1e\+300 from rew"
+    ):
+        score([Reward("mine", lambda completion: 1e300)], [group_of(["a"])])
+    with pytest.raises(
+        ValueError, match=r"^the weighted sum of rewards must be at most 3.4e\+38, got .* from 'mine' for"
+    ):
+        score([Reward("mine", lambda completion: 1e38, weight=-10.0)], [group_of(["a"])])
+
+
+def test_sums_that_differ_by_rounding_are_equal():
+    rewards = [Reward(name, lambda completion: completion == "a", weight) for name, weight in (("x", 0.1), ("y", 0.2))]
+    rewards.append(Reward("z", lambda completion: completion == "b", 0.3))
+    (scores,) = score(rewards, [group_of(["a", "b"])])
+    assert 0.1 + 0.2 != 0.3 and scores.total.tolist() == [0.3, 0.3]
+
+
+def test_rewards_that_differ_beyond_float32_have_advantages():
+    offset = Reward("offset", lambda completions: [1e8 + n for n in range(len(completions))])
+    (scores,) = score([offset], [group_of(["a", "b", "c"])])
+    turns = [Turn(torch.tensor([1]), torch.tensor([2]), torch.zeros(1), True) for _ in range(3)]
+    episodes = [Episode([turn], is_finished=True) for turn in turns]
+    data = build_rollouts([episodes], scores.total[None], torch.device("cpu"), with_logprobs=False)
+    advantages = episode_advantages(data, "none")
+    assert advantages.tolist() == [-1.0, 0.0, 1.0] and advantages.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["correct", "correct/std", "environment"])
+def test_logged_metric_with_the_name_of_a_reward_is_refused(name):
+    def logs(completion, log_metric):
+        log_metric(name, 1.0)
+        return 0.0
+
+    with pytest.raises(ValueError, match=f"the name of log_metric must not be that of a reward, got '{name}'"):
+        score([Reward("correct", logs)], [group_of(["a"])])
 
 
 @pytest.mark.parametrize("values", [{0: 5.0, 1: 7.0}, {1.0, 0.0}, "10"], ids=str)

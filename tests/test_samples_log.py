@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_format_samples_shortens_long_prompts_and_completions():
     assert best.startswith("  reward 1.000 (correct 1, style -)  advantage +0.70  7 tokens, truncated  'so")
     assert best.endswith("yy#### 4'") and " ... " in best and len(best) < 180
     assert worst == "step    3  'Add.\\n2+2='"
+
+
+@pytest.mark.parametrize("line", ["not JSON", "[1]", '{"step": 1}'])
+def test_line_that_is_no_sample_is_named_and_blank_ones_are_skipped(tmp_path, line):
+    path = tmp_path / "samples.jsonl"
+    SamplesLog(path, 0).write([SAMPLE], None)
+    path.write_text("\n" + path.read_text() + "  \n")
+    assert read_samples(path) == [SAMPLE]
+    path.write_text(f"{path.read_text()}{line}\n")
+    message = rf"samples.jsonl, line 4 must be a sample that the recipe wrote, got {re.escape(repr(line))[:-1]}"
+    with pytest.raises(ValueError, match=message):
+        SamplesLog(path, 0)
 
 
 class Recorder:

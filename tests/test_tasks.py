@@ -190,6 +190,27 @@ def test_values_of_a_file_are_as_written(tmp_path):
     assert [problem.answer for problem in problems(str(tmp_path / "rows.csv"), "{q}", "{a}")] == texts
 
 
+def test_json_numbers_and_booleans_become_text_as_written(tmp_path):
+    texts = ["2.50", "1e5", "-0.0", "12345678901234567.25", "123456789012345678901234567890", "7", "true", "false"]
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"q": "x", "a": {text}}}\n' for text in texts))
+    found = problems(str(tmp_path / "rows.jsonl"), "{q}", "{a}")
+    assert [problem.answer for problem in found] == texts and found[0].columns["a"] == 2.5
+    assert problems(str(tmp_path / "rows.jsonl"), "{a:.1f}", "{q}")[0].prompt == "2.5"
+
+
+@pytest.mark.parametrize("value", ["[]", '{"b": 1}', "NaN"])
+def test_answer_that_is_not_a_scalar_is_refused(value, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f'{{"q": "x", "a": {value}}}\n')
+    with pytest.raises(ValueError, match=r"row 0: .*the answer must be a text, a number, true or false, got "):
+        problems(str(tmp_path / "rows.jsonl"), "{q}", "{a}")
+
+
+def test_csv_with_a_column_twice_raises(tmp_path):
+    (tmp_path / "rows.csv").write_text("q,a,a\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"rows.csv must name each column once in its first line, got 'a' twice"):
+        problems(str(tmp_path / "rows.csv"), "{q}", "{a}")
+
+
 @pytest.mark.parametrize("options", [{"skip": -2}, {"size": -1}, {"shots": -1}], ids=str)
 def test_negative_numbers_of_rows_raise(options, tmp_path):
     with pytest.raises(ValueError, match="skip, size and shots must be at least 0, got "):

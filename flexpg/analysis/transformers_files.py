@@ -96,9 +96,15 @@ def local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
     Raises:
-        FileNotFoundError: If the folder does not exist.
+        FileNotFoundError: If the folder does not exist, or has no tokenizer.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; pass one that holds a tokenizer")
-    # Its tokens are only counted, so it need not warn about sequences beyond the model's context.
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)
+    try:  # its tokens are only counted, so it need not warn about sequences beyond the model's context
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=UNLIMITED)
+    except Exception as error:  # of many kinds
+        if any((folder / name).is_file() for name in (*TOKENIZER_FILES, "config.json")):
+            raise
+        raise FileNotFoundError(
+            f"no config.json and no tokenizer.json in {folder}; pass the folder of a checkpoint"
+        ) from error

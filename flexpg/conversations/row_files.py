@@ -7,6 +7,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,10 @@ NAMED = 10  # skipped rows that a message names
 
 
 def read_rows(
-    path: str | Path, convert: Callable[[Row], Converted], skipped: dict[str, str] | None = None
+    path: str | Path,
+    convert: Callable[[Row], Converted],
+    skipped: dict[str, str] | None = None,
+    parse_float: Callable[[str], float] = float,
 ) -> Iterator[tuple[str, Converted]]:
     """Yield the name of every row of a file, such as "line 17", and what `convert` makes of it.
 
@@ -33,12 +37,13 @@ def read_rows(
         path: The file; "-" for standard input.
         convert: Called with each row; it may raise any exception.
         skipped: Receives why a row cannot be read or converted, by its name; None to raise an error at the first.
+        parse_float: Makes a number of a JSON file's text, for those with a point or an exponent.
 
     Raises:
         OSError: If the file cannot be read.
         ValueError: If the file, or without `skipped` a row, cannot be read or converted; with its line or number.
     """
-    for name, row in _rows(path):
+    for name, row in _rows(path, parse_float):
         try:
             converted = convert(_checked(row))
         except Exception as error:  # a chat template may raise anything
@@ -68,7 +73,7 @@ def skipped_message(skipped: Mapping[str, str]) -> str:
     return f"skipped {len(names)} row{'s' * (len(names) > 1)}: {named}; {names[0]}: {skipped[names[0]]}"
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
+def _rows(path: str | Path, parse_float: Callable[[str], float]) -> Iterator[tuple[str, Row | Exception]]:
     if Path(path).is_dir() or Path(path).suffix.lower() in OTHER_FORMATS:
         given = "a folder" if Path(path).is_dir() else Path(path).suffix
         raise ValueError(f"{path} must be a file of JSON lines, JSON or Parquet, got {given}")
@@ -83,9 +88,10 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
             raise ValueError(f"{path} must be uncompressed or gzip, got {name}; decompress it, as with `{command}`")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} must be UTF-8, got UTF-16; convert it, as with `iconv -f UTF-16 -t UTF-8`")
-    found = (
-        _parquet_rows(data, path) if data.startswith(b"PAR1") else _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path)
-    )
+    if data.startswith(b"PAR1"):
+        found = _parquet_rows(data, path)
+    else:
+        found = _json_rows(data.removeprefix(b"\xef\xbb\xbf"), path, partial(json.loads, parse_float=parse_float))
     for name, row in found:
         if isinstance(row, dict) and isinstance(row.get("simulations"), list):
             prefix = "" if name == WHOLE else f"{name}, "
@@ -95,10 +101,10 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
             yield name, row
 
 
-def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Exception]]:
+def _json_rows(data: bytes, path: str | Path, loads: Callable[..., Any]) -> Iterator[tuple[str, Row | Exception]]:
     if data.lstrip().startswith(b"["):
         try:
-            entries = json.loads(data)
+            entries = loads(data)
         except (ValueError, RecursionError) as error:
             hint = "; a line of JSON lines must be an object" if _is_list(data.lstrip().split(b"\n")[0]) else ""
             raise ValueError(f"{path} must be a JSON array: {error}{hint}") from error
@@ -106,15 +112,15 @@ def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Excep
         return
     lines = data.split(b"\n")
     first = next((line for line in lines if line.strip()), b"")
-    if isinstance(_parsed(first), Exception) and isinstance(whole := _parsed(data), dict):
+    if isinstance(_parsed(first, loads), Exception) and isinstance(whole := _parsed(data, loads), dict):
         yield WHOLE, whole
         return
-    yield from ((f"line {n}", _parsed(line)) for n, line in enumerate(lines, start=1) if line.strip())
+    yield from ((f"line {n}", _parsed(line, loads)) for n, line in enumerate(lines, start=1) if line.strip())
 
 
-def _parsed(data: bytes) -> Row | Exception:
+def _parsed(data: bytes, loads: Callable[..., Any]) -> Row | Exception:
     try:
-        parsed: Row = json.loads(data.decode())
+        parsed: Row = loads(data.decode())
     except UnicodeDecodeError as error:
         return ValueError(f"must be UTF-8: {error}")
     except (ValueError, RecursionError) as error:
@@ -123,7 +129,7 @@ def _parsed(data: bytes) -> Row | Exception:
 
 
 def _is_list(data: bytes) -> bool:
-    return isinstance(_parsed(data), list)
+    return isinstance(_parsed(data, json.loads), list)
 
 
 def _parquet_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Exception]]:

@@ -75,6 +75,8 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError(f"{error}; model.lora needs PEFT, run: pip install 'peft<0.19'") from error
+    if not isinstance(lora, Mapping):
+        raise ValueError(f"lora must be a mapping of options of peft.LoraConfig, got {lora!r}")
     if lora.get("lora_dropout"):
         raise ValueError(
             f"lora.lora_dropout must be 0, got {lora['lora_dropout']}: it would differ between the copies of a prefix"

@@ -187,9 +187,13 @@ def differences(saved: Mapping[str, Sequence[int]], needed: Mapping[str, Sequenc
 
 
 def _mark_best(folder: Path, step: int | None) -> Path | None:
-    """Write the name of the best checkpoint to a file, atomically, and return its path, None if it does not exist."""
+    """Write the name of the best checkpoint to a file, atomically, and return its path.
+
+    If there is none, or it does not exist, return None and delete the file: it would name a checkpoint that is deleted.
+    """
     best = None if step is None else folder / f"step_{step:06d}"
     if best is None or not best.exists():
+        (folder / BEST).unlink(missing_ok=True)
         return None
     unfinished = folder / f".{BEST}"
     unfinished.write_text(f"{best.name}\n")

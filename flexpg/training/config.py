@@ -197,7 +197,7 @@ def load_config(given: DictConfig) -> Any:
         given: Options of the YAML and the command line.
 
     Returns:
-        A resolved DictConfig with the fields of GRPOConfig.
+        A resolved DictConfig with the fields of GRPOConfig, in which paths have no leading `~`.
 
     Raises:
         ValueError: If an option is unknown, missing, of the wrong type or out of range.
@@ -207,6 +207,8 @@ def load_config(given: DictConfig) -> Any:
     for name, value in options.items():  # OmegaConf's errors would not name these options
         if name in (*COMPONENTS, "rewards", "sampling", "loss") and isinstance(value, list | int | float):
             raise ValueError(f"{name} must be a mapping, got {value}")
+        if name == "loss" and value is None:
+            raise ValueError("loss must be a mapping, got null; leave it out for the default")
         if name in ("rewards", "sampling") and isinstance(value, str):
             raise ValueError(f"{name} must be a mapping, got {value!r}; options of it are written {name}.NAME=VALUE")
     for name in (*COMPONENTS, "loss"):
@@ -219,6 +221,7 @@ def load_config(given: DictConfig) -> Any:
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ValueError(f"missing option {', '.join(missing)}")
         OmegaConf.resolve(cfg)
+        _expand_home(cfg)
     except OmegaConfBaseException as error:
         lines = str(error).splitlines()
         key = next((line.partition("full_key: ")[2] for line in lines if "full_key: " in line), "")
@@ -249,12 +252,14 @@ def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
         # Probably a text where a number was expected.
         is_text = isinstance(error, TypeError) and re.search(r"\bstr\b", str(error))
+        is_null = isinstance(error, TypeError) and "NoneType" in str(error)
         texts = {  # unique, in their order, and inputs only
             f"{key}={value!r}" if is_text else value: None
             for key, value in cfg[name].items()
             if key not in ("_component_", "output_dir") and isinstance(value, str) and value not in str(error)
             if is_text or Path(value).exists()
         }
+        texts |= {f"{key}={value}": None for key, value in cfg[name].items() if value is None and is_null}
         given = f" (given {', '.join(texts)})" if texts else ""  # parsers seldom name their file
         raise ValueError(f"{name}: {kind}{one_line(error)}{near_argument(loaded, error)}{given}") from error
 
@@ -297,6 +302,15 @@ def device_and_dtypes(cfg: Any) -> tuple[torch.device, torch.dtype, torch.dtype]
         raise ValueError(f"device={cfg.device}, dtype={cfg.dtype}: {error}") from None
 
 
+def _expand_home(node: Any) -> None:
+    """Replace a leading `~` in the options that are paths, at any depth."""
+    for name, value in node.items():
+        if OmegaConf.is_dict(value):
+            _expand_home(value)
+        elif isinstance(value, str) and value.startswith("~") and name.endswith(("path", "dir", "file", "source")):
+            node[name] = str(Path(value).expanduser())
+
+
 def _check_values(cfg: Any) -> None:
     """Refuse values with which a run would not do what it says."""
     for name in COMPONENTS:
@@ -305,6 +319,8 @@ def _check_values(cfg: Any) -> None:
     for name in ("num_steps", "prompts_per_step", "num_iterations", "minibatches", "eval_every_n_steps"):
         if cfg[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
+    if not 0 <= cfg.seed < 2**63:  # what torch.manual_seed takes
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {cfg.seed}")
     if cfg.context_parallel < 1:
         raise ValueError(f"context_parallel must be at least 1, got {cfg.context_parallel}")
     if Path(cfg.output_dir).is_file():
@@ -326,6 +342,8 @@ def _check_values(cfg: Any) -> None:
         raise ValueError(f"sampling.temperature must be positive for rollouts, got {cfg.sampling.temperature}")
     if not (cfg.rewards or cfg.environment) or not (cfg.test_reward or cfg.environment):
         raise ValueError("rewards and test_reward must be set, unless there is an environment")
+    if cfg.environment and "environment" in cfg.rewards:
+        raise ValueError("rewards must not have the name 'environment', which is that of the environment's reward")
     if cfg.async_steps not in (0, 1) or cfg.max_resamplings < 0:
         raise ValueError(
             f"async_steps must be 0 or 1 and max_resamplings at least 0, got {cfg.async_steps} and "

@@ -143,11 +143,11 @@ def episode_advantages(step: StepRollouts, scale_rewards: ScaleRewards) -> Tenso
         scale_rewards: As in `group_advantages`.
 
     Returns:
-        [N] float, the advantage of each rollout's episode.
+        [N] float32, the advantage of each rollout's episode.
     """
     first = step.first_turns
     own = group_advantages(step.rollouts.select(first), scale_rewards, group_ids=step.problem[first])
-    return own[step.episode]
+    return own[step.episode].float()
 
 
 def subtract_kl(step: StepRollouts, weight: float, world: World) -> tuple[StepRollouts, float]:

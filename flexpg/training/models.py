@@ -98,12 +98,33 @@ def library_of(model: nn.Module) -> Library:
     return library
 
 
-def replace_weights(place: Path, save: Callable[[Path], None], world: World) -> None:
+def refuse_own_weights(cfg: Any, option: str, base: str, place: Path) -> None:
+    """Raise ValueError if a run would load its base model from where it writes its weights.
+
+    A run that is resumed would load the trained weights as its base, and apply the adapters a second time.
+
+    Args:
+        cfg: The configuration.
+        option: The option that `base` is from.
+        base: The folder that weights are loaded from.
+        place: The folder that gets epoch_0 and adapter/epoch_0.
+    """
+    written = [folder / "epoch_0" for folder in (place, place / "adapter", Path(cfg.output_dir) / "engine")]
+    if not cfg.eval_only and Path(base).resolve() in [folder.resolve() for folder in written]:
+        raise ValueError(
+            f"{option} must not be where this run writes its weights, got {base}; set another output_dir, or move it"
+        )
+
+
+def replace_weights(place: Path, save: Callable[[Path], None], save_progress: Callable[[], None], world: World) -> None:
     """Save trained weights to a temporary folder, and rename its parts over those of an earlier run.
+
+    If they cannot be written, the progress is saved instead, so that the training is not lost.
 
     Args:
         place: The folder that gets epoch_0 and adapter/epoch_0.
         save: Writes them into the folder that it is given, on rank 0; all ranks call it.
+        save_progress: Saves a checkpoint unless there is one of the last step; all ranks call it.
         world: The ranks.
 
     Raises:
@@ -123,10 +144,15 @@ def replace_weights(place: Path, save: Callable[[Path], None], world: World) -> 
                         final.rename(new.with_name("replaced"))
                     new.rename(final)
     except ValueError as error:
-        raise CheckpointError(
-            f"the trained weights could not be written to {place / 'epoch_0'}: {error}; free disk space and run again "
-            "with resume=true"
-        ) from error
-    finally:
         if world.is_first:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)  # the checkpoint needs the space
+        failed = f"the trained weights could not be written to {place / 'epoch_0'}: {error}"
+        try:
+            save_progress()
+        except CheckpointError as other:
+            raise CheckpointError(f"{failed}; {other}") from error
+        raise CheckpointError(
+            f"{failed}; the run is saved: free disk space, or put missing files back, and run again with resume=true"
+        ) from error
+    if world.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchtune.data import Message
 
 from flexpg.training.causal_lm import CheckpointTokenizer
+from flexpg.training.config import component
 from flexpg.training.episodes import Episode
 from flexpg.training.models import library_of
 from flexpg.training.reward_calls import Group
@@ -45,6 +46,34 @@ def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "
     if end is None:
         raise ValueError(f"the tokenizer's max_seq_len={tokenizer.max_seq_len} truncates the prompt; set it to null")
     return list(first[:end])
+
+
+def build_problems(cfg: Any, name: str) -> list[Problem]:
+    """Return the problems of an option.
+
+    Args:
+        cfg: The configuration.
+        name: The option.
+
+    Raises:
+        ValueError: If its component cannot be built, or does not return a list of problems whose prompts and answers
+            are text.
+    """
+    problems = component(cfg, name)
+    if not isinstance(problems, list | tuple):
+        raise ValueError(f"{name} must return a list of problems, got {type(problems).__name__}")
+    for number, problem in enumerate(problems):
+        if not isinstance(problem, Problem):
+            kind = type(problem).__name__
+            raise ValueError(
+                f"{name}, problem {number} must be a flexpg.training.tasks.Problem, got {kind} {problem!r:.80}"
+            )
+        for field in ("prompt", "answer"):
+            if not isinstance(value := getattr(problem, field), str):
+                raise ValueError(
+                    f"{name}, problem {number}: its {field} must be text, got {type(value).__name__} {value!r:.80}"
+                )
+    return list(problems)
 
 
 def tokenize_problems(

@@ -73,12 +73,20 @@ class Log:
 
     Attributes:
         metrics: The values of `log_metric`, by name.
+        rewards: The names of rewards, which metrics must not have.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    rewards: Collection[str] = ()
 
     def log_metric(self, name: str, value: float) -> None:
-        """Append a value of a metric."""
+        """Append a value of a metric.
+
+        Raises:
+            ValueError: If a reward is logged under its name.
+        """
+        if name in self.rewards or name.removesuffix("/std") in self.rewards:
+            raise ValueError(f"the name of log_metric must not be that of a reward, got {name!r}; choose another one")
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: list[Any]) -> None:

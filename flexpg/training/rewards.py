@@ -27,6 +27,8 @@ from flexpg.training.event_loop import run_all
 from flexpg.training.reward_calls import Group, Log, Run, calls, check_names, is_factory, read_values
 from flexpg.training.tasks.problem import Problem
 
+LARGEST = torch.finfo(torch.float32).max  # of a reward
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -49,7 +51,7 @@ class Scores:
     """The rewards of a group.
 
     Attributes:
-        total: [G] float32, weighted sums.
+        total: [G] float64, weighted sums: large ones may differ by less than float32 can tell.
         values: [G] float32 per reward, before weighting; NaN where it does not apply (None).
         log: What reward functions have logged.
     """
@@ -128,9 +130,10 @@ def score(rewards: Sequence[Reward], groups: Sequence[Group], run: Run | None = 
     >>> group = Group(Problem("5 + 3 =", "8"), completions=["#### 8", "8"])
     >>> (scores,) = score([Reward("correct", number_correct), length], [group])
     >>> scores.total, scores.values["correct"]
-    (tensor([4.0000, 0.5000]), tensor([1., 0.]))
+    (tensor([4.0000, 0.5000], dtype=torch.float64), tensor([1., 0.]))
     """
-    logs = [Log() for _ in groups]
+    names = ("environment", *(reward.name for reward in rewards))
+    logs = [Log(rewards=names) for _ in groups]
     started = []  # (reward, number of the group, rollouts of the group, what the call returned)
     for reward in rewards:
         for n, (group, log) in enumerate(zip(groups, logs, strict=True)):
@@ -161,10 +164,10 @@ def add_environment(scores: Scores | None, rewards: Sequence[float]) -> Scores:
         scores: Of the reward functions; None if there is none.
         rewards: G rewards of the environment.
     """
-    own = torch.tensor(rewards)
+    own = torch.tensor(rewards, dtype=torch.float64)
     if scores is None:
-        return Scores(own, {"environment": own}, Log())
-    return Scores(scores.total + own, scores.values | {"environment": own}, scores.log)
+        return Scores(own, {"environment": own.float()}, Log())
+    return Scores(scores.total + own, scores.values | {"environment": own.float()}, scores.log)
 
 
 def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
@@ -201,8 +204,14 @@ def _scores(rewards: Sequence[Reward], group: Group, columns: Mapping[str, list[
             f"{_rollout(group, unscored[0])}"
         )
     weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
-    total = (weights[:, None] * table).nansum(0)
-    return Scores(total.float(), {name: column.float() for name, column in values.items()}, log)
+    sums = (weights[:, None] * table).nansum(0).tolist()
+    total = torch.tensor([float(f"{value:.13g}") for value in sums], dtype=torch.float64)  # 0.1 + 0.2 equals 0.3
+    if total.abs().max() > LARGEST:
+        raise ValueError(
+            f"the weighted sum of rewards must be at most {LARGEST:.3g}, got {total.tolist()} from "
+            f"{', '.join(map(repr, values))} for {_rollout(group, int(total.abs().argmax()))}"
+        )
+    return Scores(total, {name: column.float() for name, column in values.items()}, log)
 
 
 def _finite(value: float | None, where: str) -> float:
@@ -212,6 +221,8 @@ def _finite(value: float | None, where: str) -> float:
     with error_context(where):
         if not math.isfinite(value):
             raise ValueError(f"rewards must be finite, got {value} from {where}")
+        if abs(value) > LARGEST:
+            raise ValueError(f"rewards must be at most {LARGEST:.3g}, the largest float32, got {value} from {where}")
     return value
 
 

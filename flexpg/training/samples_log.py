@@ -144,11 +144,26 @@ class SamplesLog:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Return the samples in a file, none if it does not exist; a last line that was cut off is left out."""
+    """Return the samples in a file, none if it does not exist; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: If a line is not that of a sample.
+    """
     if not path.exists():
         return []
+    samples = []
     with path.open(encoding="utf-8") as file:  # other line ends than \n may be in a text
-        return [Sample(**json.loads(line)) for line in file if line.endswith("\n")]
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n") or not line.strip():
+                continue
+            try:
+                samples.append(Sample(**json.loads(line)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}, line {number} must be a sample that the recipe wrote, got {line[:80]!r}; delete the line "
+                    "or move the file"
+                ) from error
+    return samples
 
 
 def format_samples(samples: Sequence[Sample]) -> str:

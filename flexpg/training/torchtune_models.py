@@ -36,7 +36,7 @@ from flexpg.training.checkpoints import WRITE_ERRORS, differences
 from flexpg.training.config import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
-from flexpg.training.models import BROADCAST, GATHER
+from flexpg.training.models import BROADCAST, GATHER, refuse_own_weights
 
 __all__ = [
     "check_fits",
@@ -80,11 +80,13 @@ def weights_folder(cfg: Any) -> Path:
     """Return the folder in which `save_weights` creates epoch_0.
 
     Raises:
-        ValueError: If no checkpointer is configured.
+        ValueError: If no checkpointer is configured, or it loads the model from there.
     """
     if cfg.checkpointer is None:
         raise ValueError("missing option checkpointer, which loads the weights of a torchtune model")
-    return Path(cfg.checkpointer.output_dir)
+    place = Path(cfg.checkpointer.output_dir)
+    refuse_own_weights(cfg, "checkpointer.checkpoint_dir", cfg.checkpointer.checkpoint_dir, place)
+    return place
 
 
 def load_weights(cfg: Any, model: TransformerDecoder) -> tuple[Any, dict[str, Tensor]]:

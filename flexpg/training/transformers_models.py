@@ -26,7 +26,7 @@ from flexpg.integrations.transformers.composite import text_config, tower_module
 from flexpg.training.causal_lm import with_adapters
 from flexpg.training.checkpoints import WRITE_ERRORS, differences
 from flexpg.training.distributed import World
-from flexpg.training.models import BROADCAST, GATHER
+from flexpg.training.models import BROADCAST, GATHER, refuse_own_weights
 from flexpg.training.quantization import dequantized_state, quantize_weights, quantized_layers, take_weights
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "without_adapters",
 ]
 
+TOKENIZER = "flexpg.training.causal_lm.tokenizer"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -195,19 +196,20 @@ def weights_folder(cfg: Any) -> Path:
     """Return the folder in which `save_weights` creates epoch_0.
 
     Raises:
-        ValueError: If a checkpointer is configured, which nothing would use.
+        ValueError: If a checkpointer is configured, which nothing would use, or the model is loaded from there.
     """
     if cfg.checkpointer is not None:
         raise ValueError("checkpointer must not be set for a transformers model; model.path names its checkpoint")
+    refuse_own_weights(cfg, "model.path", cfg.model.path, Path(cfg.output_dir))
     return Path(cfg.output_dir)
 
 
 def save_weights(model: nn.Module, cfg: Any, source: None, world: World, folder: Path) -> None:
     """Save the weights in the checkpoint's own format; all ranks call it.
 
-    `folder`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with its
-    tokenizer. `folder`/adapter/epoch_0 holds adapters for PEFT. Files are as large as transformers writes them, so a
-    large model is sharded.
+    `folder`/epoch_0 holds the model, adapters merged into it, in the dtype of the trained parameters, with the
+    tokenizer of the run. `folder`/adapter/epoch_0 holds adapters for PEFT. Files are as large as transformers writes
+    them, so a large model is sharded.
 
     Rank 0 needs main memory for the model twice: as it is gathered (frozen parameters in the dtype of the computation;
     on one CPU the model itself), and as it is written, in the dtype of the trained parameters.
@@ -228,7 +230,7 @@ def save_weights(model: nn.Module, cfg: Any, source: None, world: World, folder:
         else get_model_state_dict(model, options=GATHER)  # on rank 0
     )
     trained = {value.dtype for value in model.parameters() if value.requires_grad}.pop()
-    with world.raise_on_all_ranks(*WRITE_ERRORS):
+    with world.raise_on_all_ranks(*WRITE_ERRORS, ValueError):  # ValueError: of files that are read again
         if world.is_first:
             _write_weights(gathered, cfg, trained, folder)
 
@@ -248,7 +250,8 @@ def _write_weights(gathered: dict[str, Any], cfg: Any, dtype: torch.dtype, folde
         saved.save_pretrained(folder / "adapter" / "epoch_0")
         saved = saved.merge_and_unload()
     saved.save_pretrained(folder / "epoch_0")
-    AutoTokenizer.from_pretrained(path).save_pretrained(folder / "epoch_0")
+    own = cfg.tokenizer.path if cfg.tokenizer["_component_"] == TOKENIZER else path  # the one that trained
+    AutoTokenizer.from_pretrained(own).save_pretrained(folder / "epoch_0")
     for file in (Path(path) / name for name in PROCESSOR_FILES):  # of a model that takes images too
         if file.exists():
             shutil.copy(file, folder / "epoch_0")

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from flexpg.conversations.row_files import read_rows
 from flexpg.training.tasks.problem import Problem
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+class WrittenFloat(float):
+    """A number whose text is the one in its JSON file: 2.50, not 2.5."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        """Return the number of a text."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __format__(self, format_spec: str) -> str:
+        return format(float(self), format_spec) if format_spec else self.text
+
 
 Template = str | Callable[[Mapping[str, Any]], str]
 
@@ -33,7 +55,8 @@ def problems(
 ) -> list[Problem]:
     r"""Return one problem per row, each with the same few-shot examples before its own question.
 
-    Templates are Python format strings over the columns: `{question}`, `{choices[0]}`; braces are doubled.
+    Templates are Python format strings over the columns: `{question}`, `{choices[0]}`; braces are doubled. Numbers of a
+    JSON file are filled in as they are written there, and booleans as true and false.
 
     Args:
         source: A .jsonl, .json, .parquet or .csv file or a folder, relative to the working directory, or a name on the
@@ -105,7 +128,7 @@ def partition_numbers(count: int, partition: str | None) -> list[int]:
 
 
 def _problem(where: str, row: Mapping[str, Any], template: str, answer: Template, context: str) -> Problem:
-    filled = _filled(where, answer, row)
+    filled = _filled(where, answer, row, is_answer=True)
     if not filled.strip() and (callable(answer) or answer.strip()):
         raise ValueError(f"{where}: the answer is empty; fill it in, or leave the row out")
     return Problem(context + _filled(where, template, row), filled, row)
@@ -118,10 +141,25 @@ def _shot(where: str, row: Mapping[str, Any], template: str, answer: Template, s
     return _filled(where, shot_template, row)
 
 
-def _filled(where: str, template: Template, row: Mapping[str, Any]) -> str:
+class _Fill(Formatter):
+    """Fill values into a template; an answer's must be scalars, because rewards compare its text."""
+
+    def __init__(self, is_answer: bool) -> None:
+        self.is_answer = is_answer
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, bool) and not format_spec:
+            value = json.dumps(value)
+        is_nan = isinstance(value, float) and not math.isfinite(value)
+        if self.is_answer and (is_nan or isinstance(value, list | dict)):
+            raise ValueError(f"the answer must be a text, a number, true or false, got {value!r:.80}")
+        return str(super().format_field(value, format_spec))
+
+
+def _filled(where: str, template: Template, row: Mapping[str, Any], *, is_answer: bool = False) -> str:
     given = {name: value for name, value in row.items() if value is not None}
     try:
-        return template.format_map(given) if isinstance(template, str) else template(given)
+        return _Fill(is_answer).vformat(template, (), given) if isinstance(template, str) else template(given)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if not isinstance(template, str) and not callable(template):
             raise ValueError(
@@ -162,7 +200,7 @@ def _rows(source: str, split: str, subset: str | None) -> list[tuple[int, dict[s
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of JSON lines or an array, with None where a row lacks a column of others."""
-    rows = [row for _, row in read_rows(path, dict)]
+    rows = [row for _, row in read_rows(path, dict, parse_float=WrittenFloat)]
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name) for name in columns} for row in rows]
 
@@ -171,9 +209,12 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a CSV file, whose cells are texts; None for an empty one."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
+            reader = csv.DictReader(file, strict=True)
+            rows, names = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"could not load {str(path)!r}: {error}") from error
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} must name each column once in its first line, got {twice[0]!r} twice")
     for n, row in enumerate(rows):
         if None in row:  # where DictReader keeps what exceeds the header
             raise ValueError(f"{path}, row {n} has more cells than the first line has names")
