@@ -350,7 +350,7 @@ class WithTermOfTokens(transformers.LlamaForCausalLM):
         return out
 
 
-ORDINARY = r"token \d+ of the completion of rollout \d+ has log-probability .* in an ordinary call of the model, "
+ORDINARY = r"token \d+ of the (prompt|completion) of rollout \d+ has log-probability .* in an ordinary call of the "
 
 
 def test_logits_that_depend_on_tokens_fail():

@@ -5,8 +5,8 @@ Three properties are tested in seconds, on micro-batches as they will be trained
 1. Isolation: when a completion is replaced, the hidden state of every token outside of it stays bitwise identical. A
    model that ignores the mask fails, and so does one that draws random numbers, because two equal forwards differ.
 2. Log-probabilities of a few rollouts equal those of the baseline: each rollout on its own, through the model's
-   own attention. Positions or windows that are counted in packed indices fail. Those of one rollout also equal those of
-   an ordinary call of the model: logits that depend on more than hidden states fail.
+   own attention. Positions or windows that are counted in packed indices fail. Those of the first tokens of a
+   rollout also equal those of an ordinary call of the model: logits that depend on more than hidden states fail.
 3. Gradients of every trained parameter, for the same rollouts.
 
 What rounding may change is measured on the spot: the baseline runs once more with every output of a layer and its
@@ -124,7 +124,7 @@ def self_check(
     for batch in batches:
         check_isolation(checked, batch)
     compared = [(batch, n) for batch in batches for n in picked_rollouts(batch)]
-    own_logprobs = checked.own_logprobs(*compared[0])
+    own_logprobs, from_hidden_states = checked.own_logprobs(*compared[0])
     with own_gradients(model):
         shared = shared_backward(checked, batches)
         norms = gradient_norms(model)
@@ -136,7 +136,7 @@ def self_check(
             perturbed = baseline_backward(checked, compared, sign=-1)
         noises = gradient_norms(model)
     error, budget = check_logprobs(checked, compared, shared, baseline, perturbed)
-    check_own_logprobs(checked, *compared[0], own_logprobs, baseline[0], budget)
+    check_own_logprobs(checked, *compared[0], own_logprobs, from_hidden_states, budget)
     gradient_error, gradient_budget = check_gradients(checked, compared, norms, errors, noises)
     tokens = sum(batch.tree.num_tokens for batch in batches)
     num_rollouts = len({int(batch.indices[n]) for batch, n in compared})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flexpg.integrations import Integration, autocast
-from flexpg.integrations.fsdp import sharded_modules
+from flexpg.integrations.fsdp import run_as_forward, sharded_modules
 from flexpg.layer_hooks import perturb_layer_outputs, record_layer_outputs, uncompiled
 from flexpg.micro_batches import MicroBatch
 from flexpg.tree import PrefixTree
@@ -19,6 +19,7 @@ from flexpg.verify.baseline import baseline_logprobs
 ALLOWANCE = 2.0  # over 20 kinds of correct models on a CPU, the largest ratio was 1.4, in bfloat16 0.8
 EXPERTS_ALLOWANCE = 8.0  # rounding may route a token to another expert
 ULPS = 64  # of a log-probability of its own size or 1: logits are some tens
+ORDINARY_TOKENS = 512  # of an ordinary call, which computes the logits of all of its tokens
 ADVICE = "train this model without sharing, or fix the layer"
 
 
@@ -73,15 +74,26 @@ class CheckedModel:
             )[0][0]
 
     @torch.no_grad()
-    def own_logprobs(self, batch: MicroBatch, n: int) -> Tensor:
-        """Return the log-probabilities [C] of one rollout from the logits of an ordinary call of the model."""
+    def own_logprobs(self, batch: MicroBatch, n: int) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities [T - 1] by an ordinary call of the model, and by its output layer only.
+
+        T are the first tokens of one rollout, as all logits are computed; all of its tokens if it has images.
+        """
         rollouts = batch.rollouts.select([n])
-        (tokens,), prompt_len = rollouts.sequences, int(rollouts.prompt_lens)
+        (tokens,), inputs = rollouts.sequences, rollouts.sequence_inputs
+        tokens = tokens if inputs else tokens[:ORDINARY_TOKENS]
+
+        def from_hidden_states() -> Tensor:
+            hidden = self.integration.baseline_forward(self.model, tokens[None], inputs)
+            return self.integration.output(self.model)(hidden[0, :-1])
+
+        def logprobs(logits: Tensor) -> Tensor:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return (logits / self.temperature).log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+
         with autocast(self.model, self.autocast_dtype), uncompiled(self.model):
-            logits = self.integration.logits(self.model, tokens[None], rollouts.sequence_inputs)[0, prompt_len - 1 : -1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = (logits / self.temperature).log_softmax(-1)  # [C, V]
-        return scores.gather(-1, tokens[prompt_len:, None])[:, 0]
+            own = logprobs(self.integration.logits(self.model, tokens[None], inputs)[0, :-1])
+            return own, logprobs(run_as_forward(self.model, from_hidden_states))
 
     def layer_outputs(self, call: Callable[[], Tensor]) -> dict[str, Tensor]:
         """Call the model once and return the output [T, E] of every layer."""

@@ -101,7 +101,7 @@ def check_logprobs(
 def check_own_logprobs(
     checked: CheckedModel, batch: MicroBatch, n: int, own: Tensor, baseline: Tensor, budget: float
 ) -> None:
-    """Check that an ordinary call of the model gives rollout n the log-probabilities of the baseline.
+    """Check that an ordinary call of the model gives rollout n's first tokens the baseline's log-probabilities.
 
     The baseline and the packed sequence both compute logits from hidden states only, so nothing else shows a forward
     that adds something to its logits, such as a term that depends on the tokens.
@@ -112,7 +112,7 @@ def check_own_logprobs(
 
     def explain() -> str:
         return (
-            f"{token_name(batch, n, int(batch.rollouts.prompt_lens[n]) + c)} has log-probability {float(own[c]):.4f} "
+            f"{token_name(batch, n, 1 + c)} has log-probability {float(own[c]):.4f} "
             f"in an ordinary call of the model, {float(baseline[c]):.4f} if its output layer gets the hidden states "
             f"only; rounding explains {budget:.0e}. Logits must depend on nothing else; {ADVICE}"
         )
