@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import baseline
@@ -356,6 +357,16 @@ ORDINARY = r"token \d+ of the (prompt|completion) of rollout \d+ has log-probabi
 def test_logits_that_depend_on_tokens_fail():
     with pytest.raises(SelfCheckError, match=ORDINARY):
         check(flexpg.enable(WithTermOfTokens(copy.deepcopy(hf.CONFIGS["llama"]))))
+
+
+def test_model_that_enters_autocast_needs_autocast_dtype():
+    """As accelerate's `prepare` makes it with mixed precision."""
+    model = flexpg.enable(hf.tiny_model("llama").float().train())
+    model.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(type(model).forward), model)
+    rollouts = Rollouts.from_groups([[1, 2, 3, 4]], [[[5, 6, 7], [5, 8]]], [[1.0, 0.0]])
+    with pytest.raises(SelfCheckError, match=r"as after accelerate's prepare, pass autocast_dtype"):
+        self_check(model, rollouts)
+    self_check(model, rollouts, autocast_dtype=torch.bfloat16)
 
 
 def test_torchtune_forward_that_changes_logits_fails():

@@ -114,7 +114,8 @@ def check_own_logprobs(
         return (
             f"{token_name(batch, n, 1 + c)} has log-probability {float(own[c]):.4f} "
             f"in an ordinary call of the model, {float(baseline[c]):.4f} if its output layer gets the hidden states "
-            f"only; rounding explains {budget:.0e}. Logits must depend on nothing else; {ADVICE}"
+            f"only; rounding explains {budget:.0e}. Logits must depend on nothing else; {ADVICE}. If the model enters "
+            "autocast by itself, as after accelerate's prepare, pass autocast_dtype"
         )
 
     checked.settle(not float(differences.max()) <= budget, explain)
