@@ -362,7 +362,7 @@ def test_compiled_recurrent_layer_raises_and_attention_compiles():
         integration.forward(model, tree)
 
 
-def test_recurrent_model_that_was_not_enabled_is_told_to():
+def test_recurrent_model_that_is_not_enabled_raises():
     register()
     model = hf.model_from_config(hf.HYBRIDS["qwen3_5"], attn_implementation=NAME)
     with pytest.raises(ValueError, match=r"do not follow a packed sequence yet; call flexpg\.enable\(model\) first"):

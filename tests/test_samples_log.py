@@ -108,7 +108,7 @@ def test_format_samples_shortens_long_prompts_and_completions():
 
 
 @pytest.mark.parametrize("line", ["not JSON", "[1]", '{"step": 1}'])
-def test_line_that_is_no_sample_is_named_and_blank_ones_are_skipped(tmp_path, line):
+def test_invalid_line_raises_and_blank_ones_are_skipped(tmp_path, line):
     path = tmp_path / "samples.jsonl"
     SamplesLog(path, 0).write([SAMPLE], None)
     path.write_text("\n" + path.read_text() + "  \n")

@@ -115,8 +115,8 @@ def _conversations_of(row: Row) -> list[Conversation]:
     if row.get("history"):  # SWE-agent: demonstrations come first, and what ended the run is no turn
         history = _messages(row, "history")
         demos = max((j for j, message in enumerate(history) if message.get("is_demo")), default=-1)
-        exit = {"weight": 0, "content": ""}
-        own = [message | exit if _is_exit(message) else message for message in history[demos + 1 :]]
+        ended = {"weight": 0, "content": ""}
+        own = [message | ended if _is_exit(message) else message for message in history[demos + 1 :]]
         return _conversations(row, _context(history[: demos + 1]), [own])
     for key in ("messages", "traj"):
         if row.get(key):
