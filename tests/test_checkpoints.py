@@ -115,7 +115,7 @@ def test_best_checkpoint_is_kept_besides_the_newest_and_named_in_a_file(tmp_path
     second, fifth = "step_000002\n", "step_000005\n"
     assert kept == {
         **{1: ([1], ""), 2: ([2], second), 3: ([2, 3], second), 4: ([2, 4], second)},
-        **{5: ([5], fifth), 6: ([5, 6], fifth), 7: ([7], "")},  # without the option, nothing is kept or named
+        **{5: ([5], fifth), 6: ([5, 6], fifth), 7: ([5, 7], fifth)},  # kept if the run resumes without the option
     }
 
 

@@ -62,7 +62,8 @@ def save_checkpoint(
         progress: Whatever else is needed to resume, as JSON.
         keep_last: Number of checkpoints to keep, at least 1.
         world: The ranks.
-        best_step: The step of another checkpoint to keep, if it exists; `folder`/best.txt will have its name.
+        best_step: The step of another checkpoint to keep, if it exists; its name is written to `folder`/best.txt. None
+            to keep the one that is named there.
         save_weights: Writes weights in another format into the checkpoint's folder; all ranks call it. It raises
             ValueError on all ranks. These files have no checksum, because they are not loaded to resume.
 
@@ -187,18 +188,16 @@ def differences(saved: Mapping[str, Sequence[int]], needed: Mapping[str, Sequenc
 
 
 def _mark_best(folder: Path, step: int | None) -> Path | None:
-    """Write the name of the best checkpoint to a file, atomically, and return its path.
+    """Return the path of the best checkpoint, after writing its name to a file, atomically, if `step` was saved.
 
-    If there is none, or it does not exist, return None and delete the file: it would name a checkpoint that is deleted.
+    Otherwise it is the one that the file names: a run that resumes without the option does not delete it.
     """
-    best = None if step is None else folder / f"step_{step:06d}"
-    if best is None or not best.exists():
-        (folder / BEST).unlink(missing_ok=True)
-        return None
-    unfinished = folder / f".{BEST}"
-    unfinished.write_text(f"{best.name}\n")
-    unfinished.replace(folder / BEST)
-    return best
+    marker = folder / BEST
+    if step is not None and (best := folder / f"step_{step:06d}").exists():
+        unfinished = folder / f".{BEST}"
+        unfinished.write_text(f"{best.name}\n")
+        unfinished.replace(marker)
+    return folder / marker.read_text().strip() if marker.exists() else None
 
 
 def _trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
