@@ -71,7 +71,7 @@ def group_advantages(
         )
     if len(group) > 1 and alone == len(group):
         warnings.warn(
-            f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong into one "
+            f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong in one "
             "group, in Rollouts.from_generate next to one another",
             RuntimeWarning,
             stacklevel=2,

@@ -130,8 +130,8 @@ def check_same_on_all_ranks(
         if of_weights != digests[0][1]:
             raise ValueError(
                 f"all ranks of context_parallel must have the same weights, but those of rank {rank} of the group are "
-                "not those of rank 0; seed all ranks alike before new weights such as those of LoRA are initialized, "
-                "or broadcast the weights"
+                "not those of rank 0; use one seed on all ranks before new weights, such as those of LoRA, are "
+                "initialized, or broadcast the weights"
             )
 
 

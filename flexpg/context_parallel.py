@@ -1,7 +1,7 @@
 """One packed sequence over the ranks of a group: each computes a part of its tokens in all layers.
 
 The sequence is cut into twice as many ranges as there are ranks. Rank r takes range r and the r-th from the end, so
-that all have equally many tokens and, as tokens at the end see more keys, about equally many pairs.
+that all have about the same number of tokens and, as tokens at the end see more keys, of pairs.
 
 In attention the queries of a rank are its own tokens, and the keys and values are those of all ranks up to the end of
 a range: they are gathered in every layer, and their gradients are summed and scattered back. In depth-first order the

@@ -106,7 +106,7 @@ def split_items(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[
     dim = 1 if _has_row_per_prompt(kind, tensors) and len(pixels) == 1 else 0
     lengths = {key: x.shape[dim] for key, x in tensors.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{name} must have tensors of equally many {kind}s, got {lengths}")
+        raise ValueError(f"{name} must have tensors of the same number of {kind}s, got lengths {lengths}")
     parts = [{key: x.narrow(dim, i, 1) for key, x in tensors.items()} for i in range(pixels.shape[dim])]
     if dim == 1:  # tiles of zeros are padding, which the model drops
         parts = [part for part in parts if bool(part[PIXELS[kind]].any())]

@@ -179,7 +179,7 @@ def concatenated(items: Iterable[Item]) -> dict[str, Tensor]:
     if other := next((item for item in items if item.tensors.keys() != items[0].tensors.keys()), None):
         raise ValueError(
             f"the {items[0].kind}s of a micro-batch must have the same tensors, got {sorted(items[0].tensors)} and "
-            f"{sorted(other.tensors)}; call the processor alike for all prompts"
+            f"{sorted(other.tensors)}; call the processor with the same options for all prompts"
         )
     joined = {}
     for name in items[0].tensors:
@@ -191,7 +191,7 @@ def concatenated(items: Iterable[Item]) -> dict[str, Tensor]:
             if not has_sizes or len({len(shape) for shape in shapes}) > 1:
                 raise ValueError(
                     f"{name} of the images in a micro-batch must have one size, got {shapes[0]} and "
-                    f"{next(shape for shape in shapes if shape != shapes[0])}; resize them alike"
+                    f"{next(shape for shape in shapes if shape != shapes[0])}; resize them to one size"
                 )
             largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
             largest.insert(dim, 0)

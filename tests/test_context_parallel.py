@@ -447,7 +447,7 @@ def other_weights(rank: int) -> None:
 
 @pytest.mark.distributed
 def test_context_parallel_ranks_with_other_lora_weights_raise():
-    with pytest.raises(ValueError, match=r"must have the same weights, .* seed all ranks alike"):
+    with pytest.raises(ValueError, match=r"must have the same weights, .* use one seed on all ranks"):
         run_processes(2, other_weights)
 
 

@@ -273,7 +273,7 @@ def test_inputs_other_than_padded_text_are_refused(name):
         shared_model("llama")(**{**GROUP, name: None if name == "labels" else GROUP["labels"]}, fused_lm_head=True)
 
 
-HOLE = "attention_mask must be one run of ones in each row, which row 1 has not"
+HOLE = "attention_mask must be one run of ones in each row, got a gap in row 1"
 UNPREDICTED = "labels must be -100 at padding and at the first token, got a label there in row 1"
 
 

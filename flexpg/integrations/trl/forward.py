@@ -85,7 +85,7 @@ def pack_batch(
     start, stop = ones.argmax(1), ones.shape[1] - ones.flip(1).argmax(1)  # [B] each, of the run of tokens
     broken = (ones.sum(1) != stop - start).nonzero()
     if len(broken):
-        raise ValueError(f"attention_mask must be one run of ones in each row, which row {int(broken[0])} has not")
+        raise ValueError(f"attention_mask must be one run of ones in each row, got a gap in row {int(broken[0])}")
     row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # [M] each
     unpredicted = ((column < start[row]) | (column + 1 >= stop[row])).nonzero()
     if len(unpredicted):
