@@ -99,8 +99,7 @@ class Colocated:
         Thread(target=_run, args=(outcome, function, args), daemon=True).start()
         end = monotonic() + self.timeout_s
         while not wait([outcome], timeout=POLL_S).done:
-            if dead := [child.exitcode for child in self.children if not child.is_alive()]:
-                raise RuntimeError(f"{self.name} died with exit code {dead[0]}; {self.remedy}")
+            self._check_alive()
             if monotonic() > end:
                 self.close()
                 raise RuntimeError(f"{self.name} did not respond within timeout_s={self.timeout_s:g}; {self.remedy}")
@@ -108,8 +107,13 @@ class Colocated:
         if isinstance(error, ImportError):
             raise error
         if error is not None:
+            self._check_alive()  # vLLM may notice first, with an error that does not say so
             raise RuntimeError(f"{self.name} failed: {' '.join(str(error).split())}; {self.remedy}") from error
         return outcome.result()
+
+    def _check_alive(self) -> None:
+        if dead := [child.exitcode for child in self.children if not child.is_alive()]:
+            raise RuntimeError(f"{self.name} died with exit code {dead[0]}; {self.remedy}")
 
 
 def _run(outcome: Future[Any], function: Callable[..., Any], args: Sequence[Any]) -> None:
