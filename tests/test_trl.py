@@ -353,6 +353,13 @@ def test_replaced_attention_warns_unless_it_is_the_usual_one(name, before, warns
     assert [str(w.message) for w in caught] == ([expected] if warns else [])
 
 
+def test_rope_scaling_by_the_longest_sequence_warns():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
+    with pytest.warns(UserWarning, match=r"RoPE scaling 'dynamic' .* exceeds 256 tokens, .* within 256 tokens"):
+        share_prefixes(model)
+
+
 def installed_version(other: str) -> Callable[[str], str]:
     def version(name: str) -> str:
         if other == "none":

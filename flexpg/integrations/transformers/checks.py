@@ -207,6 +207,18 @@ def _check_not_compiled(model: PreTrainedModel) -> None:
             )
 
 
+def rope_by_longest(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """Return the RoPE scalings that depend on the longest sequence of a batch, and the lengths from which they do."""
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    scalings = [rope] if "rope_type" in rope else filter(None, rope.values())  # or one per kind of layer, or None
+    return [
+        (own["rope_type"], own.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for own in scalings
+        if "dynamic" in own["rope_type"] or own["rope_type"] == "longrope"
+    ]
+
+
 def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, longest: int) -> None:
     config = text_config(model)
     if tree.max_token >= (vocab := config.vocab_size):
@@ -220,14 +232,8 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, lo
                     f"{type(model).__name__}, got {longest}"
                 )
     shortest = min(int(tree.lengths.min()), prefix.max_length)  # a cached prompt is rotated by its own length
-    rope = getattr(config, "rope_parameters", None) or {}
-    for scaling in [rope] if "rope_type" in rope else rope.values():  # or one per kind of layer
-        if scaling is None:  # layers without RoPE
-            continue
-        kind, original = scaling["rope_type"], scaling.get("original_max_position_embeddings")
-        original = original or config.max_position_embeddings
-        depends_on_longest = "dynamic" in kind or (kind == "longrope" and shortest <= original)
-        if depends_on_longest and longest > original:
+    for kind, original in rope_by_longest(model):
+        if longest > original and (kind != "longrope" or shortest <= original):
             raise ValueError(
                 f"RoPE scaling {kind!r} depends on the longest sequence of a batch once it exceeds {original} tokens, "
                 f"here {longest}; keep prompts and completions within {original} tokens, or pack longer ones separately"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from flexpg.integrations.transformers.attention import NAME, register, uses_eager
-from flexpg.integrations.transformers.checks import check_architecture, exact_forward, unwrap
+from flexpg.integrations.transformers.checks import check_architecture, exact_forward, rope_by_longest, unwrap
 from flexpg.integrations.transformers.composite import backbone, language_model, set_attention, text_config
 from flexpg.integrations.transformers.image_checks import check_inputs, placeholder_ids
 from flexpg.integrations.transformers.images import with_images
@@ -146,6 +146,12 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
     if before not in (usual, NAME):
         warnings.warn(
             f"replacing attn_implementation={before!r} by 'flexpg', which uses {usual} outside of packed forwards",
+            stacklevel=2,
+        )
+    for kind, original in rope_by_longest(base):
+        warnings.warn(
+            f"RoPE scaling {kind!r} depends on the longest sequence of a batch once it exceeds {original} tokens, "
+            f"which will be an error; keep prompts with their completions within {original} tokens",
             stacklevel=2,
         )
 
