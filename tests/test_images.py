@@ -440,7 +440,7 @@ def test_images_with_other_tensors_are_refused():
     first, second = (with_images("smolvlm", SYSTEM, picture, tokens(3, 2)) for picture in (SQUARE, OTHER))
     del first[1]["pixel_attention_mask"]
     with pytest.raises(
-        ValueError, match=r"the images of a micro-batch must have the same tensors, got .* alike for all"
+        ValueError, match=r"the images of a micro-batch must have the same tensors, got .* options for all"
     ):
         shared(flexpg.enable(hf.tiny_model("smolvlm").double()), rollouts_of(first, second), max_tokens=500)
 
