@@ -125,7 +125,8 @@ class Rollouts:
             prompt_inputs: For each prompt what a processor returned beside the token ids; None for text.
 
         Returns:
-            Rollouts on the device of the prompts, prompt by prompt. What was given is copied.
+            Rollouts, prompt by prompt, on the GPU if a prompt or completion is there, otherwise on the CPU: `to` moves
+            them. What was given is copied.
 
         Raises:
             ValueError: If the lists do not match, a prompt or completion has no token, a reward is not finite, or
@@ -146,7 +147,8 @@ class Rollouts:
             for g, group in enumerate(completions)
             for i, own in enumerate(group)
         ]
-        device = prompt_ids[0].device if prompt_ids else torch.device("cpu")
+        devices = (own.device for own in (*prompt_ids, *completion_ids))
+        device = next((own for own in devices if own.type != "cpu"), torch.device("cpu"))
         starts = accumulate(sizes, initial=0)
         reward_groups = [reward_tensor(group, n).to(device) for group, n in zip(rewards, starts, strict=False)]
         masks = None
@@ -157,8 +159,8 @@ class Rollouts:
             if [len(mask) for mask in masks] != [len(own) for own in completion_ids]:
                 raise ValueError("loss_mask must have one value per completion token")
         return cls(
-            prompts=prompt_ids,
-            completions=completion_ids,
+            prompts=[own.to(device) for own in prompt_ids],
+            completions=[own.to(device) for own in completion_ids],
             group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
             rewards=torch.cat([torch.zeros(0, device=device), *reward_groups]),
             prompt_inputs=prompt_inputs,  # type: ignore[arg-type]
@@ -310,6 +312,16 @@ class Rollouts:
     def tree(self) -> PrefixTree:
         """The prefix tree of all sequences; sequence n is rollout n."""
         return PrefixTree.from_sequences(self.sequences, self.sequence_inputs)
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        """Return the rollouts on a device, that of the model; images are moved there when they are encoded."""
+        given = {name: getattr(self, name) for name in ("group_ids", "rewards", "loss_mask", *LOGPROBS)}
+        return replace(
+            self,
+            prompts=[own.to(device) for own in self.prompts],
+            completions=[own.to(device) for own in self.completions],
+            **{name: own.to(device) for name, own in given.items() if own is not None},
+        )
 
     def select(self, indices: Sequence[int] | Tensor) -> Rollouts:
         """Return the rollouts at `indices`, in that order; groups are renumbered and unused prompts dropped.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexpg.context_parallel import ContextShard
 from flexpg.integrations.fsdp import sharded_modules
 from flexpg.logprobs import OutputLayer
+from flexpg.micro_batches import MicroBatch
 from flexpg.prefix_cache import PrefixCache
 from flexpg.prompt_inputs import PromptInputs
 from flexpg.sampling import Decoder
@@ -110,6 +111,19 @@ def enable(model: M) -> M:
     """
     integration_for(model).enable(model)
     return model
+
+
+def accelerator_of(model: nn.Module) -> torch.device | None:
+    """Return the device of a model's first parameter, None if it is the CPU, as with offloaded weights."""
+    device = next(model.parameters()).device
+    return None if device.type in ("cpu", "meta") else device
+
+
+def check_device(model: nn.Module, batches: Sequence[MicroBatch]) -> None:
+    """Raise ValueError if micro-batches are on the CPU and the model is not."""
+    device = accelerator_of(model)
+    if device is not None and any(batch.indices.device.type == "cpu" for batch in batches):
+        raise ValueError(f'rollouts must be on the model\'s device, got cpu; use rollouts.to("{device}")')
 
 
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[None]:

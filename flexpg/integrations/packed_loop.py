@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flexpg.collectives import check_same_on_all_ranks, sum_over_ranks, summed_gradients
 from flexpg.context_parallel import ContextShard
-from flexpg.integrations.framework import autocast, integration_for
+from flexpg.integrations.framework import autocast, check_device, integration_for
 from flexpg.integrations.fsdp import first_weights, run_as_forward, sharded_modules, sums_over
 from flexpg.logprobs import chunk_tokens_of_rank, token_logprobs
 from flexpg.micro_batches import MicroBatch, by_cache
@@ -138,6 +138,7 @@ def packed_logprobs(
         assert max_tokens is not None
         rollouts = pack(rollouts, max_tokens)
     rollouts = list(rollouts)  # it is read several times, and a generator would be empty after the first
+    check_device(model, rollouts)
     if len(ranks := {batch.rank for batch in rollouts}) > 1:
         raise ValueError(
             f"micro-batches must be those of one rank, got ranks {sorted(ranks)}, whose gradients would be counted on "

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from flexpg.integrations.framework import autocast, integration_for
+from flexpg.integrations.framework import accelerator_of, autocast, integration_for
 from flexpg.integrations.fsdp import unsharded
 from flexpg.layer_hooks import uncompiled
 from flexpg.sampling import Samples, SamplingParams, sample_completions
-from flexpg.token_sequences import Tokens
+from flexpg.token_sequences import Tokens, token_ids
 
 
 def sample(
@@ -29,7 +29,7 @@ def sample(
 
     Args:
         model: A torchtune decoder, or a transformers model, plain or with PEFT adapters. It is enabled.
-        prompts: P token sequences of any lengths, without padding, on the model's device.
+        prompts: P token sequences of any lengths, without padding. Those on the CPU are moved to the model's device.
         group_size: G, completions per prompt.
         params: How tokens are sampled.
         seed: An int seeds all random numbers. A sequence of P ints seeds those of each prompt, whose completions then
@@ -48,6 +48,8 @@ def sample(
         FloatingPointError: If logits are not finite.
     """
     integration = integration_for(model)
+    if (device := accelerator_of(model)) is not None:
+        prompts = [token_ids(f"prompts[{p}]", own).to(device) for p, own in enumerate(prompts)]
     with autocast(model, autocast_dtype), unsharded(model), uncompiled(model):
         return sample_completions(
             integration.decoder(model),

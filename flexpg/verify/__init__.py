@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from flexpg.integrations import integration_for
+from flexpg.integrations.framework import check_device
 from flexpg.micro_batches import MicroBatch, by_cache
 from flexpg.packing import pack
 from flexpg.rollouts import LOGPROBS, Rollouts
@@ -118,6 +119,7 @@ def self_check(
         max_tokens = max_tokens or max(MAX_TOKENS, *map(len, rollouts.sequences))
         packed = by_cache(pack(rollouts, max_tokens))
         rollouts = max(packed, key=lambda series: sum(batch.tree.num_tokens for batch in series))
+    check_device(model, rollouts)
     started = perf_counter()
     batches = [_with_full_loss_mask(batch) for batch in by_cache(rollouts)[0][:2]]
     checked = CheckedModel(model, integration_for(model), temperature, autocast_dtype)
