@@ -34,6 +34,31 @@ def read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> t
     return None if all(own is None for own in inputs) else with_common_identities(prompts, inputs)
 
 
+def check_generated(sequences: Tensor, attention_mask: Tensor, num_rewards: int) -> None:
+    """Raise unless `sequences` are rows of generate(), G for each row of the prompts' mask, padded on the left."""
+    batch, prompt_len = attention_mask.shape
+    if not isinstance(sequences, Tensor):
+        raise TypeError(
+            f"sequences must be a tensor, got a {type(sequences).__name__}; if generate() returned it, pass its "
+            "`sequences`"
+        )
+    if sequences.shape[1] <= prompt_len:
+        raise ValueError(
+            f"sequences must be longer than the prompts in attention_mask, got {sequences.shape[1]} columns for "
+            f"{prompt_len}; pass whole rows of generate(), and the mask of the prompts only"
+        )
+    if len(sequences) % batch or num_rewards != len(sequences):
+        raise ValueError(
+            f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
+            f"{num_rewards}"
+        )
+    if not attention_mask[:, -1].all():
+        raise ValueError(
+            "attention_mask must end with 1 in every row, got padding on the right, which generate() continues; "
+            'tokenize prompts with padding_side="left"'
+        )
+
+
 def check_prompts_repeat(prompts: Tensor, attention_mask: Tensor, group_size: int) -> None:
     """Raise if adjacent rows [B * G, P] of a prompt differ where its attention mask [B, P] is True."""
     by_prompt = prompts.unflatten(0, (-1, group_size))  # [B, G, P]

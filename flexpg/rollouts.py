@@ -22,6 +22,7 @@ from flexpg.rollout_checks import (
     LOGPROBS,
     GivenInputs,
     check_finite,
+    check_generated,
     check_prompts_repeat,
     check_shapes,
     check_tokens,
@@ -125,8 +126,8 @@ class Rollouts:
             prompt_inputs: For each prompt what a processor returned beside the token ids; None for text.
 
         Returns:
-            Rollouts, prompt by prompt, on the GPU if a prompt or completion is there, otherwise on the CPU: `to` moves
-            them. What was given is copied.
+            Rollouts in the order of the prompts, with copies of all tensors: on the GPU if a prompt or completion is on
+            one, otherwise on the CPU.
 
         Raises:
             ValueError: If the lists do not match, a prompt or completion has no token, a reward is not finite, or
@@ -207,26 +208,7 @@ class Rollouts:
         [[7, 2], [8, 9, 9]]
         """
         batch, prompt_len = attention_mask.shape
-        if not isinstance(sequences, Tensor):
-            raise TypeError(
-                f"sequences must be a tensor, got a {type(sequences).__name__}; if generate() returned it, pass its "
-                "`sequences`"
-            )
-        if sequences.shape[1] <= prompt_len:
-            raise ValueError(
-                f"sequences must be longer than the prompts in attention_mask, got {sequences.shape[1]} columns for "
-                f"{prompt_len}; pass whole rows of generate(), and the mask of the prompts only"
-            )
-        if len(sequences) % batch or len(rewards) != len(sequences):
-            raise ValueError(
-                f"sequences and rewards must have G rows for each of {batch} prompts, got {len(sequences)} and "
-                f"{len(rewards)}"
-            )
-        if not attention_mask[:, -1].all():
-            raise ValueError(
-                "attention_mask must end with 1 in every row, got padding on the right, which generate() continues; "
-                'tokenize prompts with padding_side="left"'
-            )
+        check_generated(sequences, attention_mask, len(rewards))
         generated = sequences[:, prompt_len:]  # [B * G, T]
         if completion_lens is None:
             stops = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64)
@@ -314,7 +296,7 @@ class Rollouts:
         return PrefixTree.from_sequences(self.sequences, self.sequence_inputs)
 
     def to(self, device: torch.device | str) -> Rollouts:
-        """Return the rollouts on a device, that of the model; images are moved there when they are encoded."""
+        """Return the rollouts with their tensors on `device`; images are moved to the model when they are encoded."""
         given = {name: getattr(self, name) for name in ("group_ids", "rewards", "loss_mask", *LOGPROBS)}
         return replace(
             self,

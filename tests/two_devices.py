@@ -1,11 +1,11 @@
-"""A second device on a machine without a GPU: marked CPU tensors that say they are on CUDA, and CUDA's rules for them.
+"""A simulated CUDA device: CPU tensors that report CUDA as their device, and CUDA's rules for mixing devices.
 
 Inside `simulated_cuda()`, whatever is created on or moved to "cuda" is a CPU tensor with a mark, and so is what is
 computed from it. `tensor.device` of a marked one is cuda:0. An operation on tensors of both devices raises an error, as
 it would on a GPU, except where CUDA allows it: 0-d CPU tensors, `copy_`, and CPU indices of a CUDA tensor.
 
-Values are those of the CPU. Not covered: kernels that run on CUDA only, streams, what C++ does by itself (in a
-backward, gradients have no mark until they are stored), and libraries that ask `torch.cuda` for more than is replaced.
+Values are computed on the CPU. Not covered: kernels that run on CUDA only, streams, operations inside C++ (gradients
+have no mark until they are stored in `.grad`), and functions of `torch.cuda` that are not in `REPLACED`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DeviceMismatchError(RuntimeError):
 
 
 class Generator(torch.Generator):
-    """A CPU generator that says it is on the device that it was made for."""
+    """A CPU generator that reports the device it was created for."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         return super().__new__(cls, CPU)
@@ -92,7 +92,7 @@ class TwoDevices(TorchFunctionMode):
 
 @contextmanager
 def simulated_cuda() -> Iterator[None]:
-    """Simulate one CUDA device, of a generation without grouped matrix products."""
+    """Simulate one CUDA device, of compute capability 7.0: transformers' grouped products for experts need 8.0."""
     create = nn.Parameter.__new__
 
     def new_parameter(cls: Any, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:
@@ -122,7 +122,7 @@ def _mark(tensor: Tensor, device: torch.device | None) -> None:
 
 
 def _device(given: Any) -> torch.device | None:
-    """Return which of both a `device` argument asks for; None for another, a dtype, a tensor or nothing."""
+    """Return CPU or CUDA if an argument names one of them, None for anything else."""
     kind = torch.device(given).type if isinstance(given, str | torch.device) else None
     return CUDA if kind == "cuda" else CPU if kind == "cpu" else None
 

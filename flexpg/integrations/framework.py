@@ -114,7 +114,7 @@ def enable(model: M) -> M:
 
 
 def accelerator_of(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's first parameter, None if it is the CPU, as with offloaded weights."""
+    """Return the device of a model's first parameter; None for the CPU, which may hold offloaded weights, and meta."""
     device = next(model.parameters()).device
     return None if device.type in ("cpu", "meta") else device
 

@@ -122,7 +122,8 @@ def packed_logprobs(
         (batch, logprobs): a `MicroBatch` of n rollouts and [n, C] float32, 0 where its loss mask is False.
 
     Raises:
-        ValueError: If a rollout exceeds `max_tokens`, or does not fit the model, or micro-batches are of several ranks.
+        ValueError: If a rollout exceeds `max_tokens`, or does not fit the model, micro-batches are of several ranks, or
+            rollouts are on the CPU and the model is on a GPU.
         TypeError: If the model is not supported.
         RuntimeError: In `backward()`, if it is called after the loop has moved on; in the loop, if the prompt of an
             oversized group would have no gradient or another one.

@@ -108,7 +108,8 @@ def self_check(
 
     Raises:
         SelfCheckError: If the model does not share prefixes exactly, on any rank.
-        ValueError: If the model is in evaluation mode, or its integration refuses it.
+        ValueError: If the model is in evaluation mode, its integration refuses it, or rollouts are on the CPU and the
+            model is on a GPU.
         TypeError: If the model is not supported.
     """
     if not model.training:

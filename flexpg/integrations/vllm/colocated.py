@@ -107,7 +107,7 @@ class Colocated:
         if isinstance(error, ImportError):
             raise error
         if error is not None:
-            self._check_alive()  # vLLM may notice first, with an error that does not say so
+            self._check_alive()  # vLLM may raise first, with an error that does not name it
             raise RuntimeError(f"{self.name} failed: {' '.join(str(error).split())}; {self.remedy}") from error
         return outcome.result()
 
