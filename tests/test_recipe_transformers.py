@@ -39,14 +39,16 @@ def assert_same_history(ours: list[dict], theirs: list[dict], names: tuple[str, 
 
 
 def test_run_equals_that_of_torchtunes_model_of_the_same_checkpoint(tmp_path):
-    ours = run(tmp_path / "transformers", "loss.beta=0.1", "minibatches=2")
-    theirs = run(tmp_path / "torchtune", "loss.beta=0.1", "minibatches=2", config="recipes/configs/tiny_cpu.yaml")
+    # Adam with a small eps makes a whole step of a gradient that is nearly 0, whichever sign rounding gives it.
+    options = ("loss.beta=0.1", "minibatches=2", "optimizer.eps=1e-3")
+    ours = run(tmp_path / "transformers", *options)
+    theirs = run(tmp_path / "torchtune", *options, config="recipes/configs/tiny_cpu.yaml")
     assert_same_history(ours.history, theirs.history)
     for recipe in (ours, theirs):
         recipe.save_checkpoint()
     saved = [load_file(*(tmp_path / name / "epoch_0").glob("*.safetensors")) for name in ("transformers", "torchtune")]
     for name, weight in saved[0].items():
-        torch.testing.assert_close(weight, saved[1][name].float(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(weight, saved[1][name].float(), rtol=0, atol=1e-7)
     ids = torch.arange(30)[None]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "transformers/epoch_0")
     with torch.no_grad():
