@@ -151,6 +151,91 @@ def test_tool_results_in_a_user_message_are_messages_of_their_own():
     assert template_messages([{"role": "user", "content": results[:3]}]) == tools
 
 
+# Items of OpenAI's Responses API.
+
+THOUGHT = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+CALL_ITEM = {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"a": [1, "é"]}'}
+OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "r"}
+REASONED = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "hm")
+
+
+def text_item(text: str, **fields) -> dict:
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    return {"type": "message", "role": "assistant", "content": content, **fields}
+
+
+def converted_items(*items: dict) -> list[dict]:
+    """Convert items, and leave out what templates do not read."""
+    unread = ("type", "id", "status")
+    return [{k: v for k, v in own.items() if k not in unread} for own in template_messages(list(items))]
+
+
+def test_items_of_one_turn_are_one_message():
+    other = CALL_ITEM | {"call_id": "2", "arguments": ""}
+    calls = [CALL, {"id": "2", "type": "function", "function": {"name": "f", "arguments": {}}}]
+    user, tool = {"role": "user", "content": "a"}, {"role": "tool", "tool_call_id": "1", "content": "r"}
+    items = [user, THOUGHT, text_item("I look."), CALL_ITEM, other, OUTPUT, OUTPUT | {"call_id": "2", "output": "s"}]
+    before = copy.deepcopy(items)
+    assert converted_items(*items, CALL_ITEM, OUTPUT, THOUGHT, THOUGHT, text_item("b")) == [
+        user,
+        assistant(content="I look.", tool_calls=calls, **REASONED),
+        tool,
+        tool | {"tool_call_id": "2", "content": "s"},
+        assistant(content="", tool_calls=[CALL]),
+        tool,
+        assistant(content="b", **dict.fromkeys(REASONED, "hmhm")),
+    ]
+    assert items == before
+
+
+def test_texts_one_after_another_and_reasoning_after_text_begin_messages():
+    message = assistant(content="b")
+    assert converted_items(text_item("a"), text_item("b"), message) == [assistant(content="a"), message, message]
+    assert converted_items(text_item("a"), THOUGHT, CALL_ITEM) == [
+        assistant(content="a"),
+        assistant(content="", tool_calls=[CALL], **REASONED),
+    ]
+
+
+def test_items_of_a_message_have_its_weight():
+    context = {"weight": 0}
+    thought, own, call = THOUGHT | context, text_item("a", **context), CALL_ITEM | context
+    expected = assistant(content="a", tool_calls=[CALL], weight=0, **REASONED)
+    assert converted_items(thought, own, call) == [expected]
+    assert converted_items(THOUGHT | {"weight": None}, text_item("a", weight=None)) == [
+        assistant(content="a", **REASONED)
+    ]
+    with pytest.raises(ValueError, match=r"messages\[1\] must have the weight of the items before, got 1"):
+        template_messages([thought, CALL_ITEM])
+
+
+def test_result_of_parts_in_an_item_is_text():
+    parts = [{"type": "input_text", "text": "r"}, {"type": "input_text", "text": "s"}]
+    assert template_messages([CALL_ITEM, OUTPUT | {"output": parts}])[1]["content"] == "rs"
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (
+            [THOUGHT | {"content": None, "summary": [{"type": "summary_text", "text": "x"}]}],
+            "messages[0] is reasoning without text (a summary, or encrypted), which cannot be rendered; leave it out",
+        ),
+        ([CALL_ITEM, text_item("a")], "messages[1] must not be of the assistant: the tool call before it has no"),
+        ([CALL_ITEM, THOUGHT], "messages[1] must not be of the assistant: the tool call before it has no"),
+        (
+            [CALL_ITEM, OUTPUT, {"type": "web_search_call", "id": "ws_1"}],
+            "messages[2] must have a role, or be reasoning or function_call or function_call_output, got the type "
+            "'web_search_call'",
+        ),
+    ],
+    ids=["a summary", "text after a call", "reasoning after a call", "a tool of the API"],
+)
+def test_item_that_cannot_be_rendered_raises_with_its_number(items, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        template_messages(items)
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [

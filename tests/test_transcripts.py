@@ -21,6 +21,13 @@ CALL = {"function": {"name": "f", "arguments": '{"a": 1}'}}
 TOOL = {"role": "tool", "content": "r"}
 TURNS = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, TOOL, ASSISTANT]
 
+ITEMS = [  # of OpenAI's Responses API
+    USER,
+    {"type": "function_call", "name": "f", "arguments": '{"a": 1}'},
+    {"type": "function_call_output", "output": "r"},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+]
+
 
 def context(message: dict) -> dict:
     return message | {"weight": 0}
@@ -29,6 +36,9 @@ def context(message: dict) -> dict:
 # Each row, and the conversations that it is.
 FORMATS = {
     "openai": ({"messages": TURNS, "reward": 1, "tools": []}, [Conversation(TURNS, 1.0)]),
+    "responses": ({"messages": ITEMS, "reward": 1}, [Conversation(TURNS, 1.0)]),
+    "responses as a completion": ({"prompt": [USER], "completion": ITEMS[1:]}, [Conversation(TURNS)]),
+    "responses as JSON": ({"messages": json.dumps(ITEMS[1:] + ITEMS)}, [Conversation(TURNS[1:] + TURNS)]),
     "messages as JSON": ({"messages": json.dumps(TURNS)}, [Conversation(TURNS)]),
     "anthropic": (
         {"system": "P", "messages": [USER, ASSISTANT], "tools": [{"name": "f", "input_schema": {}}]},

@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexpg.conversations.response_items import ITEM_TYPES, join_items
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = dict[str, Any]
@@ -29,6 +31,8 @@ def template_messages(messages: Sequence[Mapping[str, Any]], *, parse_arguments:
 
     - Text parts are joined. Anthropic's `tool_use` becomes a tool call, `tool_result` a message of its own with the
       role tool, `thinking` the reasoning; OpenAI's `function_call` becomes a tool call.
+    - Items of OpenAI's Responses API are joined: `reasoning`, `message` and `function_call` to one message,
+      `function_call_output` to one of the role tool.
     - Reasoning is given under all names that templates read: `reasoning_content`, `reasoning` and `thinking`.
     - A content of None, or none at all, becomes "" next to tool calls or reasoning.
     - Arguments of tool calls that are a JSON object are parsed, as a template that writes JSON would quote them again.
@@ -36,7 +40,7 @@ def template_messages(messages: Sequence[Mapping[str, Any]], *, parse_arguments:
     - Empty `tool_calls` are left out, and so are all values of None.
 
     Args:
-        messages: Dicts with a "role" and "content", "tool_calls" or reasoning.
+        messages: Dicts with a "role" and "content", "tool_calls" or reasoning, or items of the Responses API.
         parse_arguments: False to write the arguments of tool calls as JSON, for templates that concatenate them.
 
     Raises:
@@ -49,7 +53,7 @@ def template_messages(messages: Sequence[Mapping[str, Any]], *, parse_arguments:
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ValueError(f"messages must be a list, got {_short(messages)}")
     converted: list[Message] = []
-    for j, message in enumerate(messages):
+    for j, message in join_items(messages):
         try:
             if not isinstance(message, Mapping):
                 raise ValueError(f"must be an object with role and content, got {_short(message)}")
@@ -99,6 +103,8 @@ def _convert(message: Message, parse_arguments: bool) -> list[Message]:
     """Return one message, or several: tool results inside a user message are messages of their own."""
     role = {"function": "tool"}.get(message.get("role", ""), message.get("role"))
     if role not in ROLES:
+        if role is None and "type" in message:
+            raise ValueError(f"must have a role, or be {' or '.join(ITEM_TYPES)}, got the type {message['type']!r}")
         got = f"{role!r}" if role is not None else f"none; its keys are {', '.join(message) or 'none'}"
         raise ValueError(f"must have a role of {', '.join(ROLES)}, got {got}")
     if message.get("content") and message.get("refusal"):

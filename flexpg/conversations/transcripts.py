@@ -3,6 +3,7 @@
 | format | keys of a row |
 | --- | --- |
 | OpenAI, Anthropic, mini-SWE-agent | `messages`, with `system` and `tools` if there are any |
+| OpenAI's Responses API and Agents SDK | `messages`, with the items of `to_input_list()` |
 | TRL (conversational), verifiers, prime-rl | `prompt` and `completion` or `completions`, as messages |
 | preference pairs | `prompt`, `chosen` and `rejected`, or the latter two as messages with the prompt in both |
 | ShareGPT | `conversations`, with `from` and `value` |
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from flexpg.conversations.messages import Message, template_messages
+from flexpg.conversations.response_items import is_item, join_items
 from flexpg.conversations.rollouts import Conversation
 from flexpg.conversations.row_files import Row, located, read_rows, skipped_message
 
@@ -88,7 +90,7 @@ def decoded(value: Any) -> Any:
     except ValueError:
         return value
     is_list = isinstance(parsed, list) and all(
-        isinstance(own, dict) and {"role", "from"} & own.keys() for own in parsed
+        isinstance(own, dict) and ({"role", "from"} & own.keys() or is_item(own)) for own in parsed
     )
     return parsed if is_list and parsed else value
 
@@ -249,7 +251,7 @@ def _listed(messages: Any, role: str) -> list[Message]:
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError(f"messages must be objects with role and content, got {message!r:.60}")
-    return list(messages)
+    return [message for _, message in join_items(messages)]
 
 
 def _context(messages: Iterable[Message]) -> list[Message]:
