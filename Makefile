@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED) ## train a 0.8M-parameter model on 3-digit addition (CPU, one or two minutes, no downloads)
+demo: $(INSTALLED) ## train a 0.8M-parameter model on 3-digit addition (CPU, one or two minutes)
 	@$(BIN)/tune run --nproc_per_node 1 recipes/grpo.py --config recipes/configs/tiny_cpu.yaml $(DEMO)
 
 test: $(INSTALLED) ## run the test suite and the examples in docstrings

@@ -168,6 +168,31 @@ MIXED = Conversation(
 )
 
 
+def as_items(messages) -> list[dict]:
+    """Return messages as OpenAI's Responses API writes them."""
+    items = []
+    for message in messages:
+        kind = "output_text" if message["role"] == "assistant" else "input_text"
+        content = [{"type": kind, "text": message["content"]}] if message["content"] else []
+        if message["role"] == "tool":
+            output = {"call_id": message["tool_call_id"], "output": message["content"]}
+            items.append({"type": "function_call_output", **output})
+        elif content:
+            items.append({"type": "message", "role": message["role"], "content": content})
+        for call in message.get("tool_calls") or []:
+            items.append({"type": "function_call", "call_id": call["id"], **call["function"]})
+    return items
+
+
+@pytest.mark.parametrize("per_turn", [False, True])
+def test_items_of_the_responses_api_give_the_rollouts_of_messages(tokenizer, conversations, per_turn):
+    others = [replace(own, messages=as_items(own.messages)) for own in conversations]
+    ours, expected = (conversation_rollouts(own, tokenizer, per_turn=per_turn)[0] for own in (others, conversations))
+    assert all(torch.equal(*each) for each in zip(ours.sequences, expected.sequences, strict=True))
+    assert torch.equal(ours.loss_mask, expected.loss_mask)
+    assert torch.equal(ours.group_ids, expected.group_ids)
+
+
 def test_consecutive_assistant_messages_are_turns_and_tool_results_context(tokenizer):
     call = '<tool_call>\n{"name": "find", "arguments": {"id": "QUERY"}}\n</tool_call>'
     expected = [f"ONE{END}", f"{call}{call}{END}", f"TWO{END}"]
