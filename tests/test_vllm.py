@@ -35,7 +35,7 @@ G = 3
 PROMPTS = [torch.arange(65, 265 - 65), torch.tensor([70]), torch.arange(40, 60)]  # the first fills a block of the cache
 SAMPLED = SamplingParams(12, temperature=0.7, stop_tokens=range(0, 260, 9))
 GREEDY = SamplingParams(12, temperature=0.0)
-TOLERANCE = 1e-5  # both compute in float32
+TOLERANCE = 2e-5  # both compute in float32
 
 
 @dataclass
