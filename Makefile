@@ -52,9 +52,10 @@ vllm: .venv-vllm/installed ## test the recipe's and TRL's sampling with vLLM, in
 mutations: $(INSTALLED) ## inject known bugs one at a time, and print which test detects each
 	@$(BIN)/python -m tests.mutations $(ARGS)
 
-proof: mutations ## run the slow evidence: mutations, every model type, 10,000 fuzz cases, 20 SIGKILLs, 500 steps
+proof: mutations ## run the slow evidence: mutations, every model type, 10,000 fuzz cases, 300 runs of TRL, 20 SIGKILLs, 500 steps
 	@$(BIN)/python -m tests.support_matrix
 	@FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
+	@TRL_CASES=300 $(BIN)/pytest -m slow tests/test_trl.py -k random_options
 	@$(BIN)/pytest -m proof
 
 examples: $(EXAMPLES:%=example-%) ## run the examples

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import os
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -522,8 +523,8 @@ def train(*args: Any, **settings: Any) -> Run:
     return run
 
 
-class RegroupedGRPOTrainer(GRPOTrainer):
-    """TRL's own trainer, with the rows of each micro-batch that SharedPrefixGRPOTrainer has."""
+class Regrouped:
+    """TRL's own trainer, with the rows of each micro-batch that the trainer with shared prefixes has."""
 
     def _prepare_inputs(self, batch):
         before = self._buffered_inputs
@@ -532,6 +533,14 @@ class RegroupedGRPOTrainer(GRPOTrainer):
             return inputs
         self._buffered_inputs = regroup(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+
+class RegroupedGRPOTrainer(Regrouped, GRPOTrainer):
+    pass
+
+
+class RegroupedRLOOTrainer(Regrouped, RLOOTrainer):
+    pass
 
 
 # Each case with the metrics that show that what it is there for has happened: in some line of the log they are above 0
@@ -644,6 +653,49 @@ def test_gradient_accumulation_trains_as_trl(saved):
     expected = train(GRPOTrainer, **settings)
     assert_trained_alike(ours, expected, {"grad_norm", "reward", "reward_std"})
     assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())  # Trainer sums losses in float32
+
+
+# Random options. Each is drawn from its values, or left out; some losses need further ones.
+OPTIONS = {
+    **{"num_generations": [2, 4, 8], "gradient_accumulation_steps": [2], "num_iterations": [2], "beta": [0.1]},
+    **{"mask_truncated_completions": [True], "epsilon": [0.02], "temperature": [0.7], "top_k": [10]},
+    **{"repetition_penalty": [1.1], "pad_to_multiple_of": [8, 64], "gradient_checkpointing": [True], "lora": [True]},
+    **{"max_grad_norm": [0.01], "shuffle_dataset": [False]},
+}
+RLOO_OPTIONS = {"normalize_advantages": [True], "reward_clip_range": [(-1, 2)]}
+GRPO_OPTIONS = {
+    **{"scale_rewards": ["batch", "none"], "top_entropy_quantile": [0.5], "entropy_coef": [0.1]},
+    **{"use_adaptive_entropy": [True], "off_policy_mask_threshold": [0.001]},
+}
+CLIPPED = {"delta": [1.5], "importance_sampling_level": ["sequence"]}
+LOSSES = {
+    **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo"), CLIPPED),
+    **{"cispo": {}, "sapo": {}, "vespo": {}, "luspo": {}},
+}
+NEEDED = {"cispo": {"epsilon_high": 1.1}, "luspo": {"importance_sampling_level": "sequence"}}
+
+
+def random_options(trainer: type, seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    loss = draw.choice(list(LOSSES))
+    choices = OPTIONS | (RLOO_OPTIONS if issubclass(trainer, RLOOTrainer) else GRPO_OPTIONS | LOSSES[loss])
+    options = {name: draw.choice(values) for name, values in choices.items() if draw.random() < 0.3}
+    if draw.random() < 0.3:
+        options["steps_per_generation"] = 2 * options.get("gradient_accumulation_steps", 1)
+    return options if issubclass(trainer, RLOOTrainer) else options | {"loss_type": loss} | NEEDED.get(loss, {})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:steps_per_generation=. is more")
+@pytest.mark.parametrize("seed", range(int(os.environ.get("TRL_CASES", 12))))
+def test_random_options_train_as_trl(seed, saved):
+    pairs = [(SharedPrefixGRPOTrainer, RegroupedGRPOTrainer), (SharedPrefixRLOOTrainer, RegroupedRLOOTrainer)]
+    ours_class, trls_class = pairs[seed % 4 == 3]
+    options = random_options(ours_class, seed)
+    ours, expected = (train(each, saved("qwen2"), **options) for each in (ours_class, trls_class))
+    assert_trained_alike(ours, expected, tolerance=1e-11, without="^(train_)?loss$")
+    assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())  # Trainer sums losses in float32
+    assert sum(ours.logged("flexpg/tokens_saved")) > 0
 
 
 @pytest.mark.slow
