@@ -655,46 +655,67 @@ def test_gradient_accumulation_trains_as_trl(saved):
     assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())  # Trainer sums losses in float32
 
 
-# Random options. Each is drawn from its values, or left out; some losses need further ones.
+# Random options: each is left out or has one of its values; some losses need further ones.
 OPTIONS = {
-    **{"num_generations": [2, 4, 8], "gradient_accumulation_steps": [2], "num_iterations": [2], "beta": [0.1]},
-    **{"mask_truncated_completions": [True], "epsilon": [0.02], "temperature": [0.7], "top_k": [10]},
-    **{"repetition_penalty": [1.1], "pad_to_multiple_of": [8, 64], "gradient_checkpointing": [True], "lora": [True]},
-    **{"max_grad_norm": [0.01], "shuffle_dataset": [False]},
+    **{"gradient_accumulation_steps": [2], "gradient_checkpointing": [True], "lora": [True], "max_grad_norm": [0.01]},
+    **{"pad_to_multiple_of": [8, 64]},
 }
-RLOO_OPTIONS = {"normalize_advantages": [True], "reward_clip_range": [(-1, 2)]}
-GRPO_OPTIONS = {
+GROUP_TRAINER_OPTIONS = OPTIONS | {
+    **{"num_generations": [2, 4, 8], "num_iterations": [2], "beta": [0.1], "shuffle_dataset": [False]},
+    **{"mask_truncated_completions": [True], "epsilon": [0.02], "temperature": [0.7], "top_k": [10]},
+    **{"repetition_penalty": [1.1], "steps_per_generation": [4]},
+}
+GRPO_OPTIONS = GROUP_TRAINER_OPTIONS | {
     **{"scale_rewards": ["batch", "none"], "top_entropy_quantile": [0.5], "entropy_coef": [0.1]},
     **{"use_adaptive_entropy": [True], "off_policy_mask_threshold": [0.001]},
 }
-CLIPPED = {"delta": [1.5], "importance_sampling_level": ["sequence"]}
-LOSSES = {
-    **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo"), CLIPPED),
-    **{"cispo": {}, "sapo": {}, "vespo": {}, "luspo": {}},
+RLOO_OPTIONS = GROUP_TRAINER_OPTIONS | {"normalize_advantages": [True], "reward_clip_range": [(-1, 2)]}
+DPO_OPTIONS = OPTIONS | {
+    **{"beta": [0.5], "ld_alpha": [0.5], "max_length": [16, 24], "truncation_mode": ["keep_end"]},
+    **{"precompute_ref_log_probs": [True]},
 }
-NEEDED = {"cispo": {"epsilon_high": 1.1}, "luspo": {"importance_sampling_level": "sequence"}}
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+CLIPPED_OPTIONS = {"delta": [1.5], "importance_sampling_level": ["sequence"]}
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+NEEDED = {
+    "cispo": {"epsilon_high": 1.1},
+    "luspo": {"importance_sampling_level": "sequence"},
+    "exo_pair": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.1},
+}
+PAIRS = [
+    (SharedPrefixGRPOTrainer, RegroupedGRPOTrainer),
+    (SharedPrefixRLOOTrainer, RegroupedRLOOTrainer),
+    (SharedPrefixDPOTrainer, DPOTrainer),
+]
 
 
 def random_options(trainer: type, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
-    loss = draw.choice(list(LOSSES))
-    choices = OPTIONS | (RLOO_OPTIONS if issubclass(trainer, RLOOTrainer) else GRPO_OPTIONS | LOSSES[loss])
+    loss, choices = None, RLOO_OPTIONS
+    if issubclass(trainer, DPOTrainer):
+        loss, choices = draw.choice(DPO_LOSSES), DPO_OPTIONS
+    elif issubclass(trainer, GRPOTrainer):
+        loss = draw.choice([*CLIPPED_LOSSES, "cispo", "sapo", "vespo", "luspo"])
+        choices = GRPO_OPTIONS | (CLIPPED_OPTIONS if loss in CLIPPED_LOSSES else {})
     options = {name: draw.choice(values) for name, values in choices.items() if draw.random() < 0.3}
-    if draw.random() < 0.3:
-        options["steps_per_generation"] = 2 * options.get("gradient_accumulation_steps", 1)
-    return options if issubclass(trainer, RLOOTrainer) else options | {"loss_type": loss} | NEEDED.get(loss, {})
+    own = {} if loss is None else {"loss_type": [loss] if choices is DPO_OPTIONS else loss}
+    return options | own | NEEDED.get(loss, {})
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:steps_per_generation=. is more")
+@pytest.mark.filterwarnings("ignore:steps_per_generation=4 is more")
 @pytest.mark.parametrize("seed", range(int(os.environ.get("TRL_CASES", 12))))
 def test_random_options_train_as_trl(seed, saved):
-    pairs = [(SharedPrefixGRPOTrainer, RegroupedGRPOTrainer), (SharedPrefixRLOOTrainer, RegroupedRLOOTrainer)]
-    ours_class, trls_class = pairs[seed % 4 == 3]
+    ours_class, trls_class = PAIRS[seed % 3]
     options = random_options(ours_class, seed)
     ours, expected = (train(each, saved("qwen2"), **options) for each in (ours_class, trls_class))
-    assert_trained_alike(ours, expected, tolerance=1e-11, without="^(train_)?loss$")
-    assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())  # Trainer sums losses in float32
+    # Trainer sums losses in float32. Where DPO's rewards should be 0, accuracies depend on rounding.
+    assert_trained_alike(ours, expected, tolerance=1e-11, without="^(train_)?loss$|accuracies")
+    assert_trained_alike(ours, expected, {"loss"}, tolerance=float32_floor())
     assert sum(ours.logged("flexpg/tokens_saved")) > 0
 
 
