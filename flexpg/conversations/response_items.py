@@ -37,7 +37,10 @@ def join_items(messages: Sequence[Any]) -> list[tuple[int, Any]]:
         try:
             kind, message = _as_message(item)
             if last == CALL and kind in (REASONING, TEXT):
-                raise ValueError("must not be of the assistant: the tool call before it has no function_call_output")
+                raise ValueError(
+                    "must not be of the assistant: the tool call before it has no function_call_output; add it, or "
+                    "leave the call out"
+                )
             if last is None or kind is None or kind < last or kind == last == TEXT:
                 joined.append((j, message))
             else:
