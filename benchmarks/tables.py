@@ -137,9 +137,8 @@ def headline() -> str:
             for case in steps["cases"]
         ),
     ]
-    machines = sorted({machine(result).rpartition(",")[0] for result in results.values()})
     header = ["workload", "model", "tokens encoded, baseline / shared", "time of an update or step, baseline / shared"]
-    return markdown(header, rows) + f"\nFloat32 on two cores, conversations on one: {', '.join(machines)}.\n"
+    return markdown(header, rows)
 
 
 def bounds() -> str:
