@@ -16,7 +16,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
-from vllm.model_executor.layers import utils
 
 from flexpg.integrations.trl import SharedPrefixGRPOTrainer
 
@@ -30,6 +29,8 @@ def reward(completions: list[str], **columns) -> list[float]:
 
 
 if __name__ == "__main__":
+    from vllm.model_executor.layers import utils  # not at the top: pytest imports this file to look for doctests
+
     name, checkpoint, folder, adapters = sys.argv[1:]
     utils.dispatch_cpu_unquantized_gemm = keep_weights
     vllm_generation.LLM = partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
