@@ -48,8 +48,8 @@ def group_advantages(
     """
     if rollouts.is_split:
         raise ValueError(
-            "rollouts must be those of the step, got a micro-batch with a part of a group, whose mean is another; "
-            "compute advantages before the loop, and use advantages[batch.indices] in it"
+            "rollouts must be those of the step, got a micro-batch with a part of a group, whose mean differs from the "
+            "group's; compute advantages before the loop, and use advantages[batch.indices] in it"
         )
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards must be one of {', '.join(get_args(ScaleRewards))}, got {scale_rewards!r}")
@@ -57,25 +57,22 @@ def group_advantages(
     group_ids = None if group_ids is None else torch.as_tensor(group_ids, device=rewards.device)
     if group_ids is not None and group_ids.shape != rewards.shape:
         raise ValueError(
-            f"group_ids must have one entry per rollout, {list(rewards.shape)}, got {list(group_ids.shape)}; for those "
-            "of conversations, task[conversation]"
+            f"group_ids must have one entry per rollout, {list(rewards.shape)}, got {list(group_ids.shape)}; with "
+            "conversation_rollouts, pass task[conversation]"
         )
     group = (rollouts.group_ids if group_ids is None else group_ids).unique(return_inverse=True)[1]  # [N]
     alone = int((group.bincount() == 1).sum())
-    if len(group) > 1 and len(group) > alone > len(group) / 2:
-        warnings.warn(
+    if len(group) > 1 and alone > len(group) / 2:
+        message = (
             f"{alone} of {len(group)} rollouts are alone in their group, so their advantages are 0; pass group_ids to "
-            "compare rollouts whose prompts differ, such as the turns of conversations of one task",
-            RuntimeWarning,
-            stacklevel=2,
+            "compare rollouts whose prompts differ, such as the turns of conversations of one task"
         )
-    if len(group) > 1 and alone == len(group):
-        warnings.warn(
-            f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong in one "
-            "group, in Rollouts.from_generate next to one another",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        if alone == len(group):
+            message = (
+                f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong in "
+                "one group, in Rollouts.from_generate next to one another"
+            )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     centered, std = _centered_and_std(rewards, group)
     if scale_rewards == "none":
         return centered.to(rollouts.rewards.dtype)
@@ -87,7 +84,7 @@ def group_advantages(
 def rewards_minus_kl(rollouts: Rollouts, beta: float) -> Tensor:
     """Compute rewards from which the KL divergence from the reference policy is subtracted.
 
-    For advantages of them, in place of the KL term of the loss:
+    They penalize the divergence in the rewards instead of in the loss:
 
         rollouts = replace(rollouts, rewards=rewards_minus_kl(rollouts, beta))
 

@@ -84,7 +84,7 @@ def broadcast_states(
         states: Tensors by name; None on the other ranks.
         group: The ranks.
         rank: The one that has the states, in the group.
-        device: Of the states.
+        device: The device of the states.
     """
     message: list[Any] = [None]
     if states is not None:
@@ -114,7 +114,7 @@ def check_same_on_all_ranks(
 ) -> None:
     """Check that all ranks of a group have the same settings, tensors and weights.
 
-    With other tensors they would wait for one another; with other weights, gradients would be of no model.
+    With different tensors they would deadlock; with different weights, gradients would mix those of several models.
 
     Raises:
         ValueError: On all ranks, if they have not.

@@ -1,4 +1,4 @@
-"""Context managers that disable compilation of a model's layers, record their outputs, or perturb them."""
+"""Layers of a model: run them uncompiled, record their outputs, or perturb these."""
 
 from __future__ import annotations
 

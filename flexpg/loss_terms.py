@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-FLAT = 80.0  # a sigmoid's argument from which on it is 1 in float64, and its gradient 0
+FLAT = 80.0  # from here on, sigmoid(x) is 1 in float64, and its gradient 0
 LOG_WEIGHTS = (math.log(1e-8), 20.0)  # where "vespo" clamps the logarithm of a rollout's weight
 
 

@@ -164,8 +164,10 @@ def grpo_loss(
         )
     if not min(sapo_temperature_pos, sapo_temperature_neg) > 0:
         raise ValueError(f"temperatures must be positive, got {sapo_temperature_pos} and {sapo_temperature_neg}")
-    if not beta >= 0 or (beta > 0 and ref_logprobs is None):
-        raise ValueError(f"beta must be at least 0, and 0 without ref_logprobs, got {beta}")
+    if not beta >= 0:
+        raise ValueError(f"beta must be at least 0, got {beta}")
+    if beta > 0 and ref_logprobs is None:
+        raise ValueError(f"beta={beta} needs ref_logprobs, got None")
     if entropy_coef != 0:
         _check_entropies(entropies, logprobs.requires_grad, total_tokens, total_rollouts)
     gammas = Gamma(vespo_k_pos, vespo_lambda_pos), Gamma(vespo_k_neg, vespo_lambda_neg)
@@ -249,8 +251,10 @@ def _upper_margin(loss_type: LossType, epsilon: float, epsilon_high: float | Non
         )
     if loss_type == "cispo" and not (epsilon_high or 0) >= 1:
         raise ValueError(f"loss_type 'cispo' needs epsilon_high of at least 1, the largest ratio, got {epsilon_high}")
-    if delta is not None and (loss_type in UNCLIPPED or not delta > 1 + margin):
-        raise ValueError(f"delta must be above 1 + epsilon_high = {1 + margin}, for a clipped loss, got {delta}")
+    if delta is not None and loss_type in UNCLIPPED:
+        raise ValueError(f"delta must be None for loss_type {loss_type!r}, which does not clip with it, got {delta}")
+    if delta is not None and not delta > 1 + margin:
+        raise ValueError(f"delta must be above 1 + epsilon_high = {1 + margin}, got {delta}")
     return margin
 
 

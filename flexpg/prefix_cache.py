@@ -42,9 +42,9 @@ class PrefixCache:
 
     Args:
         tokens: [P] int64, the prompt.
-        inputs: The prompt's images, or None.
         forward: Computes the hidden states [1, S, E] of a packed sequence; called once with the prompt's tree and this
             cache, in which the layers store their keys and values.
+        inputs: The prompt's images, or None.
         group: The ranks that share the prompt, each of which computes and stores a part of it; None for this one only.
 
     Attributes:

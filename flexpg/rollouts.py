@@ -317,7 +317,7 @@ class Rollouts:
             ValueError: If `indices` is empty or not int64.
         """
         rows = torch.as_tensor(indices, device=self.group_ids.device)  # [M]
-        if rows.dtype != torch.int64 or rows.dim() != 1:
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not len(rows):
             raise ValueError(f"indices must be 1-D int64 and not empty, got {rows.dtype} {list(rows.shape)}")
         completions = [self.completions[n] for n in rows.tolist()]
         old_groups = self.group_ids[rows].tolist()

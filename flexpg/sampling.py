@@ -9,7 +9,7 @@ decoded together (a budget for the cache decides that) or on when finished rollo
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as cached
 from typing import Any
@@ -50,6 +50,8 @@ class SamplingParams:
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop_tokens, Iterator):  # it is read more than once
+            object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
         for name, valid, condition in (
             ("max_new_tokens", _is_count(self.max_new_tokens), "an integer of at least 1"),
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),

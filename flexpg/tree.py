@@ -120,12 +120,17 @@ class PrefixTree:
             completions: For each prompt, the list of its completions' token sequences.
 
         Raises:
-            ValueError: If a prompt, completion or group is empty, or a token id is negative.
+            ValueError: If a prompt, completion or group is empty, a token id is negative, or there is not one list of
+                completions per prompt.
             TypeError: If token ids are not integers.
 
         >>> PrefixTree.from_groups([[5, 6]], [[[7], [8, 9]]]).node.tolist()
         [[0, 1, 2, -1], [0, 1, 3, 4]]
         """
+        if len(prompts) != len(completions):
+            raise ValueError(
+                f"completions must have one list per prompt, got {len(completions)} for {len(prompts)} prompts"
+            )
         groups = [
             [
                 token_ids(f"prompts[{g}]", prompt),

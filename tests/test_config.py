@@ -83,7 +83,7 @@ OPTION_ERRORS = [
     ("sampling.temperature=0", "sampling.temperature must be positive for rollouts, got 0.0"),
     ("sampling.top_p=1.1", "top_p must be above 0 and at most 1, got 1.1"),
     ("loss.epsilon=2", "loss: epsilon must be between 0 and 1 and epsilon_high at least 0, got 2.0 and 0.28"),
-    ("loss.beta=-0.1", "loss: beta must be at least 0, and 0 without ref_logprobs, got -0.1"),
+    ("loss.beta=-0.1", "loss: beta must be at least 0, got -0.1"),
 ]
 
 

@@ -12,7 +12,8 @@ from flexpg.training.config import build_loss, component
 from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.environments import build_environment
 from flexpg.training.rewards import build_rewards
-from flexpg.training.tools import load_functions
+from flexpg.training.tasks import Problem
+from flexpg.training.tools import Tools
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_dotpath_with_a_mistake_is_one_line_with_the_nearest_name(dotpath, reaso
         lambda dotpath: build_environment({"_component_": dotpath}),
         lambda dotpath: build_loss(OmegaConf.create({"loss": {"_component_": dotpath}})),
         lambda dotpath: component(OmegaConf.create({"optimizer": {"_component_": dotpath}}), "optimizer"),
-        lambda dotpath: load_functions([dotpath]),
+        lambda dotpath: Tools(Problem("", ""), [dotpath]),
     ],
     ids=["reward", "environment", "loss", "component", "tools"],
 )

@@ -283,9 +283,9 @@ def test_packed_logprobs_optimizer_step_inside_an_oversized_group_raises():
 
 def test_packed_logprobs_arguments_that_do_not_fit_raise():
     (model, _), rollouts = make_model("torchtune"), make_rollouts()
-    with pytest.raises(ValueError, match="which are packed already, without, got list and max_tokens="):
+    with pytest.raises(ValueError, match="which are packed already, got list and max_tokens="):
         packed_logprobs(model, pack(rollouts, WHOLE), max_tokens=WHOLE)
-    with pytest.raises(ValueError, match="rollouts must be Rollouts with max_tokens"):
+    with pytest.raises(ValueError, match="max_tokens must be given with Rollouts"):
         packed_logprobs(model, rollouts)
     with pytest.raises(ValueError, match="max_tokens must hold every rollout, got 30 for rollout 0"):
         packed_logprobs(model, rollouts, max_tokens=30)

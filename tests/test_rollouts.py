@@ -178,6 +178,7 @@ def test_from_groups_accepts_rectangular_arrays_and_tensors(device):
         ({"prompts": [[1, 2], [-100]]}, ValueError, r"prompts\[1\] must hold token ids >= 0, got -100; leave padding"),
         ({"prompts": [[1.0, 2.0], [3]]}, TypeError, r"prompts\[0\] must hold integer token ids"),
         ({"prompts": ["What is 1 + 1?", "2?"]}, TypeError, r"prompts\[0\] must be token ids, got the string"),
+        ({"prompts": [["1", "2"], [3]]}, TypeError, r"prompts\[0\] must be token ids, got a list of strings; convert"),
         ({"prompts": [{"input_ids": [1, 2]}, [3]]}, TypeError, r"prompts\[0\] must be token ids, got a dict; pass its"),
         ({"loss_mask": [[[True], [True]], [[True, True]]]}, ValueError, "loss_mask must have one value per completion"),
         ({"loss_mask": [[[True], [True, True]]]}, ValueError, "loss_mask must have one value per completion"),
@@ -321,6 +322,8 @@ def test_select_drops_prompts_without_rollouts():
     assert part.num_groups == 1 and part.prompts[0].tolist() == [0, 5] and part.loss_mask.tolist() == [[True]]
     with pytest.raises(ValueError, match="indices must be 1-D int64"):
         Rollouts(**fields()).select(torch.tensor([True, False, True, True]))
+    with pytest.raises(ValueError, match=r"not empty, got torch.int64 \[0\]"):
+        Rollouts(**fields()).select(torch.tensor([], dtype=torch.int64))
 
 
 def test_keep_in_loss_empties_the_loss_masks_of_other_rollouts():

@@ -370,9 +370,9 @@ def test_sampling_params_stop_tokens_that_are_no_ids_raise(stop_tokens):
         SamplingParams(4, stop_tokens=stop_tokens)
 
 
-@pytest.mark.parametrize("convert", [list, set, np.array, torch.tensor])
+@pytest.mark.parametrize("convert", [list, set, np.array, torch.tensor, iter])
 def test_sampling_params_take_stop_tokens_of_any_collection(convert):
-    assert SamplingParams(4, stop_tokens=convert([5, 6]))
+    assert sorted(map(int, SamplingParams(4, stop_tokens=convert([5, 6])).stop_tokens)) == [5, 6]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ from torchtune.training import set_activation_checkpointing
 
 import flexpg
 from flexpg import Rollouts, pack, self_check
+from flexpg.integrations import integration_for
 from flexpg.integrations import transformers as integration
 from flexpg.masks import TreeBlockMask, dense_mask
-from flexpg.verify import SelfCheckError, SelfCheckResult, baseline_logprobs, gradient_norms
+from flexpg.verify import SelfCheckError, SelfCheckResult, baseline_logprobs, checked_model, gradient_norms
 from flexpg.verify.isolation import _perturbed_trees
 
 WINDOW = 30
@@ -48,6 +49,18 @@ def check(model: nn.Module, **options: Any) -> SelfCheckResult:
 def assert_passes_with_margin(found: SelfCheckResult) -> None:
     assert 0 < found.logprob_error < 0.6 * found.logprob_budget
     assert 0 < found.gradient_error < 0.6 * found.gradient_budget
+
+
+def test_ordinary_call_computes_logits_of_the_first_tokens_only(monkeypatch):
+    monkeypatch.setattr(checked_model, "ORDINARY_TOKENS", 50)
+    model = flexpg.enable(in_float64(tiny_model("llama3")).train())
+    rollouts = Rollouts.from_groups([tokens(40, 0)], [[tokens(20, 1), tokens(9, 2)]], [[0.0, 0.0]])
+    (batch,) = pack(rollouts, max_tokens=1000)
+    own, from_hidden_states = checked_model.CheckedModel(model, integration_for(model), 1.0, None).own_logprobs(
+        batch, 0
+    )
+    assert own.shape == from_hidden_states.shape == (49,)
+    torch.testing.assert_close(own, from_hidden_states, check_dtype=False)  # torchtune's logits are float32
 
 
 # Correct models.

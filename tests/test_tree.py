@@ -129,6 +129,11 @@ def test_from_lengths_flat_suffix_lens_raises(build):
         build([1000], [200, 50])
 
 
+def test_from_groups_without_completions_of_every_prompt_raises():
+    with pytest.raises(ValueError, match="completions must have one list per prompt, got 2 for 1 prompts"):
+        PrefixTree.from_groups([[1]], [[[2]], [[3]]])
+
+
 def test_from_sequences_merges_what_from_groups_keeps_apart():
     prompts, completions = [[1, 2], [1, 2]], [[[3, 4], [3, 5]], [[3, 4]]]
     sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]]

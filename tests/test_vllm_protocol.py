@@ -101,8 +101,8 @@ def test_sample_greedy_asks_for_one_completion_per_prompt(server, folder):
 @pytest.mark.parametrize(
     ("params", "match"),
     [
-        (SamplingParams(4, top_k=5), "top_k must be None"),
-        (SamplingParams(4, top_p=0.9), "top_p must be 1"),
+        (SamplingParams(4, top_k=5), "top_k must be None and top_p 1 with vLLM, .* got 5 and 1.0"),
+        (SamplingParams(4, top_p=0.9), "top_k must be None and top_p 1 with vLLM, .* got None and 0.9"),
         (SamplingParams(4, temperature=0.001), "temperature must be 0 or at least"),
         (SamplingParams(14), "max_model_len must be at least 17"),
     ],

@@ -130,7 +130,7 @@ def packed_logprobs(
     """
     if isinstance(rollouts, Rollouts) != (max_tokens is not None):
         raise ValueError(
-            "rollouts must be Rollouts with max_tokens, or micro-batches, which are packed already, without, got "
+            "max_tokens must be given with Rollouts, and left out with micro-batches, which are packed already, got "
             f"{type(rollouts).__name__} and max_tokens={max_tokens}"
         )
     if entropy_grad and not return_entropy:

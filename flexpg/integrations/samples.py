@@ -48,8 +48,8 @@ def sample(
         FloatingPointError: If logits are not finite.
     """
     integration = integration_for(model)
-    if (device := accelerator_of(model)) is not None:
-        prompts = [token_ids(f"prompts[{p}]", own).to(device) for p, own in enumerate(prompts)]
+    device = accelerator_of(model) or "cpu"
+    prompts = [token_ids(f"prompts[{p}]", own).to(device) for p, own in enumerate(prompts)]
     with autocast(model, autocast_dtype), unsharded(model), uncompiled(model):
         return sample_completions(
             integration.decoder(model),

@@ -21,9 +21,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from flexpg.training.dotpaths import near_argument
+from flexpg.training.dotpaths import load_dotpath, near_argument
 from flexpg.training.quantization import quantize_layers
-from flexpg.training.tools import load_functions
 
 # Options of `peft.LoraConfig` with which the model without adapters is the base model, and adapters can be merged.
 LORA_OPTIONS = (
@@ -163,7 +162,7 @@ def tokenizer(
     if tools:
         if own.response_template is None:
             raise ValueError(f"tools need a tokenizer with a response_template, which the one in {path} lacks")
-        options["tools"] = [get_json_schema(function) for function in load_functions(tools)]
+        options["tools"] = [get_json_schema(function) for function in map(load_dotpath, tools)]
     return CheckpointTokenizer(own, sorted(ids - {None}), options)
 
 

@@ -50,7 +50,7 @@ class LossConfig:
     loss_type: LossType = "dapo"
     epsilon: float = 0.2
     epsilon_high: float | None = 0.28  # for cispo the largest ratio itself, such as 5.0
-    delta: float | None = None  # the largest ratio of bad rollouts
+    delta: float | None = None  # upper limit of the ratio where the advantage is negative
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     vespo_k_pos: float = 2.0

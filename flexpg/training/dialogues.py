@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from flexpg.sampling import Samples
 from flexpg.training.distributed import World
 from flexpg.training.environments import EnvironmentConfig, Message, Step, answers
 from flexpg.training.episodes import Episode, Turn, sampled_turns
+from flexpg.training.problem_order import derive_seed
 from flexpg.training.prompts import assistant_message, completion_text
 from flexpg.training.tasks.problem import Problem
 
@@ -96,7 +96,7 @@ def sample_dialogues(
         if not (going_on if world is None else world.all_reduce_max(len(going_on))):
             break
         own_prompts = [dialogues[n].prompt for n in going_on]
-        own_seeds = [_seed(seeds[n // group_size], turn, n % group_size) for n in going_on]
+        own_seeds = [derive_seed(seeds[n // group_size], f"turn {turn} of {n % group_size}") for n in going_on]
         turns = sampled_turns(own_prompts, sample(own_prompts, 1, own_seeds))
         with errors():
             _extend([dialogues[n] for n in going_on], turns, environment, tokenizer, prompt_format, max_prompt)
@@ -184,7 +184,3 @@ def _extend(
 
 def _user(problem: Problem) -> Message:
     return {"role": "user", "content": problem.prompt}
-
-
-def _seed(seed: int, turn: int, sample: int) -> int:
-    return random.Random(f"{seed} turn {turn} of {sample}").getrandbits(63)

@@ -14,7 +14,7 @@ hints and docstrings in Google style. A turn without calls ends the episode; `re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flexpg.training.dotpaths import load_dotpath
@@ -35,7 +35,7 @@ class Tools:
     """
 
     def __init__(self, problem: Problem, functions: Sequence[str]) -> None:
-        self.functions = {function.__name__: function for function in load_functions(functions)}
+        self.functions = {function.__name__: function for function in map(load_dotpath, functions)}
 
     def step(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
         """Return what the called functions return; of one that raises, the error."""
@@ -49,15 +49,3 @@ class Tools:
             return str(self.functions[name](**arguments))
         except Exception as error:  # the model chose the arguments, and sees what is wrong with them
             return f"error: {type(error).__name__}: {error}"
-
-
-def load_functions(paths: Sequence[str]) -> list[Callable[..., Any]]:
-    """Import functions.
-
-    Args:
-        paths: Dotpaths.
-
-    Raises:
-        ValueError: If one cannot be imported.
-    """
-    return [load_dotpath(path) for path in paths]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from flexpg.training.config import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
 from flexpg.training.models import BROADCAST, GATHER, refuse_own_weights
+from flexpg.training.problem_order import derive_seed
 
 __all__ = [
     "check_fits",
@@ -233,7 +233,7 @@ def _head_differences(model: TransformerDecoder, config_file: Path) -> list[str]
 def _new_adapter(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     weight = torch.zeros(shape)
     if name.endswith("lora_a.weight"):
-        generator = torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(63))
+        generator = torch.Generator().manual_seed(derive_seed(seed, name))
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     return weight.to(dtype)
 

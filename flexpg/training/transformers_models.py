@@ -241,10 +241,8 @@ def _write_weights(gathered: dict[str, Any], cfg: Any, dtype: torch.dtype, folde
     if lora := cfg.model.get("lora"):
         saved = with_adapters(saved, lora)
     with torch.no_grad():
-        for (
-            name,
-            value,
-        ) in saved.state_dict().items():  # in place: `load_state_dict` of another dtype needs a third copy
+        # In place, because `load_state_dict` of another dtype would need a third copy.
+        for name, value in saved.state_dict().items():
             value.copy_(gathered[name])
     if lora:
         saved.save_pretrained(folder / "adapter" / "epoch_0")

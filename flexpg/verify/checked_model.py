@@ -81,7 +81,7 @@ class CheckedModel:
         """
         rollouts = batch.rollouts.select([n])
         (tokens,), inputs = rollouts.sequences, rollouts.sequence_inputs
-        tokens = tokens if inputs else tokens[:ORDINARY_TOKENS]
+        tokens = tokens[:ORDINARY_TOKENS] if rollouts.prompt_inputs is None else tokens
 
         def from_hidden_states() -> Tensor:
             hidden = self.integration.baseline_forward(self.model, tokens[None], inputs)

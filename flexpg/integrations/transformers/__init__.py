@@ -170,7 +170,7 @@ def decoder(model: nn.Module) -> Decoder:
     """Return what `sample_completions` calls for hidden states; the model's own caches are not used.
 
     Raises:
-        ValueError: If the model has dropout or is in training mode, or an unsupported adapter.
+        ValueError: If the model has dropout and is in training mode, or has an unsupported adapter.
         TypeError: If prefixes cannot be shared exactly in the model.
     """
     enable(model)

@@ -128,7 +128,9 @@ def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[st
     }
     encoded = encoded_items(tree, encoded_now.cpu().numpy())
     for own in encoded:
-        arguments |= _taken(model, _on_device(model, concatenated(own.items)))
+        given = _on_device(model, concatenated(own.items))
+        _check_taken(model, given)
+        arguments |= given
     with _in_packed_order(backbone(model), encoded):
         yield arguments
 
@@ -215,12 +217,11 @@ def _on_device(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, 
     return {name: x.to(model.device) for name, x in tensors.items()}
 
 
-def _taken(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs themselves, if the model takes them."""
+def _check_taken(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Raise if the model does not take one of the inputs."""
     taken = inspect.signature(type(backbone(model)).forward).parameters
     if unknown := sorted(set(inputs) - set(taken)):
         raise ValueError(f"{type(model).__name__} takes no {', '.join(unknown)}; leave them out of prompt_inputs")
-    return inputs
 
 
 @contextmanager

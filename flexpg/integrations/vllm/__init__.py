@@ -183,15 +183,11 @@ class Engine:
         self._seen = version
 
     def _check_params(self, params: SamplingParams, longest: int) -> None:
-        for name, valid, condition in (
-            ("top_k", params.top_k is None, "None"),
-            ("top_p", params.top_p == 1, "1"),
-        ):
-            if not valid:
-                raise ValueError(
-                    f"{name} must be {condition} with vLLM, whose log-probabilities are those of the tokens that it "
-                    f"leaves, got {getattr(params, name)}"
-                )
+        if params.top_k is not None or params.top_p != 1:
+            raise ValueError(
+                f"top_k must be None and top_p 1 with vLLM, whose log-probabilities are those of the tokens that they "
+                f"leave, got {params.top_k} and {params.top_p}"
+            )
         if 0 < params.temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE} with vLLM, got {params.temperature}")
         if longest + params.max_new_tokens > self.max_model_len:
