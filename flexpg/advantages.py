@@ -63,16 +63,15 @@ def group_advantages(
     group = (rollouts.group_ids if group_ids is None else group_ids).unique(return_inverse=True)[1]  # [N]
     alone = int((group.bincount() == 1).sum())
     if len(group) > 1 and alone > len(group) / 2:
-        message = (
-            f"{alone} of {len(group)} rollouts are alone in their group, so their advantages are 0; pass group_ids to "
-            "compare rollouts whose prompts differ, such as the turns of conversations of one task"
+        warnings.warn(
+            f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong in one "
+            "group, in Rollouts.from_generate next to one another"
+            if alone == len(group)
+            else f"{alone} of {len(group)} rollouts are alone in their group, so their advantages are 0; pass "
+            "group_ids to compare rollouts whose prompts differ, such as the turns of conversations of one task",
+            RuntimeWarning,
+            stacklevel=2,
         )
-        if alone == len(group):
-            message = (
-                f"every group has one rollout, so all {len(group)} advantages are 0; rollouts of a prompt belong in "
-                "one group, in Rollouts.from_generate next to one another"
-            )
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
     centered, std = _centered_and_std(rewards, group)
     if scale_rewards == "none":
         return centered.to(rollouts.rewards.dtype)

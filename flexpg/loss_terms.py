@@ -1,7 +1,7 @@
 """The term of a token in each type of `grpo_loss`, and the correction for a sampler that is not the trainer.
 
 Tensors are [N, C] and 0 where no loss token is; advantages are [N, 1]. A term is returned with per-token values for
-the metrics.
+the metrics, if it has any.
 """
 
 from __future__ import annotations
@@ -47,13 +47,10 @@ def cispo_term(
     """Return -min(r, largest) A logprobs, with no gradient through r."""
     ratio = log_ratio.detach().exp()
     losses = -ratio.clamp(max=largest) * advantages * policy
-    is_above = (ratio > largest) & (advantages > 0)
-    return losses, {"clip_low": torch.zeros_like(is_above), "clip_high": is_above}
+    return losses, {"clip_high": (ratio > largest) & (advantages > 0)}
 
 
-def sapo_term(
-    log_ratio: Tensor, advantages: Tensor, temperature_pos: float, temperature_neg: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def sapo_term(log_ratio: Tensor, advantages: Tensor, temperature_pos: float, temperature_neg: float) -> Tensor:
     """Return -sigmoid(t (r - 1)) 4 / t A, with a gradient of 0 where it is flat and r may overflow."""
     # As tensors: of two numbers, torch.where makes float32.
     good, bad = (advantages.new_tensor(value) for value in (temperature_pos, temperature_neg))
@@ -61,7 +58,7 @@ def sapo_term(
     is_flat = temperature * log_ratio.detach().expm1() > FLAT
     ratio = log_ratio.masked_fill(is_flat, 0.0).exp()
     gate = torch.where(is_flat, 1.0, torch.sigmoid(temperature * (ratio - 1))) * 4 / temperature
-    return -gate * advantages, _no_clips(log_ratio)
+    return -gate * advantages
 
 
 def vespo_term(
@@ -89,7 +86,7 @@ def vespo_term(
     log_w = log_w.clamp(lowest, highest)
     good, bad = ((own.decay + own.k * log_w - own.decay * log_w.exp()).exp() for own in (positive, negative))
     phi = torch.where(advantages >= 0, good, bad)  # [N, 1]
-    return -phi * advantages * policy, {**_no_clips(log_ratio), "vespo_weight": phi.expand_as(policy)}
+    return -phi * advantages * policy, {"vespo_weight": phi.expand_as(policy)}
 
 
 def sampler_ratio(
@@ -109,9 +106,3 @@ def sampler_ratio(
     if action == "truncate":
         return ratio.clamp(smallest, largest), ratio
     return ratio.masked_fill((ratio < smallest) | (ratio > largest), 0.0), ratio
-
-
-def _no_clips(log_ratio: Tensor) -> dict[str, Tensor]:
-    """Return the metrics of a term that does not clip."""
-    never = torch.zeros_like(log_ratio, dtype=torch.bool)
-    return {"clip_low": never, "clip_high": never}

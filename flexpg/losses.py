@@ -133,12 +133,12 @@ def grpo_loss(
         vespo_k_neg: Exponent of "vespo" where A < 0.
         vespo_lambda_neg: Decay of "vespo" where A < 0.
         max_completion_length: The sampler's limit in tokens, a constant of the run; needed by "dr_grpo".
-        metrics: A dict that is filled with means over the loss tokens of this call, 0-d and detached: "ratio" (r),
-            "clip_low" (r < 1 - epsilon and A < 0), "clip_high" (r above its limit and A > 0); for "vespo"
-            "vespo_weight" (what A logprobs is multiplied by); with `ref_logprobs` "kl"; with `entropies` "entropy";
-            with `sampler_logprobs` "sampler_ratio" (w, corrected) and "sampler_kl" (from the sampler to the old policy,
-            k3). "sampler_ratio_max" is not a mean but the largest w before it was corrected, 0 without a loss token:
-            over micro-batches, take the maximum of it.
+        metrics: A dict that is filled with means over the loss tokens of this call, 0-d and detached: "ratio" (r); for
+            clipped losses "clip_low" (r < 1 - epsilon and A < 0); for these and "cispo" "clip_high" (r above its limit
+            and A > 0); for "vespo" "vespo_weight" (what A logprobs is multiplied by); with `ref_logprobs` "kl"; with
+            `entropies` "entropy"; with `sampler_logprobs` "sampler_ratio" (w, corrected) and "sampler_kl" (from the
+            sampler to the old policy, k3). "sampler_ratio_max" is not a mean but the largest w before it was corrected,
+            0 without a loss token: over micro-batches, take the maximum of it.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 `logprobs`).
@@ -195,11 +195,12 @@ def grpo_loss(
         gap = old - masked(sampler_logprobs).detach()
         weight, uncorrected = sampler_ratio(gap, importance_sampling_mode, *limits)  # [N, C] each
         per_token |= {"sampler_ratio": weight, "sampler_kl": gap.expm1() - gap}
+    own: dict[str, Tensor] = {}
     match loss_type:
         case "cispo":
             losses, own = cispo_term(policy, log_ratio, advantages, high_margin)  # [N, C]
         case "sapo":
-            losses, own = sapo_term(log_ratio, advantages, sapo_temperature_pos, sapo_temperature_neg)
+            losses = sapo_term(log_ratio, advantages, sapo_temperature_pos, sapo_temperature_neg)
         case "vespo":
             log_weight = None if weight is None else masked(weight.log())
             losses, own = vespo_term(policy, log_ratio, advantages, log_weight, *gammas)
