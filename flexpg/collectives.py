@@ -29,7 +29,7 @@ def gather_ranges(x: Tensor, dim: int, group: ProcessGroup, lengths: list[int]) 
         x: This rank's ranges: the one of its own number, then the one as far from the end.
         dim: The dimension in which ranges follow one another.
         group: The ranks.
-        lengths: Of each range; twice as many as ranks.
+        lengths: The length of each range; twice as many as ranks.
     """
     return start_to_gather(x, dim, group, lengths)()
 

@@ -91,7 +91,7 @@ class ContextShard:
 
         Args:
             k: [1, Hkv, n, D].
-            v: Likewise.
+            v: Values, like `k`.
             stop: One past the last token whose keys are wanted; None for this rank's last token.
 
         Returns:

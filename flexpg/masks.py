@@ -197,7 +197,7 @@ class TreeBlockMask(BlockMask):
         Args:
             layer: What tells the model's layers apart.
             k: [1, Hkv, S', D] of the tokens that are encoded now.
-            v: Likewise.
+            v: [1, Hkv, S', D], like `k`.
         """
         return self.start_keys_and_values(layer, k, v)()
 

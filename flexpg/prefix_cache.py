@@ -88,7 +88,7 @@ class PrefixCache:
             mask: The mask of this forward.
             layer: What tells the model's layers apart.
             k: [1, Hkv, S', D] of the tokens that are encoded now.
-            v: Likewise.
+            v: [1, Hkv, S', D], like `k`.
 
         Returns:
             A function that returns the layer's keys and values; ranks communicate until it is called.

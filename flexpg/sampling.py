@@ -118,7 +118,7 @@ def sample_completions(
         prompts: As in `flexpg.sample`, like all that follow.
         group_size: G.
         params: How tokens are sampled.
-        seed: Of the random numbers.
+        seed: The seed of the random numbers.
         max_cache_tokens: The limit of the cache.
         compiled: Compile the decoding step.
     """

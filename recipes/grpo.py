@@ -522,7 +522,7 @@ class GRPORecipe(FTRecipeInterface):
         """Return a context that saves progress if a reward, an environment or an engine fails on any rank.
 
         Args:
-            metrics: Of the step that is done, if they are not yet logged.
+            metrics: The metrics of the step that is done, if they are not yet logged.
         """
 
         def save() -> None:

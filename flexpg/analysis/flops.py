@@ -35,10 +35,10 @@ class ModelShape:
             any matrix before them is trained.
         is_output_frozen: Whether the output layer is not trained.
         output_adapters: Entries of the output layer's adapters.
-        value_dim: Of a value head; 0 if it is D.
+        value_dim: The size of a value head; 0 if it is D.
         global_head_dim: D of layers without a window, if it differs from that of layers with one; else 0.
         attention_layers: Layers with attention; None if all have it.
-        windowed_layers: Those of them with a sliding window or chunks.
+        windowed_layers: The number of them with a sliding window or chunks.
         window: The tokens that a token sees there at most, or those of a chunk.
         is_chunked: Whether `window` is that of chunks.
         recurrent_layers: Layers with recurrence, in place of attention or next to it.
@@ -86,10 +86,10 @@ class Flops:
     """Floating-point operations; a multiplication and an addition are two.
 
     Attributes:
-        linear: Of the layers' matrices.
-        attention: Of QK^T and PV, for visible pairs only.
-        output: Of the logits.
-        recurrent: Of recurrent layers, without their matrices.
+        linear: FLOPs of the layers' matrices.
+        attention: FLOPs of QK^T and PV, for visible pairs only.
+        output: FLOPs of the logits.
+        recurrent: FLOPs of recurrent layers, without their matrices.
     """
 
     linear: int

@@ -57,7 +57,7 @@ def report(
         max_tokens: Token budgets of a micro-batch.
         itemsize: Bytes per activation; 2 for bfloat16.
         activation_checkpointing: Layers are recomputed in the backward.
-        names: What to call each rollout, as `read_rollouts` returns them; None for its number.
+        names: The name of each rollout, as `read_rollouts` returns them; None for its number.
         image_flops: FLOPs of the vision encoder by `Item.identity`, from
             `flexpg.analysis.transformers_images.image_flops`; None for text.
         context_parallel: Ranks over which a packed sequence is divided; 1 for no table of them.

@@ -46,10 +46,10 @@ def read_rollouts(
         paths: A file or several; "-" for standard input.
         encode: For texts; a prompt and its completion are encoded separately.
         chat: For messages: a tokenizer with a chat template.
-        per_turn: Of messages, a rollout for each assistant turn; None where one cannot hold all, with a warning.
+        per_turn: Make a rollout of each assistant turn of messages; None where one cannot hold all, with a warning.
         stop_tokens: Ids that end an assistant turn; None for those of `chat`.
         template_options: Further options of the chat template.
-        vocab_size: Of the model; None to accept any token id.
+        vocab_size: The model's vocabulary size; None to accept any token id.
         skipped: Receives why a row is not read, by its name; None to raise an error at the first.
 
     Returns:

@@ -20,7 +20,7 @@ def image_flops(model: nn.Module, rollouts: Rollouts) -> dict[int, int]:
 
     Args:
         model: A transformers model that takes images, with weights; its gradients do not change.
-        rollouts: Whose prompts' images are counted.
+        rollouts: The rollouts; the images of their prompts are counted.
 
     Returns:
         FLOPs by `Item.identity`.

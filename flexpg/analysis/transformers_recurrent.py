@@ -27,8 +27,8 @@ class RecurrentWork:
     """The work of a recurrent layer for one token, without the FLOPs of its matrices.
 
     Attributes:
-        flops: Of the forward: products of batches of matrices, and convolutions over the sequence.
-        backward_flops: Of the backward.
+        flops: FLOPs of the forward: products of batches of matrices, and convolutions over the sequence.
+        backward_flops: FLOPs of the backward.
         kept_bytes: What the layer keeps for its backward, matrices included.
     """
 

@@ -107,7 +107,7 @@ class _Parts:
         attention: Its attention module, if it has one.
         recurrent: Its recurrent modules.
         matrices: All matrices, those of the MLP last.
-        mlp: Those outside attention and recurrence, without adapters.
+        mlp: The matrices outside attention and recurrence, without adapters.
         experts: Experts that a token is routed to; 0 without experts.
         last_entries: Entries of the last matrix if checkpointing does not recompute it, else 0.
     """
@@ -153,7 +153,7 @@ def _attention_fields(config: PretrainedConfig, modules: Sequence[nn.Module | No
     """Return the fields of a ModelShape that describe attention.
 
     Args:
-        config: Of the language model.
+        config: The configuration of the language model.
         modules: The attention module of each layer.
     """
     attention = [module for module in modules if module is not None]

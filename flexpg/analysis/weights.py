@@ -15,8 +15,8 @@ class Matrix:
     """A matrix of a layer.
 
     Attributes:
-        path: Of the parameter in its layer, such as "self_attn.q_proj.weight".
-        entries: Those that a token is multiplied with.
+        path: The parameter's path in its layer, such as "self_attn.q_proj.weight".
+        entries: The entries that a token is multiplied with.
         is_trained: Whether it requires grad.
     """
 

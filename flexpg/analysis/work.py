@@ -118,7 +118,7 @@ def recomputed_tokens(batches: Sequence[MicroBatch]) -> int:
     """Return how many prefix tokens are encoded more than once, by several micro-batches or ranks.
 
     Args:
-        batches: What `pack` returned, for all ranks.
+        batches: The micro-batches of all ranks, as `pack` returned them.
     """
     busy = [batch for batch in batches if not batch.is_idle]
     everything = PrefixTree.from_sequences([sequence for batch in busy for sequence in batch.rollouts.sequences])

@@ -32,7 +32,7 @@ class Conversation:
         messages: Dicts with a "role" (system, developer, user, assistant or tool) and "content", "tool_calls" or both,
             as chat templates or the APIs of OpenAI and Anthropic write them; see `template_messages`.
             An assistant message with a "weight" of 0, such as a worked example, is context and not in the loss.
-        reward: Of the whole conversation.
+        reward: The reward of the whole conversation.
         task: Equal for trials of the same task, which are compared with each other.
         tools: Schemas of the tools, which the template shows to the model; None if there are none.
     """

@@ -68,7 +68,7 @@ def sample_dialogues(
     Args:
         environment: What answers.
         sample: (prompts, group size, a seed per prompt) -> samples.
-        tokenizer: Of the prompts.
+        tokenizer: The tokenizer of the prompts.
         problems: P problems.
         prompts: Their tokens.
         group_size: G episodes of each.

@@ -121,7 +121,7 @@ class World:
         """Re-raise an error of any rank on all ranks, so that no rank blocks in a collective. No collectives inside.
 
         Args:
-            errors: What is re-raised; any other error ends its own rank at once.
+            errors: The types that are raised on all ranks; any other error ends its own rank at once.
 
         Raises:
             RankError: With the message of the first rank that failed, in one line.

@@ -54,7 +54,7 @@ class Engine(Protocol):
 
         Args:
             folder: Safetensors in the format of the checkpoint that the engine was created from.
-            version: What `version` is from now on.
+            version: The new value of `version`.
 
         Raises:
             RuntimeError: If they were not loaded.
@@ -90,7 +90,7 @@ def load_into_engine(engine: Engine, folder: Path, version: int, world: World) -
     Args:
         engine: The engine.
         folder: As in `Engine.load_weights`.
-        version: What its version is from now on.
+        version: The version of these weights.
         world: The ranks.
 
     Raises:
@@ -123,7 +123,7 @@ def check_engine(
         params: How tokens are sampled; the completion has at most 8.
         logprobs_of: Returns the trainer's log-probabilities of a rollout, [1, C], at the temperature of `params`.
         world: The ranks.
-        dtype: Of the trainer's computation.
+        dtype: The dtype of the trainer's computation.
 
     Raises:
         RuntimeError: If they differ by more than TOLERANCE on average; on several ranks a RankError on all of them,

@@ -43,7 +43,7 @@ class Episode:
 
     Attributes:
         turns: At least one.
-        reward: Of the environment; 0 without one.
+        reward: The environment's reward; 0 without one.
         is_finished: Whether no limit on tokens ended it.
     """
 
@@ -109,7 +109,7 @@ def build_rollouts(
     Args:
         groups: For each problem its G episodes.
         rewards: [problems, G] float, the reward of each episode.
-        device: Of the rollouts.
+        device: The device of the rollouts.
         with_logprobs: Keep the sampler's log-probabilities.
     """
     episodes = [(problem, episode) for problem, group in enumerate(groups) for episode in group]
@@ -155,7 +155,7 @@ def subtract_kl(step: StepRollouts, weight: float, world: World) -> tuple[StepRo
 
     Args:
         step: The rollouts; old and reference log-probabilities are 0 for those of other ranks.
-        weight: Of the KL divergence.
+        weight: The weight of the KL divergence.
         world: The ranks.
 
     Returns:

@@ -66,9 +66,9 @@ def cost_metrics(
     """Return what a step's micro-batches cost.
 
     Args:
-        minibatches: What `pack` returned for each, of all ranks.
+        minibatches: For each, the micro-batches of all ranks, as `pack` returned them.
         is_shared: Whether packed sequences are trained, or padded batches of whole sequences.
-        shape: Of the model.
+        shape: The model's shape.
         keep_padding: Whether packed sequences keep their padding, as on a GPU or in compiled layers.
 
     Returns:
@@ -103,8 +103,8 @@ def flop_ratio(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -
     """Return the FLOPs of the baseline's layers over those of the packed sequences, without logits, which are equal.
 
     Args:
-        minibatches: What `pack` returned for each with sharing, of all ranks.
-        shape: Of the model.
+        minibatches: For each, the micro-batches of all ranks, as `pack` returned them with sharing.
+        shape: The model's shape.
     """
     batches = [batch for own in minibatches for batch in own if not batch.is_idle]
     baseline = total_work([baseline_work(batch.tree) for batch in batches])

@@ -17,7 +17,7 @@ def offload_activations(device: torch.device) -> saved_tensors_hooks:
     one also copies weights and, to pinned memory, loses the strides that compiled backwards rely on (torch 2.13).
 
     Args:
-        device: Of the computation; tensors of a GPU are copied to pinned memory.
+        device: The device of the computation; tensors of a GPU are copied to pinned memory.
     """
     pin_memory = device.type == "cuda"
 

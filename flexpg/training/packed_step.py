@@ -84,7 +84,7 @@ def pack_step(step: StepRollouts, cfg: Any, world: World, shape: ModelShape) -> 
         step: The rollouts.
         cfg: The configuration: `prompts_per_step`, `minibatches`, `max_tokens`, `sharing` and `compile`.
         world: The ranks.
-        shape: Of the model; with `sharing: auto` it decides whether sharing pays.
+        shape: The model's shape; with `sharing: auto` it decides whether sharing pays.
     """
     rollouts, minibatch = step.rollouts, step.problem // (cfg.prompts_per_step // cfg.minibatches)  # [N]
     rows = [(minibatch == n).nonzero()[:, 0] for n in range(cfg.minibatches)]

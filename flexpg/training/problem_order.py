@@ -19,7 +19,7 @@ class ProblemOrder:
     """The order in which a run asks problems.
 
     Attributes:
-        seed: Of the run.
+        seed: The seed of the run.
         count: How many problems there are.
     """
 

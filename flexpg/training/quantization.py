@@ -77,8 +77,8 @@ def quantize_weights(
     """Quantize weights on a device, one layer at a time.
 
     Args:
-        model: Of which `take_weights` has removed the weights.
-        taken: What it returned.
+        model: A model whose 4-bit weights `take_weights` has removed.
+        taken: What `take_weights` returned.
         weights: All weights of the model by name, not quantized.
         device: The device of the model.
     """

@@ -29,7 +29,7 @@ def newest_checkpoint(cfg: Any, folder: Path, weights: Path, world: World) -> Pa
 
     Args:
         cfg: The configuration.
-        folder: Of checkpoints.
+        folder: The folder of checkpoints.
         weights: The folder of the trained weights.
         world: The ranks.
 
@@ -56,7 +56,7 @@ def lock_output_dir(cfg: Any, folder: Path, newest: Path | None, world: World) -
 
     Args:
         cfg: The configuration.
-        folder: Of checkpoints.
+        folder: The folder of checkpoints.
         newest: The checkpoint that `newest_checkpoint` has returned.
         world: The ranks.
 

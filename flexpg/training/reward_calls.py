@@ -145,7 +145,7 @@ def check_names(function: Callable[..., Any], columns: Collection[str]) -> None:
 
     Args:
         function: The function, with its options.
-        columns: Of the problems.
+        columns: The columns of the problems.
 
     Raises:
         TypeError: If it names neither a completion nor completions, and does not take two arguments by position.

@@ -53,7 +53,7 @@ class Scores:
     Attributes:
         total: [G] float64, weighted sums: large ones may differ by less than float32 can tell.
         values: [G] float32 per reward, before weighting; NaN where it does not apply (None).
-        log: What reward functions have logged.
+        log: The values that reward functions have logged.
     """
 
     total: Tensor
@@ -67,7 +67,7 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
     Args:
         described: name -> `{"_component_": dotpath, "weight": 1.0, further options}` of a function, of a class whose
             instances are called, or of a function that takes only options and returns the reward function.
-        problems: What is scored; a reward may ask for the columns that all of them have.
+        problems: The problems of the completions; a reward may ask for the columns that all of them have.
 
     Raises:
         ValueError: If there is none, or one cannot be imported, does not take its options, or asks for a name that
@@ -161,7 +161,7 @@ def add_environment(scores: Scores | None, rewards: Sequence[float]) -> Scores:
     """Return the rewards of a group with those of its environment added, under the name "environment".
 
     Args:
-        scores: Of the reward functions; None if there is none.
+        scores: The scores of the reward functions; None if there is none.
         rewards: G rewards of the environment.
     """
     own = torch.tensor(rewards, dtype=torch.float64)
@@ -174,7 +174,7 @@ def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
     """Return the mean and standard deviation of each reward where it applies, and what rewards have logged.
 
     Args:
-        scores: Of all groups of a step, at least one.
+        scores: The scores of all groups of a step, at least one.
 
     Returns:
         "reward/NAME" and "reward/NAME/std" for each reward that applied, and "reward/METRIC" for each name that rewards

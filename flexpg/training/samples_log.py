@@ -32,13 +32,13 @@ class Sample:
 
     Attributes:
         step: The step that it was sampled in.
-        prompt: Of the problem, before the prompt format is applied.
-        answer: Of the problem.
+        prompt: The problem's prompt, before the prompt format is applied.
+        answer: The problem's answer.
         completion: What follows the prompt, without the last stop token; of several turns, all of them, with
             the special tokens that a checkpoint's chat template writes between messages.
         rewards: The value of each reward before weighting; None where it does not apply.
         reward: The weighted sum.
-        advantage: What it is trained with.
+        advantage: The advantage that it is trained with.
         completion_tokens: Tokens that were sampled, with stop tokens.
         is_truncated: Whether a limit on tokens ended it.
     """
@@ -69,7 +69,7 @@ def best_and_worst(
         problem: The problem.
         episodes: G episodes, at least two.
         scores: Their rewards.
-        advantages: What each of them is trained with.
+        advantages: The advantage of each.
         tokenizer: A torchtune tokenizer, or one with its methods.
     """
     rewards = scores.total.tolist()

@@ -14,7 +14,7 @@ class StopRequest:
         world: The ranks.
 
     Attributes:
-        number: Of the signal, 0 if there was none.
+        number: The number of the signal, 0 if there was none.
     """
 
     def __init__(self, world: World) -> None:

@@ -25,7 +25,7 @@ class Tools:
     """An environment that calls functions; see `flexpg.training.environments`.
 
     Args:
-        problem: Of the episode; functions do not see it.
+        problem: The problem of the episode; functions do not see it.
         functions: Their dotpaths.
 
     >>> tools = Tools(Problem("", ""), ["math.gcd"])

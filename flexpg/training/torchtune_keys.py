@@ -65,7 +65,7 @@ class Translation:
 
     Attributes:
         options: The options.
-        sources: What each option was made from.
+        sources: The options of torchtune that each option was made from.
         dropped: Keys without a counterpart: why none is needed.
         notes: Keys or options to look at: what to do.
     """

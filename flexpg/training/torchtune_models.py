@@ -135,7 +135,7 @@ def materialize(
         model: A model on the meta device; changed in place.
         weights: Under torchtune's names; read on rank 0 only.
         world: The ranks.
-        seed: Of the adapters.
+        seed: The seed of the adapters' initial values.
         compile: Compile each layer.
         activation_checkpointing: Recompute each layer in the backward.
 

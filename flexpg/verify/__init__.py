@@ -56,8 +56,8 @@ class SelfCheckResult:
         rollouts: Rollouts that were compared with the baseline.
         tokens: Packed tokens of the checked micro-batches, without padding.
         logprob_error: The largest difference to the baseline, in nats.
-        logprob_budget: What rounding explains, in nats.
-        gradient_error: Of the parameter that is closest to its budget, relative to the norm of its gradient.
+        logprob_budget: The largest difference that rounding explains, in nats.
+        gradient_error: The error of the parameter that is closest to its budget, relative to the norm of its gradient.
         gradient_budget: The budget of that parameter.
         rerouted_tokens: Tokens of the compared rollouts, with their prompts, that a mixture of experts sends to other
             experts than in the baseline, because rounding decides a close choice; None without experts, or

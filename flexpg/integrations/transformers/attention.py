@@ -96,7 +96,7 @@ def attention_forward(
         dropout: Must be 0 for packed sequences.
         scaling: Factor of the scores.
         sliding_window: Window in positions.
-        softcap: Of the scores.
+        softcap: The softcap of the scores.
         s_aux: [Hq] attention sinks.
         is_causal: Must not be False for packed sequences.
         kwargs: Passed on to sdpa or eager attention.

@@ -55,7 +55,7 @@ class RangePlan:
     Attributes:
         plan: The calls.
         received: The numbers of segments, or parts of them, whose states come from the range before.
-        sent: Those whose states go to the next range.
+        sent: The segments whose states go to the next range.
         final: The last of them all, if it is in this range and its state is wanted.
     """
 
@@ -87,7 +87,7 @@ def plan_range(tree: PrefixTree, borders: Sequence[int], number: int, keeps_stat
         tree: The packed sequence.
         borders: Range i is the tokens from `borders[i]` up to `borders[i + 1]`. Those before the first border are a
             cached prompt, segment 0, whose state all ranges have.
-        number: Of the range.
+        number: The number of the range.
         keeps_state: Whether the state after the last token is wanted.
 
     Returns:
@@ -140,7 +140,7 @@ def _plan(
         last: One past that of the last.
         size: Hidden states, with padding.
         wanted: Pieces whose state is needed, besides those that have children.
-        device: Of the plan.
+        device: The device of the plan.
     """
     parents = _parents(pieces)
     own = [n for n, (start, *_) in enumerate(pieces) if first <= start < last]

@@ -39,7 +39,8 @@ def engine(
         path: A checkpoint in Hugging Face format; a folder with safetensors.
         mode: "colocate" or "server".
         base_url: Address of the server.
-        dtype: Of the weights, as vLLM names it. This option and the next two are for "colocate"; a server has its own.
+        dtype: The dtype of the weights, as vLLM names it. This option and the next two are for "colocate"; a server has
+            its own.
         max_model_len: Tokens of the longest sequence, prompt and completion; None for the model's own limit.
         gpu_memory_utilization: Fraction of the GPU for weights and cache.
         timeout_s: Seconds for a start of the engine, a step's samples, or new weights.
@@ -74,7 +75,7 @@ class Engine:
 
     Args:
         transport: How vLLM is reached.
-        shapes: Of the weights by name, as in the checkpoint.
+        shapes: The shapes of the weights by name, as in the checkpoint.
     """
 
     def __init__(self, transport: Transport, shapes: dict[str, list[int]]) -> None:
@@ -126,7 +127,7 @@ class Engine:
 
         Args:
             folder: Safetensors in the format of the checkpoint, on a disk that vLLM can read.
-            version: What `version` is from now on.
+            version: The new value of `version`.
 
         Raises:
             ValueError: If the folder has no safetensors, or weights that the checkpoint has not; the engine is

@@ -31,7 +31,7 @@ class Colocated:
 
     Args:
         path: A checkpoint.
-        options: Of `vllm.LLM`.
+        options: Options of `vllm.LLM`.
         timeout_s: Seconds that a call may take.
 
     Raises:

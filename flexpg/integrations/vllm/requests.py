@@ -17,7 +17,7 @@ class Request:
     Attributes:
         prompt: Token ids.
         count: Number of completions.
-        seed: Of the first; those of the others follow. None for greedy sampling.
+        seed: The seed of the first completion; those of the others follow. None for greedy sampling.
         params: How tokens are sampled.
     """
 

@@ -28,7 +28,7 @@ def arithmetic(
     Args:
         split: "train", or "test" for pairs that neither the warm start nor training asks or shows.
         size: Number of problems, drawn with replacement.
-        seed: Of the draw.
+        seed: The seed of the random numbers.
         shots: Few-shot examples per prompt.
 
     Raises:

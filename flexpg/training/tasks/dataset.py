@@ -61,17 +61,17 @@ def problems(
     Args:
         source: A .jsonl, .json, .parquet or .csv file or a folder, relative to the working directory, or a name on the
             hub. Local data take precedence.
-        template: Of the prompt.
-        answer: Of the answer that rewards compare with; in Python also a function of the row.
+        template: Format string of the prompt.
+        answer: Format string of the answer that rewards compare with, or in Python a function of the row.
         split: A split of a folder or a dataset on the hub. A file is one split, whatever it is called.
-        subset: Of a folder or a dataset on the hub that has several.
+        subset: Name of the subset, for a folder or a dataset on the hub that has several.
         size: Number of problems at most; None for all.
         skip: Rows to leave out before the first question.
         partition: Rows to take, before `skip` and `shots` count: those of `partition_numbers`, as torchtune's
             `gsm8k_dataset` takes them; None for all.
         shots: Few-shot examples, the first rows of their data. If these are also the data of the questions, they are
             not asked: `skip` counts from the row after them.
-        shot_template: Of a few-shot example; None for the prompt, a space, the answer and an empty line.
+        shot_template: Format string of a few-shot example; None for the prompt, a space, the answer and an empty line.
         shots_source: Data of the few-shot examples; None for `source`.
         shots_split: Their split; None for `split`, or "train" with a `shots_source`.
 

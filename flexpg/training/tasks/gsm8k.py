@@ -33,7 +33,8 @@ def gsm8k(
         skip: Rows to leave out before the first question.
         partition: Rows to take, such as "1-9/10"; None for all.
         shots: Few-shot examples, the first rows of their data; 8 are more than 2,000 bytes.
-        template: Of the prompt; a few-shot example is the prompt, a space, the row's whole answer and an empty line.
+        template: Format string of the prompt; a few-shot example is the prompt, a space, the row's whole answer and an
+            empty line.
         shots_source: Data of the few-shot examples; None for `source`.
         shots_split: Their split; None for `split`, whose first rows are then not asked.
 

@@ -26,7 +26,7 @@ def shop_problems(split: Literal["train", "test"], size: int, seed: int = 0) -> 
     Args:
         split: The two splits have other random numbers.
         size: How many.
-        seed: Of the random numbers.
+        seed: The seed of the random numbers.
     """
     rng = random.Random(f"{split} {seed}")
     problems = []
