@@ -26,7 +26,9 @@ def token_ids(name: str, tokens: Tokens) -> Tensor:
         raise TypeError(f"{name} must be token ids, got the string {tokens[:40]!r}; tokenize it first")
     if isinstance(tokens, Mapping):  # what a tokenizer returns, and apply_chat_template by default
         raise TypeError(f'{name} must be token ids, got a {type(tokens).__name__}; pass its ["input_ids"]')
-    if not isinstance(tokens, Tensor | np.ndarray) and any(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, Tensor | np.ndarray | Sequence):
+        raise TypeError(f"{name} must be a list, an array or a tensor of token ids, got a {type(tokens).__name__}")
+    if isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str):  # as tokenizer.tokenize returns
         raise TypeError(f"{name} must be token ids, got a list of strings; convert them to ids first")
     tensor = torch.as_tensor(tokens)
     if tensor.dim() != 1 or not len(tensor):

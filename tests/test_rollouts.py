@@ -178,6 +178,7 @@ def test_from_groups_accepts_rectangular_arrays_and_tensors(device):
         ({"prompts": [[1, 2], [-100]]}, ValueError, r"prompts\[1\] must hold token ids >= 0, got -100; leave padding"),
         ({"prompts": [[1.0, 2.0], [3]]}, TypeError, r"prompts\[0\] must hold integer token ids"),
         ({"prompts": ["What is 1 + 1?", "2?"]}, TypeError, r"prompts\[0\] must be token ids, got the string"),
+        ({"prompts": [{1, 2}, [3]]}, TypeError, r"prompts\[0\] must be a list, an array or a tensor .* got a set"),
         ({"prompts": [["1", "2"], [3]]}, TypeError, r"prompts\[0\] must be token ids, got a list of strings; convert"),
         ({"prompts": [{"input_ids": [1, 2]}, [3]]}, TypeError, r"prompts\[0\] must be token ids, got a dict; pass its"),
         ({"loss_mask": [[[True], [True]], [[True, True]]]}, ValueError, "loss_mask must have one value per completion"),
