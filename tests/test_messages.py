@@ -186,6 +186,7 @@ def test_items_of_one_turn_are_one_message():
         assistant(content="b", **dict.fromkeys(REASONED, "hmhm")),
     ]
     assert items == before
+    assert converted_items(THOUGHT | {"content": "hm"}, CALL_ITEM) == converted_items(THOUGHT, CALL_ITEM)
 
 
 def test_texts_one_after_another_and_reasoning_after_text_begin_messages():

@@ -61,7 +61,8 @@ def _as_message(item: Any) -> tuple[int | None, Any]:
     if item["type"] == "function_call":
         part = {"type": "tool_use", "id": item.get("call_id"), "name": item.get("name"), "input": item.get("arguments")}
         return CALL, {"role": "assistant", "content": [part], **weight}
-    texts = [part.get("text") for part in item.get("content") or []]
+    content = item.get("content") or []
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
     if not texts or None in texts:
         raise ValueError("is reasoning without text (a summary, or encrypted), which cannot be rendered; leave it out")
     return REASONING, {"role": "assistant", "content": [{"type": "thinking", "thinking": "".join(texts)}], **weight}
