@@ -57,9 +57,9 @@ def send_states(states: Sequence[Mapping[Any, Tensor]], out: Tensor, group: Proc
     Returns:
         `out`.
     """
-    tensors = [own for each in states for own in each.values()]
-    has_grad = any(own.requires_grad for own in tensors)
-    kinds = [{key: (own.shape, own.dtype) for key, own in each.items()} for each in states]
+    tensors = [tensor for each in states for tensor in each.values()]
+    has_grad = any(tensor.requires_grad for tensor in tensors)
+    kinds = [{key: (tensor.shape, tensor.dtype) for key, tensor in each.items()} for each in states]
     dist.send_object_list([(kinds, has_grad)], group=group, group_dst=rank, device=out.device)
     zero: Tensor = _Send.apply(group, rank, *tensors)
     return out + zero.to(out)
@@ -88,13 +88,13 @@ def broadcast_states(
     """
     message: list[Any] = [None]
     if states is not None:
-        has_grad = any(own.requires_grad for own in states.values())
-        message = [({key: (own.shape, own.dtype) for key, own in states.items()}, has_grad)]
+        has_grad = any(state.requires_grad for state in states.values())
+        message = [({key: (state.shape, state.dtype) for key, state in states.items()}, has_grad)]
     dist.broadcast_object_list(message, group=group, group_src=rank, device=device)
     kinds, has_grad = message[0]
     anchor = torch.zeros((), device=device, requires_grad=has_grad and torch.is_grad_enabled())
-    own = () if states is None else tuple(states.values())
-    return dict(zip(kinds, _Broadcast.apply(anchor, group, rank, list(kinds.values()), *own)[1:], strict=True))
+    sent = () if states is None else tuple(states.values())
+    return dict(zip(kinds, _Broadcast.apply(anchor, group, rank, list(kinds.values()), *sent)[1:], strict=True))
 
 
 def sum_over_ranks(table: Tensor, group: ProcessGroup, backward_scale: float = 1.0) -> Tensor:
@@ -148,22 +148,22 @@ def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
 
     Gradients from before are left as they are, and added. A parameter that has no gradient on any rank gets none.
     """
-    trained = [own for own in model.parameters() if own.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not (trained and torch.is_grad_enabled()):
         yield
         return
-    before = [own.grad for own in trained]
-    for own in trained:
-        own.grad = None
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
     try:
         yield
-        has_grad = torch.tensor([own.grad is not None for own in trained], dtype=torch.int32)
+        has_grad = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
         has_grad = has_grad.to(trained[0].device)
         dist.all_reduce(has_grad, group=group)
-        for own, count in zip(trained, has_grad.tolist(), strict=True):
+        for parameter, count in zip(trained, has_grad.tolist(), strict=True):
             if count:
-                own.grad = torch.zeros_like(own) if own.grad is None else own.grad.contiguous()
-                dist.all_reduce(own.grad, group=group)
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+                dist.all_reduce(parameter.grad, group=group)
     except GeneratorExit:
         warnings.warn(
             "the loop over packed_logprobs did not run to its end: gradients are not summed over context_parallel",
@@ -172,9 +172,9 @@ def summed_gradients(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
         )
         raise
     finally:
-        for own, earlier in zip(trained, before, strict=True):
+        for parameter, earlier in zip(trained, before, strict=True):
             if earlier is not None:
-                own.grad = earlier if own.grad is None else earlier.add_(own.grad)
+                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
 
 
 class _Gather:
@@ -186,17 +186,17 @@ class _Gather:
         self.longest = max(map(sum, self.pairs))
         self.work: Any = None
         self.parts: list[Tensor] = []
-        self.own: Tensor | None = None  # kept until the work is done
+        self.tensor: Tensor | None = None  # kept until the work is done
 
     def start(self, x: Tensor) -> None:
-        self.own = _padded(_first(x, self.dim), self.longest)
-        self.parts = [torch.empty_like(self.own) for _ in self.pairs]
-        self.work = dist.all_gather(self.parts, self.own, group=self.group, async_op=True)
+        self.tensor = _padded(_first(x, self.dim), self.longest)
+        self.parts = [torch.empty_like(self.tensor) for _ in self.pairs]
+        self.work = dist.all_gather(self.parts, self.tensor, group=self.group, async_op=True)
 
     def finish(self) -> Tensor:
         self.work.wait()
         ranges = [part[: sum(pair)].split(pair) for part, pair in zip(self.parts, self.pairs, strict=True)]
-        self.work, self.parts, self.own = None, [], None
+        self.work, self.parts, self.tensor = None, [], None
         whole = torch.cat([first for first, _ in ranges] + [second for _, second in reversed(ranges)])
         return whole.movedim(0, self.dim)
 
@@ -206,14 +206,14 @@ class _Gather:
         # In float32 or better: bfloat16 would lose small gradients among large ones.
         wide = torch.promote_types(grad.dtype, torch.float32)
         self.parts = [_padded(part, self.longest).to(wide) for part in parts]
-        self.own = torch.empty_like(self.parts[0])
-        self.work = dist.reduce_scatter(self.own, self.parts, group=self.group, async_op=True)
+        self.tensor = torch.empty_like(self.parts[0])
+        self.work = dist.reduce_scatter(self.tensor, self.parts, group=self.group, async_op=True)
 
     def finish_sum(self) -> Tensor:
         self.work.wait()
-        assert self.own is not None
-        total = self.own[: sum(self.pairs[self.group.rank()])].movedim(0, self.dim)
-        self.work, self.parts, self.own = None, [], None
+        assert self.tensor is not None
+        total = self.tensor[: sum(self.pairs[self.group.rank()])].movedim(0, self.dim)
+        self.work, self.parts, self.tensor = None, [], None
         return total
 
 
@@ -257,9 +257,9 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, group: ProcessGroup, rank: int, *states: Tensor) -> Tensor:
-        ctx.group, ctx.rank, ctx.kinds = group, rank, [(own.shape, own.dtype) for own in states]
-        for own in states:
-            dist.send(own.contiguous(), group=group, group_dst=rank)
+        ctx.group, ctx.rank, ctx.kinds = group, rank, [(state.shape, state.dtype) for state in states]
+        for state in states:
+            dist.send(state.contiguous(), group=group, group_dst=rank)
         token = states[0].new_zeros(())
         ctx.save_for_backward(token)
         return token
@@ -269,8 +269,8 @@ class _Send(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         _ = ctx.saved_tensors
         grads = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds]
-        for own in grads:
-            dist.recv(own, group=ctx.group, group_src=ctx.rank)
+        for received in grads:
+            dist.recv(received, group=ctx.group, group_src=ctx.rank)
         return None, None, *grads
 
 
@@ -281,15 +281,15 @@ class _Receive(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, group: ProcessGroup, rank: int, kinds: list[Kind]) -> tuple[Tensor, ...]:
         ctx.group, ctx.rank = group, rank
         states = [torch.empty(shape, dtype=dtype, device=anchor.device) for shape, dtype in kinds]
-        for own in states:
-            dist.recv(own, group=group, group_src=rank)
+        for state in states:
+            dist.recv(state, group=group, group_src=rank)
         return tuple(states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        for own in grads:
-            dist.send(own.contiguous(), group=ctx.group, group_dst=ctx.rank)
+        for grad in grads:
+            dist.send(grad.contiguous(), group=ctx.group, group_dst=ctx.rank)
         return None, None, None, None
 
 
@@ -302,11 +302,11 @@ class _Broadcast(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.group, ctx.rank, ctx.has_states = group, rank, bool(states)
         if states:
-            copies = [own.clone(memory_format=torch.contiguous_format) for own in states]
+            copies = [state.clone(memory_format=torch.contiguous_format) for state in states]
         else:
             copies = [torch.empty(shape, dtype=dtype, device=anchor.device) for shape, dtype in kinds]
-        for own in copies:
-            dist.broadcast(own, group=group, group_src=rank)
+        for copied in copies:
+            dist.broadcast(copied, group=group, group_src=rank)
         token = anchor.new_zeros(())
         ctx.save_for_backward(token)
         return token, *copies
@@ -317,9 +317,9 @@ class _Broadcast(torch.autograd.Function):
         _ = ctx.saved_tensors
         # In float32 or better: bfloat16 would lose small gradients among large ones.
         sums = [grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous() for grad in grads]
-        for own in sums:
-            dist.reduce(own, group=ctx.group, group_dst=ctx.rank)
-        totals = [own.to(grad.dtype) for own, grad in zip(sums, grads, strict=True)]
+        for summed in sums:
+            dist.reduce(summed, group=ctx.group, group_dst=ctx.rank)
+        totals = [summed.to(grad.dtype) for summed, grad in zip(sums, grads, strict=True)]
         return None, None, None, None, *(totals if ctx.has_states else ())
 
 

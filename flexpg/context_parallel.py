@@ -46,7 +46,7 @@ class ContextShard:
         first: The packed index of the first token that is computed at all.
         tree: The packed sequence, with at least one block for every range.
         borders: Range i is the tokens from `borders[i]` up to `borders[i + 1]`.
-        own: The numbers of this rank's ranges, ascending.
+        numbers: The numbers of this rank's ranges, ascending.
         index: [n] int64, the packed indices of this rank's tokens.
         stop: One past the last of them.
     """
@@ -56,8 +56,8 @@ class ContextShard:
         count = 2 * dist.get_world_size(group)
         self.tree = padded_to(tree, first // BLOCK + count)
         self.borders = token_ranges(self.tree, count, first)
-        self.own = self.rank, count - 1 - self.rank
-        ranges = [self.range_of(number) for number in self.own]
+        self.numbers = self.rank, count - 1 - self.rank
+        ranges = [self.range_of(number) for number in self.numbers]
         self.index = torch.cat([torch.arange(start, stop, device=tree.end.device) for start, stop in ranges])
         self.stop = ranges[-1][1]
 
@@ -125,7 +125,7 @@ class ShardBlockMask(TreeBlockMask):
         chunk: int | None = None,
         bidirectional: bool = False,
     ) -> None:
-        (start, stop), (second, last) = map(shard.range_of, shard.own)
+        (start, stop), (second, last) = map(shard.range_of, shard.numbers)
         super().__init__(cut(shard.tree, last), window, second, chunk, bidirectional)
         first = TreeBlockMask(cut(shard.tree, stop), window, start, chunk, bidirectional)
         self.shard, self.ranges = shard, (first, TreeBlockMask(self.tree, window, second, chunk, bidirectional))
@@ -205,12 +205,12 @@ def padded_to(tree: PrefixTree, blocks: int) -> PrefixTree:
     missing = blocks * BLOCK - tree.padded_length
     if missing <= 0:
         return tree
-    own = torch.arange(tree.padded_length + 1, blocks * BLOCK + 1, dtype=torch.int32, device=tree.end.device)
+    ends = torch.arange(tree.padded_length + 1, blocks * BLOCK + 1, dtype=torch.int32, device=tree.end.device)
     return replace(
         tree,
         tokens=None if tree.tokens is None else functional.pad(tree.tokens, (0, missing)),
-        end=torch.cat([tree.end, own]),
-        block_end=None if tree.block_end is None else torch.cat([tree.block_end, own]),
+        end=torch.cat([tree.end, ends]),
+        block_end=None if tree.block_end is None else torch.cat([tree.block_end, ends]),
     )
 
 

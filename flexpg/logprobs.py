@@ -164,11 +164,11 @@ def chunked_logprobs(
         logits = output(rows)  # [m, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        own = logprobs.gather(-1, targets[:, None])[:, 0]
+        chosen = logprobs.gather(-1, targets[:, None])[:, 0]
         if not return_entropy:
-            return (own,)
+            return (chosen,)
         # Without a gradient, entropies come last: the backward stops recomputing before them.
-        return own, _entropy(logprobs) if entropy_grad else torch.special.entr(logprobs.detach().exp()).sum(-1)
+        return chosen, _entropy(logprobs) if entropy_grad else torch.special.entr(logprobs.detach().exp()).sum(-1)
 
     chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]

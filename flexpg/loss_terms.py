@@ -84,7 +84,7 @@ def vespo_term(
     if log_sampler_ratio is not None:
         log_w = log_w + log_sampler_ratio.clamp(lowest, highest).sum(1, keepdim=True)
     log_w = log_w.clamp(lowest, highest)
-    good, bad = ((own.decay + own.k * log_w - own.decay * log_w.exp()).exp() for own in (positive, negative))
+    good, bad = ((side.decay + side.k * log_w - side.decay * log_w.exp()).exp() for side in (positive, negative))
     phi = torch.where(advantages >= 0, good, bad)  # [N, 1]
     return -phi * advantages * policy, {"vespo_weight": phi.expand_as(policy)}
 

@@ -195,20 +195,20 @@ def grpo_loss(
         gap = old - masked(sampler_logprobs).detach()
         weight, uncorrected = sampler_ratio(gap, importance_sampling_mode, *limits)  # [N, C] each
         per_token |= {"sampler_ratio": weight, "sampler_kl": gap.expm1() - gap}
-    own: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
     match loss_type:
         case "cispo":
-            losses, own = cispo_term(policy, log_ratio, advantages, high_margin)  # [N, C]
+            losses, extra = cispo_term(policy, log_ratio, advantages, high_margin)  # [N, C]
         case "sapo":
             losses = sapo_term(log_ratio, advantages, sapo_temperature_pos, sapo_temperature_neg)
         case "vespo":
             log_weight = None if weight is None else masked(weight.log())
-            losses, own = vespo_term(policy, log_ratio, advantages, log_weight, *gammas)
+            losses, extra = vespo_term(policy, log_ratio, advantages, log_weight, *gammas)
         case "grpo" | "bnpo" | "dr_grpo" | "dapo":
-            losses, own = clipped_term(log_ratio, advantages, 1 - epsilon, 1 + high_margin, delta)
+            losses, extra = clipped_term(log_ratio, advantages, 1 - epsilon, 1 + high_margin, delta)
         case _:
             assert_never(loss_type)
-    per_token |= own
+    per_token |= extra
     if weight is not None and loss_type != "vespo":
         losses = losses * weight
     if ref_logprobs is not None:

@@ -66,7 +66,7 @@ class MicroBatch:
 
 def by_cache(batches: Iterable[MicroBatch]) -> list[list[MicroBatch]]:
     """Group micro-batches by rank and cache id: those that may share one prefix cache."""
-    return [list(own) for _, own in groupby(batches, key=lambda batch: (batch.rank, batch.cache_id))]
+    return [list(series) for _, series in groupby(batches, key=lambda batch: (batch.rank, batch.cache_id))]
 
 
 def idle_micro_batch(rollouts: Rollouts, index: int, rank: int, cache_id: int) -> MicroBatch:

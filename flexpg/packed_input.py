@@ -55,8 +55,8 @@ def packed_input(
         or torch.compiler.is_compiling()
         or any(module._compiled_call_impl is not None for module in model.modules())
     )
-    own = slice(mask.first_query, mask.tree.padded_length if keep_padding else mask.tree.num_tokens)
-    return PackedInput(mask.tree.input_ids[:, own], mask.tree.position_ids[None, own], mask)
+    queries = slice(mask.first_query, mask.tree.padded_length if keep_padding else mask.tree.num_tokens)
+    return PackedInput(mask.tree.input_ids[:, queries], mask.tree.position_ids[None, queries], mask)
 
 
 def whole_sequence(

@@ -82,7 +82,7 @@ def pack(
     arrays = [sequence.numpy() for sequence in sequences]
     images = rollouts.sequence_inputs
     # What is compared: token ids, and the identity of images.
-    compared = [a if own is None else own.compared(a) for a, own in zip(arrays, images, strict=True)]
+    compared = [a if given is None else given.compared(a) for a, given in zip(arrays, images, strict=True)]
     items = _items(rollouts, compared, chosen, max_tokens, sharing)
     assigned: list[list[_Item]] = [[] for _ in range(world_size)]
     work = [0.0] * world_size
@@ -90,7 +90,7 @@ def pack(
         rank = work.index(min(work))
         assigned[rank] += unit
         work[rank] += cost
-    plans = _align([_plan(own, max_tokens) for own in assigned], max_tokens)
+    plans = _align([_plan(items, max_tokens) for items in assigned], max_tokens)
     return [batch for rank, plan in enumerate(plans) for batch in _micro_batches(rollouts, arrays, chosen, plan, rank)]
 
 
@@ -128,10 +128,10 @@ def _items(
 
 def _item(indices: list[int], arrays: list[np.ndarray], sharing: bool) -> _Item:
     """Return the cost of rollouts as one tree, or as separate sequences."""
-    own = [arrays[n] for n in indices]
+    sequences = [arrays[n] for n in indices]
     if not sharing:
-        return _Item(indices, sum(map(len, own)), sum(causal_pairs(len(a)) for a in own), own[0][:0])
-    ordered = [own[i] for i in lexicographic_order(own)] if len(own) > 1 else own
+        return _Item(indices, sum(map(len, sequences)), sum(causal_pairs(len(a)) for a in sequences), sequences[0][:0])
+    ordered = [sequences[i] for i in lexicographic_order(sequences)] if len(sequences) > 1 else sequences
     shared = [common_prefix_length(a, b) for a, b in pairwise(ordered)]
     tokens = sum(map(len, ordered)) - sum(shared)
     pairs = sum(causal_pairs(len(a)) for a in ordered) - sum(map(causal_pairs, shared))
@@ -198,10 +198,10 @@ def _align(plans: list[list[list[_Item]]], max_tokens: int) -> list[list[list[_I
     singles = [[series[0] for series in plan if len(series) == 1] for plan in plans]
     aligned: list[list[list[_Item | None]]] = [[] for _ in plans]
     for i in range(max(map(len, long))):
-        size = max(len(own[i]) for own in long if i < len(own))
-        for rank, own in enumerate(long):
-            series: list[_Item | None] = list(own[i]) if i < len(own) else []
-            room = max_tokens - (own[i][0].prompt_tokens if i < len(own) else 0)
+        size = max(len(of_rank[i]) for of_rank in long if i < len(of_rank))
+        for rank, of_rank in enumerate(long):
+            series: list[_Item | None] = list(of_rank[i]) if i < len(of_rank) else []
+            room = max_tokens - (of_rank[i][0].prompt_tokens if i < len(of_rank) else 0)
             fitting = [item for item in singles[rank] if item.tokens <= room][: size - len(series)]
             singles[rank] = [item for item in singles[rank] if item not in fitting]
             series += fitting
@@ -218,8 +218,9 @@ def _micro_batches(
     batches = []
     images, groups = rollouts.sequence_inputs, rollouts.group_ids.tolist()
     sizes = Counter(groups[n] for n in chosen)
-    own = {n for series in plan for item in series if item is not None for n in item.indices}
-    of_another_rank = next((n for n in chosen if n not in own), chosen[0])  # scores of it overwrite none of this rank's
+    present = {n for series in plan for item in series if item is not None for n in item.indices}
+    # The scores of an idle micro-batch overwrite none of this rank's.
+    of_another_rank = next((n for n in chosen if n not in present), chosen[0])
     for cache_id, series in enumerate(plan):
         oversized = [item.group for item in series if item is not None]
         for item in series:
@@ -298,7 +299,7 @@ def _best_fit(items: list[_Item], shared: int, max_tokens: int) -> list[_Item]:
         else:
             insort(rooms, (max_tokens - item.tokens, len(bins)))
             bins.append([item])
-    return [_merged(own, shared) for own in bins]
+    return [_merged(items, shared) for items in bins]
 
 
 def _merged(items: list[_Item], shared: int) -> _Item:
@@ -317,7 +318,7 @@ def _merged(items: list[_Item], shared: int) -> _Item:
 def _whole_and_oversized(items: list[_Item]) -> tuple[list[_Item], list[list[_Item]]]:
     """Return the items that are whole groups, and the parts of each oversized group."""
     parts = sorted((item for item in items if item.group >= 0), key=lambda item: (item.group, item.indices[0]))
-    oversized = [list(own) for _, own in groupby(parts, key=lambda item: item.group)]
+    oversized = [list(pieces) for _, pieces in groupby(parts, key=lambda item: item.group)]
     return [item for item in items if item.group < 0], oversized
 
 

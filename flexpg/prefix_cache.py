@@ -97,9 +97,9 @@ class PrefixCache:
         is_prompt = mask.first_query < self.tree.padded_length
         if is_prompt and layer not in self._layers:  # activation checkpointing calls the layer a second time
             self._layers[layer] = self._detached(k), self._detached(v)
-        own = mask.shard.start_to_gather_keys(k, v) if isinstance(mask, ShardBlockMask) else lambda: (k, v)
+        current = mask.shard.start_to_gather_keys(k, v) if isinstance(mask, ShardBlockMask) else lambda: (k, v)
         if is_prompt:
-            return own
+            return current
         keys, values = self._layers[layer]
 
         def cached() -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class PrefixCache:
             cached = self.shard.start_to_gather_keys(keys, values, self.tree.padded_length)
 
         def keys_and_values() -> tuple[Tensor, Tensor]:
-            (first_k, first_v), (k, v) = cached(), own()
+            (first_k, first_v), (k, v) = cached(), current()
             return torch.cat([first_k, k], 2), torch.cat([first_v, v], 2)
 
         return keys_and_values
@@ -181,7 +181,7 @@ class PrefixCache:
         length = self.tree.num_tokens
         begins = torch.equal(tree.input_ids[0, :length], self.tree.input_ids[0, :length])
         inputs = [None] * len(tree.lengths) if tree.inputs is None else tree.inputs
-        begins &= all(own is (None if self.tree.inputs is None else self.tree.inputs[0]) for own in inputs)
+        begins &= all(given is (None if self.tree.inputs is None else self.tree.inputs[0]) for given in inputs)
         if not begins or int(tree.lengths.min()) <= length or bool((tree.end[:length] != tree.num_tokens).any()):
             raise ValueError(f"every sequence must continue the prompt of {length} tokens, got {tree}")
         return _with_padded_prefix(tree, length, self.tree.padded_length)
@@ -189,8 +189,8 @@ class PrefixCache:
     def prepend_hidden(self, hidden: Tensor) -> Tensor:
         """Return the prompt's hidden states followed by those of a micro-batch: [1, S', E] -> [1, P + S', E]."""
         assert self._hidden is not None
-        own = self._hidden if self.shard is not None else self._hidden[:, : self.tree.num_tokens]
-        return torch.cat([own, hidden], 1)
+        prompt_hidden = self._hidden if self.shard is not None else self._hidden[:, : self.tree.num_tokens]
+        return torch.cat([prompt_hidden, hidden], 1)
 
     def backward(self) -> None:
         """Run the prompt's backward from the summed gradients and close the cache.

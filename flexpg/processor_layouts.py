@@ -45,7 +45,7 @@ def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[d
         tensors = {key: given[key] for key in sorted(INPUTS[kind]) if given.get(key) is not None}
         if PIXELS[kind] not in tensors or not tensors[PIXELS[kind]].numel():
             continue
-        places = [np.flatnonzero(own == number) for own in types]
+        places = [np.flatnonzero(row_types == number) for row_types in types]
         if not sum(map(len, places)):
             raise ValueError(f"the rows must have {kind} tokens for their {PIXELS[kind]}, got none")
         if _has_row_per_prompt(kind, tensors):
@@ -55,7 +55,7 @@ def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[d
                 row.update({key: x[n : n + 1] for key, x in tensors.items()} if len(places[n]) else {})
             continue
         parts, sizes, _ = split_items("the batch", kind, tensors)
-        runs = [stop - start for own in places for start, stop in runs_of(own)]
+        runs = [stop - start for row_places in places for start, stop in runs_of(row_places)]
         total, found = sum(sizes), sum(map(len, places))
         if total and all(found * size % total == 0 for size in sizes):
             counts = [found * size // total for size in sizes]
@@ -69,10 +69,10 @@ def split_batch(types: Sequence[np.ndarray], given: Mapping[str, Any]) -> list[d
             )
         first = 0
         for row, end in zip(rows, ends, strict=True):
-            own = [part for part, bound in zip(parts, bounds, strict=True) if first < bound <= end]
-            row.update({key: torch.cat([part[key] for part in own]) for key in tensors} if own else {})
+            chosen = [part for part, bound in zip(parts, bounds, strict=True) if first < bound <= end]
+            row.update({key: torch.cat([part[key] for part in chosen]) for key in tensors} if chosen else {})
             first = end
-    return [row | {TOKEN_TYPES[0]: own} if row else None for row, own in zip(rows, types, strict=True)]
+    return [row | {TOKEN_TYPES[0]: row_types} if row else None for row, row_types in zip(rows, types, strict=True)]
 
 
 def split_items(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], list[int], int]:
@@ -123,8 +123,8 @@ def split_items(name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[list[
 def runs_of(places: np.ndarray) -> list[tuple[int, int]]:
     """Return (start, stop) of each run of consecutive numbers."""
     runs = []
-    for _, own in groupby(enumerate(places.tolist()), key=lambda pair: pair[1] - pair[0]):
-        numbers = [place for _, place in own]
+    for _, run in groupby(enumerate(places.tolist()), key=lambda pair: pair[1] - pair[0]):
+        numbers = [place for _, place in run]
         runs.append((numbers[0], numbers[-1] + 1))
     return runs
 

@@ -150,22 +150,22 @@ def with_common_identities(
     Raises:
         ValueError: If the inputs of a prompt are those of another one.
     """
-    for g, (prompt, own) in enumerate(zip(prompts, inputs, strict=True)):
-        if own is not None and not own.fits(prompt.cpu().numpy()):
+    for g, (prompt, given) in enumerate(zip(prompts, inputs, strict=True)):
+        if given is not None and not given.fits(prompt.cpu().numpy()):
             raise ValueError(
                 f"prompt_inputs[{g}] was read with another prompt; pass what the processor returned for it"
             )
-    if len({own.read for own in inputs if own is not None}) < 2:
+    if len({given.read for given in inputs if given is not None}) < 2:
         return tuple(inputs)
     identities = Identities()
     found: list[PromptInputs | None] = []
-    for prompt, own in zip(prompts, inputs, strict=True):
-        if own is None:
+    for prompt, given in zip(prompts, inputs, strict=True):
+        if given is None:
             found.append(None)
             continue
-        items = tuple(replace(item, identity=identities.of_item(item.tensors)) for item in own.items)
-        compared = _compared(prompt.cpu().numpy(), items, own.item, own.row, own.blocks, identities)
-        found.append(replace(own, read=identities.name, items=items, identities=compared))
+        items = tuple(replace(item, identity=identities.of_item(item.tensors)) for item in given.items)
+        compared = _compared(prompt.cpu().numpy(), items, given.item, given.row, given.blocks, identities)
+        found.append(replace(given, read=identities.name, items=items, identities=compared))
     return tuple(found)
 
 
@@ -245,10 +245,10 @@ def _read(name: str, prompt: Tensor, given: dict[str, Any], identities: Identiti
             )
         if not has_pixels:
             continue
-        for own in _items(name, kind, tensors, places, identities):
-            mine, places = places[: own.num_tokens], places[own.num_tokens :]
+        for loaded in _items(name, kind, tensors, places, identities):
+            mine, places = places[: loaded.num_tokens], places[loaded.num_tokens :]
             item[mine], row[mine] = len(items), np.arange(len(mine))
-            items.append(own)
+            items.append(loaded)
     if not items:
         return None
     assert types is not None
@@ -276,7 +276,7 @@ def _compared(
 def _tensor(name: str, key: str, value: Any) -> Tensor:
     """Return what a processor returned as a tensor; a list of equal tensors is stacked."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
-        if any(own.shape != value[0].shape for own in value):
+        if any(tensor.shape != value[0].shape for tensor in value):
             raise ValueError(f'{name} has {key} as a list of tensors; call the processor with return_tensors="pt"')
         return torch.stack(list(value))
     return torch.as_tensor(value)

@@ -22,16 +22,16 @@ def read_inputs(prompts: list[Tensor], given: Sequence[GivenInputs] | None) -> t
             f"prompt_inputs must have one entry per prompt, got a {type(given).__name__}; call the processor once per "
             "prompt, and pass a list of what it returns"
         )
-    if given is None or all(own is None for own in given):
+    if given is None or all(each is None for each in given):
         return None
-    inputs = tuple(own for own in given if own is None or isinstance(own, PromptInputs))
-    if not any(isinstance(own, PromptInputs) for own in given):
+    inputs = tuple(each for each in given if each is None or isinstance(each, PromptInputs))
+    if not any(isinstance(each, PromptInputs) for each in given):
         inputs = read_prompt_inputs(prompts, given)  # type: ignore[arg-type]
     elif len(inputs) < len(given):
         raise ValueError("prompt_inputs must all be what a processor returned, or all have been read by Rollouts")
     if len(inputs) != len(prompts):
         raise ValueError(f"prompt_inputs must have one entry per prompt, got {len(inputs)} for {len(prompts)} prompts")
-    return None if all(own is None for own in inputs) else with_common_identities(prompts, inputs)
+    return None if all(each is None for each in inputs) else with_common_identities(prompts, inputs)
 
 
 def check_generated(sequences: Tensor, attention_mask: Tensor, num_rewards: int) -> None:

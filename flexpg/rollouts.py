@@ -144,12 +144,12 @@ class Rollouts:
             )
         prompt_ids = [token_ids(f"prompts[{g}]", prompt) for g, prompt in enumerate(prompts)]
         completion_ids = [
-            token_ids(f"completions[{g}][{i}]", own)
+            token_ids(f"completions[{g}][{i}]", completion)
             for g, group in enumerate(completions)
-            for i, own in enumerate(group)
+            for i, completion in enumerate(group)
         ]
-        devices = (own.device for own in (*prompt_ids, *completion_ids))
-        device = next((own for own in devices if own.type != "cpu"), torch.device("cpu"))
+        devices = (tokens.device for tokens in (*prompt_ids, *completion_ids))
+        device = next((candidate for candidate in devices if candidate.type != "cpu"), torch.device("cpu"))
         starts = accumulate(sizes, initial=0)
         reward_groups = [reward_tensor(group, n).to(device) for group, n in zip(rewards, starts, strict=False)]
         masks = None
@@ -157,11 +157,11 @@ class Rollouts:
             masks = [mask_tensor(mask) for group in loss_mask for mask in group]
             if any(mask.dim() != 1 for mask in masks):
                 raise ValueError("loss_mask must have one list per completion, got one value")
-            if [len(mask) for mask in masks] != [len(own) for own in completion_ids]:
+            if [len(mask) for mask in masks] != [len(tokens) for tokens in completion_ids]:
                 raise ValueError("loss_mask must have one value per completion token")
         return cls(
-            prompts=[own.to(device) for own in prompt_ids],
-            completions=[own.to(device) for own in completion_ids],
+            prompts=[prompt.to(device) for prompt in prompt_ids],
+            completions=[completion.to(device) for completion in completion_ids],
             group_ids=torch.arange(len(prompts)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device),
             rewards=torch.cat([torch.zeros(0, device=device), *reward_groups]),
             prompt_inputs=prompt_inputs,  # type: ignore[arg-type]
@@ -227,17 +227,17 @@ class Rollouts:
         inputs = read_inputs(prompts, prompt_inputs) or (None,) * batch
 
         def compared(b: int) -> np.ndarray:
-            own, tokens = inputs[b], prompts[b].cpu().numpy()
-            return tokens if own is None else own.compared(tokens)
+            prompt_inputs, tokens = inputs[b], prompts[b].cpu().numpy()
+            return tokens if prompt_inputs is None else prompt_inputs.compared(tokens)
 
         is_new = [b == 0 or group_size > 1 or not np.array_equal(compared(b), compared(b - 1)) for b in range(batch)]
         group_ids = (torch.tensor(is_new, device=sequences.device).cumsum(0) - 1).repeat_interleave(group_size)
         return cls(
-            prompts=[prompt for prompt, own in zip(prompts, is_new, strict=True) if own],
+            prompts=[prompt for prompt, is_first in zip(prompts, is_new, strict=True) if is_first],
             completions=[row[:length].clone() for row, length in zip(generated, lengths, strict=True)],
             group_ids=group_ids,
             rewards=reward_tensor(rewards).to(sequences.device),
-            prompt_inputs=tuple(own for own, is_first in zip(inputs, is_new, strict=True) if is_first),
+            prompt_inputs=tuple(given for given, is_first in zip(inputs, is_new, strict=True) if is_first),
         )
 
     def __len__(self) -> int:
@@ -245,7 +245,7 @@ class Rollouts:
         return len(self.completions)
 
     def __repr__(self) -> str:
-        prompt_tokens, completion_tokens = (sum(map(len, own)) for own in (self.prompts, self.completions))
+        prompt_tokens, completion_tokens = (sum(map(len, sequences)) for sequences in (self.prompts, self.completions))
         return (
             f"Rollouts({len(self)} rollouts of {self.num_groups} prompts, {prompt_tokens:,} prompt tokens, "
             f"{completion_tokens:,} completion tokens, {self.num_loss_tokens:,} in the loss, "
@@ -282,7 +282,7 @@ class Rollouts:
     def sequences(self) -> list[Tensor]:
         """N tensors [P + T] int64, each rollout's prompt and completion."""
         groups = self.group_ids.tolist()
-        return [torch.cat([self.prompts[g], own]) for g, own in zip(groups, self.completions, strict=True)]
+        return [torch.cat([self.prompts[g], tokens]) for g, tokens in zip(groups, self.completions, strict=True)]
 
     @cached_property
     def sequence_inputs(self) -> list[PromptInputs | None]:
@@ -300,9 +300,9 @@ class Rollouts:
         given = {name: getattr(self, name) for name in ("group_ids", "rewards", "loss_mask", *LOGPROBS)}
         return replace(
             self,
-            prompts=[own.to(device) for own in self.prompts],
-            completions=[own.to(device) for own in self.completions],
-            **{name: own.to(device) for name, own in given.items() if own is not None},
+            prompts=[prompt.to(device) for prompt in self.prompts],
+            completions=[completion.to(device) for completion in self.completions],
+            **{name: value.to(device) for name, value in given.items() if value is not None},
         )
 
     def select(self, indices: Sequence[int] | Tensor) -> Rollouts:

@@ -109,7 +109,7 @@ class SampleCache:
 
     def num_bytes(self) -> int:
         """Return the bytes of all keys, values and states, unused slots included."""
-        stored = [*self._prompts.values(), *self._samples.values(), *(own.values() for own in self._states.values())]
+        stored = [*self._prompts.values(), *self._samples.values(), *(kept.values() for kept in self._states.values())]
         return sum(tensor.nbytes for tensors in stored for tensor in tensors)
 
     def advance(self) -> None:

@@ -153,7 +153,7 @@ def _uniforms(seed: int | Sequence[int] | None, num_prompts: int, group_size: in
         return torch.rand((num_prompts * group_size, shape[1]), dtype=torch.float64, generator=generator)
     if len(seed) != num_prompts:
         raise ValueError(f"seed must be an int or one int per prompt, got {len(seed)} for {num_prompts} prompts")
-    generators = [torch.Generator().manual_seed(int(own)) for own in seed]
+    generators = [torch.Generator().manual_seed(int(value)) for value in seed]
     return torch.cat([torch.rand(shape, dtype=torch.float64, generator=generator) for generator in generators])
 
 

@@ -86,8 +86,8 @@ class PrefixTree:
             raise ValueError("sequences must not be empty")
         compared = arrays
         if inputs is not None:
-            compared = [a if own is None else own.compared(a) for a, own in zip(arrays, inputs, strict=True)]
-            inputs = None if all(own is None for own in inputs) else inputs
+            compared = [a if given is None else given.compared(a) for a, given in zip(arrays, inputs, strict=True)]
+            inputs = None if all(given is None for given in inputs) else inputs
         lengths = np.array([len(a) for a in arrays])
         node = np.full((len(arrays), lengths.max()), -1)
         end = np.empty(lengths.sum(), dtype=np.int32)
@@ -134,12 +134,12 @@ class PrefixTree:
         groups = [
             [
                 token_ids(f"prompts[{g}]", prompt),
-                *(token_ids(f"completions[{g}][{i}]", own) for i, own in enumerate(group)),
+                *(token_ids(f"completions[{g}][{i}]", completion) for i, completion in enumerate(group)),
             ]
             for g, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
         ]
         layout = _group_layout(
-            [len(group[0]) for group in groups], [[len(own) for own in group[1:]] for group in groups]
+            [len(group[0]) for group in groups], [[len(completion) for completion in group[1:]] for group in groups]
         )
         packed = np.concatenate([tokens.cpu().numpy() for tokens in chain(*groups)])
         return cls._padded(packed, *layout, _device(prompts[0]))
@@ -179,8 +179,8 @@ class PrefixTree:
         block_end = None
         if inputs is not None:
             block_end = np.arange(1, size + 1, dtype=np.int32)
-            for row, own in zip(node, inputs, strict=True):
-                for start, stop in [] if own is None else own.blocks:
+            for row, prompt_inputs in zip(node, inputs, strict=True):
+                for start, stop in [] if prompt_inputs is None else prompt_inputs.blocks:
                     block_end[row[start:stop]] = row[stop - 1] + 1
         tree = cls(
             tokens=None if tokens is None else torch.from_numpy(np.pad(tokens, (0, size - num_tokens))),
@@ -312,7 +312,7 @@ def _group_layout(
     prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return `end`, `node` and `lengths` of groups `[prefix, suffix, suffix, ...]`, one after another."""
-    if any(np.ndim(own) == 0 for own in suffix_lens):
+    if any(np.ndim(lens) == 0 for lens in suffix_lens):
         raise ValueError(f"suffix_lens must have one list of lengths per prompt, got {list(suffix_lens)}")
     if len(prefix_lens) == 0 or len(prefix_lens) != len(suffix_lens) or not all(map(len, suffix_lens)):
         raise ValueError(
@@ -320,7 +320,7 @@ def _group_layout(
             f"groups of {[len(group) for group in suffix_lens]} completions"
         )
     sizes = np.array([len(group) for group in suffix_lens])
-    prefix, suffix = np.asarray(prefix_lens), np.concatenate([np.asarray(own) for own in suffix_lens])
+    prefix, suffix = np.asarray(prefix_lens), np.concatenate([np.asarray(lens) for lens in suffix_lens])
     for name, lens in (("prefix_lens", prefix), ("suffix_lens", suffix)):
         if lens.dtype.kind not in "iu" or lens.min() < 1:
             raise ValueError(f"{name} must be integers >= 1, got {lens.tolist()}")

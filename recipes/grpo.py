@@ -175,7 +175,7 @@ class GRPORecipe(FTRecipeInterface):
                 print(f"resuming after step {self.steps_done}")
             self.metric_logger = component(cfg, "metric_logger")
             if not cfg.eval_only:
-                counts = (sum(map(Tensor.numel, own)) for own in (self.trained, self.model.parameters()))
+                counts = (sum(map(Tensor.numel, parameters)) for parameters in (self.trained, self.model.parameters()))
                 print("training {:,} of {:,} parameters".format(*counts))
                 self.metric_logger.log_config(cfg)
                 self.samples_log = SamplesLog(self.output_dir / "samples.jsonl", self.steps_done)
@@ -254,18 +254,20 @@ class GRPORecipe(FTRecipeInterface):
 
     def generate(self, problems: list[int], purpose: str) -> list[list[Episode]]:
         """Sample a group of episodes for this rank's share of some problems; the purpose determines the seeds."""
-        own = self.world.shard(range(len(problems)))
-        seeds = [derive_seed(self.cfg.seed, f"samples {n} of {purpose}") for n in own]
-        chosen = [problems[n] for n in own]
+        mine = self.world.shard(range(len(problems)))
+        seeds = [derive_seed(self.cfg.seed, f"samples {n} of {purpose}") for n in mine]
+        chosen = [problems[n] for n in mine]
         prompts = [self.prompts[n] for n in chosen]
         return self.episodes([self.problems[n] for n in chosen], prompts, self.cfg.group_size, seeds)
 
-    def score(self, step: int, problems: list[int], own: list[list[Episode]]) -> tuple[StepRollouts, dict[str, float]]:
+    def score(
+        self, step: int, problems: list[int], episodes: list[list[Episode]]
+    ) -> tuple[StepRollouts, dict[str, float]]:
         """Compute rewards, replace groups without spread if asked to, and build the step's rollouts, with metrics."""
-        groups, scores = self.rewarded(problems, own)
+        groups, scores = self.rewarded(problems, episodes)
         resampled = 0
         for attempt in range(1, self.cfg.max_resamplings + 1):  # DAPO's dynamic sampling
-            spread = [bool(has_spread(own.total[None])) for own in scores]
+            spread = [bool(has_spread(group.total[None])) for group in scores]
             purpose = f"resampling {attempt} of step {step}"
             replacements = self.order.replacements(problems, spread.count(False), purpose)
             if not replacements:
@@ -279,7 +281,7 @@ class GRPORecipe(FTRecipeInterface):
                 if has_spread(own_scores.total[None]):
                     problems[n], groups[n], scores[n] = number, group, own_scores
         self.scored = list(zip([self.problems[n] for n in problems], groups, scores, strict=True))  # for log_samples
-        rewards = torch.stack([own.total for own in scores])  # [problems, G] float64
+        rewards = torch.stack([group.total for group in scores])  # [problems, G] float64
         data = build_rollouts(groups, rewards, self.world.device, with_logprobs=self.engine is not None)
         if self.cfg.mask_truncated_completions:
             is_finished = [episode.is_finished for group in groups for episode in group]
@@ -288,19 +290,19 @@ class GRPORecipe(FTRecipeInterface):
         metrics = episode_metrics(groups, rewards) | reward_metrics(scores)
         return data, metrics | ({"groups_resampled": resampled} if self.cfg.max_resamplings else {})
 
-    def rewarded(self, problems: list[int], own: list[list[Episode]]) -> tuple[list[list[Episode]], list[Scores]]:
+    def rewarded(self, problems: list[int], episodes: list[list[Episode]]) -> tuple[list[list[Episode]], list[Scores]]:
         """Return the episodes of all ranks, in the order of the problems, and their rewards."""
         self.clock.lap("sample_s")
         with self.world.raise_together():
             shard = self.world.shard(range(len(problems)))
             own_problems, first = [self.problems[problems[n]] for n in shard], [n * self.cfg.group_size for n in shard]
-            completions = completion_groups(self.tokenizer, own_problems, own, first)
-            scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(own)
+            completions = completion_groups(self.tokenizer, own_problems, episodes, first)
+            scores = score(self.rewards, completions, self.reward_context()) if self.rewards else [None] * len(episodes)
             self.clock.lap("reward_s")
         if self.environment:
-            by_environment = [[episode.reward for episode in group] for group in own]
+            by_environment = [[episode.reward for episode in group] for group in episodes]
             scores = [add_environment(*both) for both in zip(scores, by_environment, strict=True)]
-        cpu = [[episode.cpu() for episode in group] for group in own]
+        cpu = [[episode.cpu() for episode in group] for group in episodes]
         gathered = self.world.all_gather(list(zip(cpu, scores, strict=True)))
         return [group for group, _ in gathered], [scored for _, scored in gathered]
 
@@ -410,8 +412,8 @@ class GRPORecipe(FTRecipeInterface):
         if self.environment is None:
             return single_turn_episodes(prompts, self.sample(prompts, group_size, seeds))
 
-        def sample(prompts: list[Tensor], group_size: int, own: list[int]) -> Samples:
-            return self.sample(prompts, group_size, own if seeds else None)
+        def sample(prompts: list[Tensor], group_size: int, mine: list[int]) -> Samples:
+            return self.sample(prompts, group_size, mine if seeds else None)
 
         return sample_dialogues(
             self.environment,
@@ -476,14 +478,14 @@ class GRPORecipe(FTRecipeInterface):
 
     def evaluate(self) -> None:
         """Compute the mean `test_reward` of the most likely completion of every test problem."""
-        own = self.world.shard(range(len(self.test_prompts)))
-        problems = [self.test_problems[n] for n in own]
+        mine = self.world.shard(range(len(self.test_prompts)))
+        problems = [self.test_problems[n] for n in mine]
         with self.sampling_errors():
-            groups = self.episodes(problems, [self.test_prompts[n] for n in own], 1, None)
+            groups = self.episodes(problems, [self.test_prompts[n] for n in mine], 1, None)
         rewards = [episode.reward for (episode,) in groups]
         if self.test_reward:
             with self.world.raise_together():
-                completions = completion_groups(self.tokenizer, problems, groups, first=own)
+                completions = completion_groups(self.tokenizer, problems, groups, first=mine)
                 scores = score(self.test_reward, completions, self.reward_context())
                 rewards = [scored.total.item() for scored in scores]
         rewards = self.world.all_gather(rewards)

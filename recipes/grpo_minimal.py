@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> float:
 
     def evaluate():
         *_, texts = generate(test, 1, do_sample=False)
-        return sum(reward_function(text, own.answer) for text, own in zip(texts, test, strict=True)) / len(test)
+        return sum(reward_function(text, problem.answer) for text, problem in zip(texts, test, strict=True)) / len(test)
 
     accuracy = evaluate()
     print(f"step   0  held-out accuracy {accuracy:.3f}")

@@ -29,7 +29,7 @@ ORDER = [  # a module imports only from those before it; a package that is liste
         "backends",
     ),
     *("collectives", "context_parallel", "prefix_cache", "packed_input", "rollout_checks", "rollouts", "advantages"),
-    *("conversations.response_items", "conversations.messages", "conversations.turn_texts"),
+    *("conversations.response_items", "conversations.messages", "conversations.left_out", "conversations.turn_texts"),
     *("conversations.chat_template", "conversations.rollouts", "conversations.row_files", "conversations.transcripts"),
     *("conversations", "micro_batches", "packing"),
     *("logprobs", "loss_terms", "losses", "sample_cache", "sampling"),

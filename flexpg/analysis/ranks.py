@@ -37,7 +37,7 @@ def context_parallel_bytes(
     >>> context_parallel_bytes(5, 2, shape, 1) == activation_bytes(5, 2, shape, activation_checkpointing=True)
     True
     """
-    own = activation_bytes(
+    kept = activation_bytes(
         -(-num_tokens // ranks),
         num_loss_tokens,  # which may all be on the last rank
         shape,
@@ -46,11 +46,11 @@ def context_parallel_bytes(
         chunk_tokens=chunk_tokens_of_rank(ranks),
     )
     if ranks == 1:
-        return own
+        return kept
     keys = num_tokens * shape.num_kv_heads * (shape.head_dim + (shape.value_dim or shape.head_dim))
     layers = 1 if activation_checkpointing else shape.num_attention_layers
     gathered = keys * (layers * itemsize + itemsize + max(itemsize, 4)) * bool(shape.num_attention_layers)
-    return own + gathered
+    return kept + gathered
 
 
 def largest_prompt(

@@ -119,8 +119,8 @@ def rollouts_from_lengths(prompt_lens: Sequence[int], completion_lens: Sequence[
     ids = iter(range(len(prompt_lens) + sum(map(len, completion_lens))))  # every prompt and completion has its own
     return Rollouts.from_groups(
         prompts=[torch.full((length,), next(ids)) for length in prompt_lens],
-        completions=[[torch.full((length,), next(ids)) for length in own] for own in completion_lens],
-        rewards=[[0.0] * len(own) for own in completion_lens],
+        completions=[[torch.full((length,), next(ids)) for length in lens] for lens in completion_lens],
+        rewards=[[0.0] * len(lens) for lens in completion_lens],
     )
 
 
@@ -152,8 +152,8 @@ def _comparison(rollouts: Rollouts, count: Callable[[Work, Sequence[Item], int],
         "prompts_once": count(prompts_once_work(rollouts), prompts_once_images(rollouts), loss_tokens),
         "shared": count(packed_work(rollouts.tree), packed_images(rollouts), loss_tokens),
     }
-    for own in others.values():
-        own |= {f"{name}_ratio": value / own[name] for name, value in baseline.items() if own[name]}
+    for other in others.values():
+        other |= {f"{name}_ratio": value / other[name] for name, value in baseline.items() if other[name]}
     return {"rollouts": len(rollouts), "baseline": baseline, **others}
 
 
@@ -204,4 +204,4 @@ def _first_completions(rollouts: Rollouts) -> list[tuple[int, Rollouts]]:
         rank.append(seen[group])
         seen[group] += 1
     sizes = {2**power for power in range(max(seen).bit_length())} | {max(seen)}
-    return [(size, rollouts.select([n for n, own in enumerate(rank) if own < size])) for size in sorted(sizes)]
+    return [(size, rollouts.select([n for n, place in enumerate(rank) if place < size])) for size in sorted(sizes)]

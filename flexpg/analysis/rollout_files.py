@@ -107,9 +107,9 @@ def _of_row(
     if "chosen" in keys and "rejected" not in row:
         keys.remove("chosen")
     prompt = row.get("prompt", None if "instruction" in row else row.get("input"))
-    parts = [prompt, *(own for key in keys for own in (row[key] if isinstance(row[key], list) else [row[key]]))]
+    parts = [prompt, *(part for key in keys for part in (row[key] if isinstance(row[key], list) else [row[key]]))]
     parts += [row.get(key) for key in ("messages", "traj", "conversations", "history")]
-    has_messages = any(is_messages(own) or isinstance(own, dict) for own in parts)
+    has_messages = any(is_messages(part) or isinstance(part, dict) for part in parts)
     if prompt is None or not keys or has_messages or row.get("system"):
         return _of_messages(row, chat, options)
     if options["per_turn"]:
@@ -124,8 +124,8 @@ def _of_row(
     first = _tokens("prompt", prompt, encode)
     sequences = []
     for name, completion in zip(names, many, strict=True):
-        own = _tokens(name, completion, encode)
-        sequences.append((np.concatenate([first, own]), np.arange(len(first) + len(own)) >= len(first)))
+        tokens = _tokens(name, completion, encode)
+        sequences.append((np.concatenate([first, tokens]), np.arange(len(first) + len(tokens)) >= len(first)))
     suffixes = [f", {name}" if len(many) > 1 or key == "completions" else "" for name in names]
     return list(zip(suffixes, sequences, rewards_of(row, len(many)), [""] * len(many), strict=True))
 
@@ -135,7 +135,7 @@ def _tokens(name: str, value: str | list[int], encode: Encode | None) -> np.ndar
         if encode is None:
             raise ValueError(f"{name} is text, which needs a tokenizer")
         value = list(encode(value))
-    if isinstance(value, list) and any(isinstance(own, str) for own in value):
+    if isinstance(value, list) and any(isinstance(item, str) for item in value):
         raise ValueError(f"{name} must be a text or a list of token ids, got a list of texts")
     return token_ids(name, value).numpy()
 
@@ -154,7 +154,7 @@ def _of_messages(
         except ValueError as error:
             raise ValueError(f"{name[2:]}: {error}" if name else str(error)) from error
         turns = [f"{TURN}{n}" if options["per_turn"] or reason else "" for n in range(len(sequences))]
-        found += [(name + turn, own, conversation.reward, reason) for turn, own in zip(turns, sequences, strict=True)]
+        found += [(name + turn, each, conversation.reward, reason) for turn, each in zip(turns, sequences, strict=True)]
     return found
 
 
@@ -165,8 +165,8 @@ def _of_trace(row: Row) -> list[tuple[str, MaskedSequence, float, str]]:
         raise ValueError("nodes must have at least one, got []")
     parents = {node.get("parent") for node in nodes}
     if isinstance(rewards := row.get("rewards"), Mapping):
-        given = [own for own in rewards.values() if own is not None]
-        reward = sum(float(own["score"]) * float(own.get("weight", 1.0)) for own in given)
+        given = [entry for entry in rewards.values() if entry is not None]
+        reward = sum(float(entry["score"]) * float(entry.get("weight", 1.0)) for entry in given)
     else:
         (reward,) = rewards_of(row, 1)
     found = []
@@ -179,7 +179,7 @@ def _of_trace(row: Row) -> list[tuple[str, MaskedSequence, float, str]]:
             path.insert(0, nodes[n])
             n = nodes[n].get("parent")
         tokens = token_ids("token_ids", [token for node in path for token in node["token_ids"]]).numpy()
-        trained = np.array([own for node in path for own in node["mask"]], dtype=bool)
+        trained = np.array([in_loss for node in path for in_loss in node["mask"]], dtype=bool)
         if len(trained) != len(tokens) or not trained.any() or trained[0]:
             raise ValueError(
                 f"nodes must have a mask for each token, with a sampled token that has one before it, got "

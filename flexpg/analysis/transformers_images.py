@@ -29,13 +29,13 @@ def image_flops(model: nn.Module, rollouts: Rollouts) -> dict[int, int]:
         TypeError: If the model takes no images.
     """
     base = unwrap(model)
-    items = {item.identity: item for own in rollouts.prompt_inputs or () if own is not None for item in own.items}
+    items = {item.identity: item for each in rollouts.prompt_inputs or () if each is not None for item in each.items}
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     counts = {}
     for identity, item in items.items():
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a CPU's flash is not counted
             features = image_features(base, item)
-            total = torch.stack([own.sum() for own in features]).sum()
+            total = torch.stack([feature.sum() for feature in features]).sum()
             if total.requires_grad:
                 torch.autograd.grad(total, trained, allow_unused=True)
         counts[identity] = counter.get_total_flops()

@@ -56,8 +56,8 @@ def recurrent_work(module: nn.Module, width: int) -> RecurrentWork:
     dtype = next(parameter.dtype for parameter in module.parameters() if parameter.dim() == 2)
     hidden = torch.zeros(1, LENGTH, width, device="meta", dtype=dtype, requires_grad=True)
     with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-        own = inspect.unwrap(type(module).forward)
-        out = own(module, hidden, **unused_arguments(own))
+        unbound_forward = inspect.unwrap(type(module).forward)
+        out = unbound_forward(module, hidden, **unused_arguments(unbound_forward))
         out = out[0] if isinstance(out, tuple) else out
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()

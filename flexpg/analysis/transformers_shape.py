@@ -124,9 +124,9 @@ def _parts(layer: nn.Module, experts_per_token: int) -> _Parts:
     recurrent = {path: module for path, module in layer.named_modules() if is_recurrent(module)}
     attention = {path: module for path, module in layer.named_modules() if _is_attention(module)}
     # Of a recurrent module, a token is multiplied with the matrices of Linear layers only.
-    others = {part for own in recurrent.values() for part in own.modules() if not isinstance(part, nn.Linear)}
-    own = [p for part in layer.modules() if part not in others for p in part.parameters(recurse=False)]
-    experts = experts_per_token if any(parameter.dim() == 3 for parameter in own) else 0
+    others = {part for module in recurrent.values() for part in module.modules() if not isinstance(part, nn.Linear)}
+    parameters = [p for part in layer.modules() if part not in others for p in part.parameters(recurse=False)]
+    experts = experts_per_token if any(parameter.dim() == 3 for parameter in parameters) else 0
     matrices = layer_matrices(layer, experts, no_matrices=others)
     mixers = tuple(f"{path}." for path in (*recurrent, *attention))
     mlp = [matrix for matrix in matrices if not matrix.path.startswith(mixers)]
@@ -180,13 +180,13 @@ def _with_recurrent_layers(shape: ModelShape, modules: Sequence[nn.Module], on_m
     """Return the shape with the work of recurrent modules; one of each kind runs, in a model on the meta device."""
     kinds = {type(module): module for module in recurrent_modules(on_meta)}
     work = {kind: recurrent_work(module, shape.embed_dim) for kind, module in kinds.items()}
-    own = [work[type(module)] for module in modules]
+    work_of_layers = [work[type(module)] for module in modules]
     return replace(
         shape,
-        recurrent_layers=len(own),
-        recurrent_flops=sum(each.flops for each in own),
-        recurrent_backward_flops=sum(each.backward_flops for each in own),
-        recurrent_bytes=sum(each.kept_bytes for each in own),
+        recurrent_layers=len(work_of_layers),
+        recurrent_flops=sum(each.flops for each in work_of_layers),
+        recurrent_backward_flops=sum(each.backward_flops for each in work_of_layers),
+        recurrent_bytes=sum(each.kept_bytes for each in work_of_layers),
     )
 
 

@@ -58,8 +58,8 @@ def layer_matrices(
         if module in no_matrices or "Norm" in type(module).__name__:  # Cohere's norms have a weight per head
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            own = f"{path}.{name}"
-            if "original_module." in own:  # PEFT keeps the original of a module that it trains
+            label = f"{path}.{name}"
+            if "original_module." in label:  # PEFT keeps the original of a module that it trains
                 continue
             if parameter.dim() < 2 or name.endswith("bias"):  # experts have one bias each, [experts, .]
                 continue
@@ -68,10 +68,10 @@ def layer_matrices(
                 entries = entries * experts_per_token // len(parameter)
             elif parameter.dim() > 2 or isinstance(module, nn.Embedding):
                 raise TypeError(
-                    f"{own} of shape {list(parameter.shape)} must be a matrix that every token is multiplied with; "
+                    f"{label} of shape {list(parameter.shape)} must be a matrix that every token is multiplied with; "
                     "write the ModelShape by hand"
                 )
-            found.append(Matrix(own, entries, parameter.requires_grad))
+            found.append(Matrix(label, entries, parameter.requires_grad))
     return found
 
 
@@ -94,10 +94,10 @@ def weight_fields(
     Raises:
         ValueError: If no matrix is trained.
     """
-    trained = sum(matrix.entries for own in layers for matrix in own if matrix.is_trained)
+    trained = sum(matrix.entries for layer in layers for matrix in layer if matrix.is_trained)
     if not trained:
         raise ValueError("the model must have layers with parameters that require grad")
-    total = sum(matrix.entries for own in layers for matrix in own)
+    total = sum(matrix.entries for layer in layers for matrix in layer)
     return {
         "layer_weights": total // len(layers),
         "frozen_weights": (total - trained) // len(layers),

@@ -81,12 +81,12 @@ def prompts_once_work(rollouts: Rollouts) -> Work:
 
 def baseline_images(rollouts: Rollouts) -> list[Item]:
     """Return the images that are encoded if each sequence is on its own: those of its prompt, for every rollout."""
-    return [item for own in rollouts.sequence_inputs if own is not None for item in own.items]
+    return [item for inputs in rollouts.sequence_inputs if inputs is not None for item in inputs.items]
 
 
 def prompts_once_images(rollouts: Rollouts) -> list[Item]:
     """Return the images that are encoded if only prompts are shared: those of every prompt."""
-    return [item for own in rollouts.prompt_inputs or () if own is not None for item in own.items]
+    return [item for inputs in rollouts.prompt_inputs or () if inputs is not None for item in inputs.items]
 
 
 def packed_images(rollouts: Rollouts) -> list[Item]:

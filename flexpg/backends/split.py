@@ -143,16 +143,16 @@ def _parts(mask: TreeBlockMask) -> list[Part]:
     A bidirectional image block is a segment of its own, in which every token attends to every other.
     """
     first = mask.first_query
-    own: list[Part] = []
+    inner: list[Part] = []
     below: list[Part] = []
     for start, stop, subtree_end, is_causal in _segments(mask):
         cut = min(max(start, first), stop)  # the first query may be inside a segment
         if cut < stop:
-            own.append((slice(cut - first, stop - first), slice(cut if is_causal else start, stop), is_causal, True))
+            inner.append((slice(cut - first, stop - first), slice(cut if is_causal else start, stop), is_causal, True))
         for since, until in ((start, cut), (cut, stop)) if is_causal else ((start, stop),):
             if since < until and subtree_end > (query := max(until, first)):
                 below.append((slice(query - first, subtree_end - first), slice(since, until), False, False))
-    return [*own, *below]
+    return [*inner, *below]
 
 
 def _segments(mask: TreeBlockMask) -> list[tuple[int, int, int, bool]]:

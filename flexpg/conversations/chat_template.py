@@ -84,7 +84,7 @@ def assistant_turns(
     # gives must be what whole texts give.
     whole = _Whole(tokenizer)
     kinds = ("single_word", "lstrip", "rstrip")
-    depends = any(getattr(own, kind, False) for own in tokenizer.added_tokens_decoder.values() for kind in kinds)
+    depends = any(getattr(added, kind, False) for added in tokenizer.added_tokens_decoder.values() for kind in kinds)
     pieces = whole if depends else _Pieces(tokenizer)
     turns = [_turn(tokenizer, text, end, pieces) for text, end in zip(texts, ends, strict=True)]
     last = _turn(tokenizer, texts[-1], ends[-1], whole)
@@ -152,7 +152,7 @@ def _end_of_turn(tokenizer: ChatTokenizer, text: TurnText, stop_tokens: Sequence
     start = len(written)
     while True:
         end = len(written[:start].rstrip())
-        token = max((own for own in {*stops, *special} if written.endswith(own, 0, end)), key=len, default=None)
+        token = max((stop for stop in {*stops, *special} if written.endswith(stop, 0, end)), key=len, default=None)
         if token is None:
             break
         start = end - len(token)
@@ -160,8 +160,8 @@ def _end_of_turn(tokenizer: ChatTokenizer, text: TurnText, stop_tokens: Sequence
     first = next((n for n, (token, *_) in enumerate(after) if token in stops), None)
     unknown = after[0][0] if after and first is None else None
     if first and after[first - 1][2] < after[first][1]:
-        own = written[after[first - 1][1] : after[first][1]]  # a token and whitespace before the stop token
-        unknown = None if text.content.endswith(own) else after[first - 1][0]  # the whitespace is the template's
+        piece = written[after[first - 1][1] : after[first][1]]  # a token and whitespace before the stop token
+        unknown = None if text.content.endswith(piece) else after[first - 1][0]  # the whitespace is the template's
     if unknown and stop_tokens is None:
         raise ValueError(
             f"messages[{j}] ends with {written[start:]!r}, where {unknown!r} is not known as a stop token; pass "

@@ -192,7 +192,7 @@ def _part(part: Any, role: str) -> Message:
         raise ValueError(
             f"has a part of type {kind!r}: conversations with images, video or audio are not supported, only text"
         )
-    raise ValueError(f"has a part of type {kind!r} for {role}, expected text{''.join(f' or {own}' for own in allowed)}")
+    raise ValueError(f"has a part of type {kind!r} for {role}, expected text{''.join(f' or {one}' for one in allowed)}")
 
 
 def _text(name: str, value: Any, role: str) -> str:
@@ -208,7 +208,7 @@ def _text(name: str, value: Any, role: str) -> str:
 
 def _tool_result(part: Message) -> Message:
     content = part.get("content") or ""
-    texts = [_part(own, "tool")["text"] for own in content] if _is_parts(content, "tool") else [content]
+    texts = [_part(part, "tool")["text"] for part in content] if _is_parts(content, "tool") else [content]
     joined = "".join(_text("tool_result", text, "tool") for text in texts)
     return {"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": joined}
 
@@ -231,8 +231,8 @@ def _call(call: Any, parse_arguments: bool) -> dict[str, Any]:
     arguments = _arguments(given)
     if not parse_arguments and not isinstance(arguments, str):
         arguments = given if arguments and isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
-    own = {"id": call["id"]} if call.get("id") is not None else {}
-    return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    call_id = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _arguments(given: Any) -> dict[str, Any] | str:

@@ -70,7 +70,7 @@ def _as_message(item: Any) -> tuple[int | None, Any]:
 
 def _join(message: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with the content of both; values of None are those of columns that other rows have."""
-    message, other = ({key: value for key, value in own.items() if value is not None} for own in (message, other))
+    message, other = ({key: value for key, value in item.items() if value is not None} for item in (message, other))
     if message.get("weight", 1) != other.get("weight", 1):
         raise ValueError(f"must have the weight of the items before, got {other.get('weight', 1)}")
     return {**message, **other, "content": [*_parts(message.get("content")), *_parts(other.get("content"))]}

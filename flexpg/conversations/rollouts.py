@@ -107,7 +107,7 @@ def conversation_rollouts(
                 raise TypeError(f"must be Conversation(messages, reward), got {type(conversation).__name__}")
             if not isinstance(conversation.reward, SupportsFloat):
                 raise ValueError(f"reward must be a number, got {conversation.reward!r}")
-            own, reason = conversation_sequences(
+            added, reason = conversation_sequences(
                 conversation, tokenizer, per_turn=per_turn, stop_tokens=stop_tokens, template_options=template_options
             )
         except Exception as error:
@@ -115,8 +115,8 @@ def conversation_rollouts(
             raise
         if reason:
             by_turn[i] = reason
-        sequences += own
-        origin += [i] * len(own)
+        sequences += added
+        origin += [i] * len(added)
     if by_turn:
         warnings.warn(by_turn_message({f"conversation {i}": reason for i, reason in by_turn.items()}), stacklevel=2)
     return rollouts_from_masked(sequences, [conversations[i].reward for i in origin]), torch.tensor(origin)

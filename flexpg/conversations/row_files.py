@@ -149,8 +149,8 @@ def _parquet_rows(data: bytes, path: str | Path) -> Iterator[tuple[str, Row | Ex
 def _without_none(value: Any) -> Any:
     """Return a value without the keys that Parquet adds because other rows have them."""
     if isinstance(value, dict):
-        return {key: _without_none(own) for key, own in value.items() if own is not None}
-    return [_without_none(own) for own in value] if isinstance(value, list) else value
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _tau2(results: Row, simulation: Row) -> Row | Exception:

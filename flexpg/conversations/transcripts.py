@@ -63,15 +63,15 @@ def read_conversations(path: str | Path, *, skipped: dict[str, str] | None = Non
             if skipped is None:
                 raise ValueError(f"{located(path, name)}: {reason}")
             skipped[name] = reason
-        rows = [own for own in rows if own[0] not in unrewarded]
-    found = [each for _, (_, own) in rows for each in own]
-    ids = [_task_of(row, each) for _, (row, own) in rows for each in own]
+        rows = [row for row in rows if row[0] not in unrewarded]
+    found = [each for _, (_, conversations) in rows for each in conversations]
+    ids = [_task_of(row, each) for _, (row, conversations) in rows for each in conversations]
     if not found:
         raise ValueError(f"{path} must have a conversation{f'; {skipped_message(skipped)}' if skipped else ''}")
-    if not all(isinstance(own, int) for own in ids):
+    if not all(isinstance(task, int) for task in ids):
         texts = list(map(str, ids))  # 1 and "1" are the same
-        number = {own: n for n, own in enumerate(dict.fromkeys(texts))}
-        ids = [number[own] for own in texts]
+        number = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+        ids = [number[text] for text in texts]
     return [replace(conversation, task=task) for conversation, task in zip(found, ids, strict=True)]
 
 
@@ -90,7 +90,7 @@ def decoded(value: Any) -> Any:
     except ValueError:
         return value
     is_list = isinstance(parsed, list) and all(
-        isinstance(own, dict) and ({"role", "from"} & own.keys() or is_item(own)) for own in parsed
+        isinstance(item, dict) and ({"role", "from"} & item.keys() or is_item(item)) for item in parsed
     )
     return parsed if is_list and parsed else value
 
@@ -102,8 +102,8 @@ def conversations_of(row: Row) -> list[Conversation]:
         ValueError: If it has none of these formats, or a message cannot be converted.
     """
     conversations = _conversations_of({key: value for key, value in row.items() if value is not None})
-    for own in conversations:
-        if not any(is_in_loss(message) for message in template_messages(own.messages)):
+    for conversation in conversations:
+        if not any(is_in_loss(message) for message in template_messages(conversation.messages)):
             raise ValueError("messages must have one of role assistant in the loss; drop the conversation")
     return conversations
 
@@ -118,8 +118,8 @@ def _conversations_of(row: Row) -> list[Conversation]:
         history = _messages(row, "history")
         demos = max((j for j, message in enumerate(history) if message.get("is_demo")), default=-1)
         ended = {"weight": 0, "content": ""}
-        own = [message | ended if _is_exit(message) else message for message in history[demos + 1 :]]
-        return _conversations(row, _context(history[: demos + 1]), [own])
+        rest = [message | ended if _is_exit(message) else message for message in history[demos + 1 :]]
+        return _conversations(row, _context(history[: demos + 1]), [rest])
     for key in ("messages", "traj"):
         if row.get(key):
             messages = _messages(row, key)
@@ -127,9 +127,9 @@ def _conversations_of(row: Row) -> list[Conversation]:
                 raise ValueError(
                     f"must not have both {key} and {', '.join(sorted(other))}; name messages before a completion prompt"
                 )
-            return _conversations(row, [], [[own for own in messages if own.get("role") != "exit"]])  # mini-SWE-agent's
+            return _conversations(row, [], [[m for m in messages if m.get("role") != "exit"]])  # mini-SWE-agent's
     if row.get("conversations"):
-        return _conversations(row, [], [[_sharegpt(own) for own in _messages(row, "conversations")]])
+        return _conversations(row, [], [[_sharegpt(message) for message in _messages(row, "conversations")]])
     is_pair = "chosen" in row and "rejected" in row
     if is_pair:
         completions = [row["chosen"], row["rejected"]]
@@ -144,21 +144,21 @@ def _conversations_of(row: Row) -> list[Conversation]:
             f"{', '.join(row) or 'none'}{hint}"
         )
     prompt = _listed(row.get("prompt", []), "user")
-    if not (prompt or row.get("system")) and any(isinstance(decoded(own), str) for own in completions):
+    if not (prompt or row.get("system")) and any(isinstance(decoded(completion), str) for completion in completions):
         raise ValueError("completions that are texts need a prompt; split a transcript that is a text into messages")
-    replies = [_listed(own, "assistant") for own in completions]
-    opening = [_opening(own) for own in replies]
+    replies = [_listed(completion, "assistant") for completion in completions]
+    opening = [_opening(reply) for reply in replies]
     if is_pair and not prompt:  # what both have in common is their prompt
         prompt = _shared(*replies)
-    elif isinstance(row.get("prompt"), str) and all(_same(own, opening[0]) for own in opening):
+    elif isinstance(row.get("prompt"), str) and all(_same(other, opening[0]) for other in opening):
         text = str(opening[0][-1].get("content")) if opening[0] else ""
         if text.strip() == row["prompt"].strip():  # in the completions, maybe after a system message
             prompt = opening[0]
     size = len(prompt)
-    if size and all(_same(own[:size], prompt) for own in replies):  # the prompt is in the completions too
-        replies = [own[size:] for own in replies]
+    if size and all(_same(reply[:size], prompt) for reply in replies):  # the prompt is in the completions too
+        replies = [reply[size:] for reply in replies]
     elif prompt and any(opening):
-        role = next(own[0].get("role") for own in opening if own)
+        role = next(messages[0].get("role") for messages in opening if messages)
         raise ValueError(f"completions must begin with the whole prompt or an assistant message, got role {role}")
     return _conversations(row, _context(prompt), replies)
 
@@ -212,16 +212,16 @@ def rewards_of(row: Row, count: int) -> list[float]:
 def _reward(row: Row) -> Any:
     """Return what a row has as its reward, None if it has none."""
     info = row.get("reward_info")
-    own = info.get("reward") if isinstance(info, Mapping) else None
-    given = (row.get("reward"), row.get("rewards"), row.get("score"), own)
+    nested = info.get("reward") if isinstance(info, Mapping) else None
+    given = (row.get("reward"), row.get("rewards"), row.get("score"), nested)
     return next((value for value in given if value is not None), None)
 
 
 def _conversations(row: Row, prompt: list[Message], completions: Sequence[Any]) -> list[Conversation]:
     tools = row.get("tools") or row.get("tool_defs") or row.get("functions") or None
     return [
-        Conversation(_with_system(row.get("system"), [*prompt, *_listed(own, "assistant")]), reward, tools=tools)
-        for own, reward in zip(completions, rewards_of(row, len(completions)), strict=True)
+        Conversation(_with_system(row.get("system"), [*prompt, *_listed(completion, "assistant")]), reward, tools=tools)
+        for completion, reward in zip(completions, rewards_of(row, len(completions)), strict=True)
     ]
 
 

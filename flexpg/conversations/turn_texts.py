@@ -6,12 +6,12 @@ after the first is what the model would have generated. So it needs no {% genera
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flexpg.conversations.left_out import left_out, text_of
 from flexpg.conversations.messages import REASONING_KEYS, Message, template_messages
 
 LEFT_OUT = "leaves out its text"  # in an error: another form of the messages may be what the template takes
@@ -63,7 +63,7 @@ def turn_texts(
     if reserved := {"tools", "tokenize", "add_generation_prompt", "conversation"} & template_options.keys():
         raise ValueError(f"template_options must not have {', '.join(sorted(reserved))}, which flexpg sets itself")
     forms = _forms(messages)
-    trained = [j for j, own in enumerate(forms[0]) if own["role"] == "assistant" and own.get("weight", 1) != 0]
+    trained = [j for j, turn in enumerate(forms[0]) if turn["role"] == "assistant" and turn.get("weight", 1) != 0]
     if not trained:
         raise ValueError("messages must have one of role assistant in the loss; drop the conversation")
     errors: list[Exception] = []
@@ -124,8 +124,8 @@ class _Chat:
     def check_users(self, j: int, history: str) -> None:
         """Raise ValueError if a template leaves out what a user wrote before message j."""
         for i, message in enumerate(self.messages[:j]):
-            if message["role"] == "user" and _text_of(message).strip() not in history:
-                text = _text_of(message).strip()[:40]
+            if message["role"] == "user" and text_of(message).strip() not in history:
+                text = text_of(message).strip()[:40]
                 raise ValueError(f"messages[{i}]: the template {LEFT_OUT} {text!r}; use a template that renders it")
 
     def turn(self, j: int) -> TurnText:
@@ -136,9 +136,9 @@ class _Chat:
         if not history:
             raise ValueError(f"messages[{j}] must have a token before it; put a system or user message in front")
         written = _written(message, history, through)
-        if written is None and any(own.get("reasoning_content") for own in before):
+        if written is None and any(earlier.get("reasoning_content") for earlier in before):
             # gpt-oss: the template drops earlier reasoning once an answer follows, which the model still saw.
-            plain = [{key: value for key, value in own.items() if key not in REASONING_KEYS} for own in before]
+            plain = [{key: value for key, value in earlier.items() if key not in REASONING_KEYS} for earlier in before]
             written = _written(message, self.render(plain, True), through)
         if written is None:
             prompted, rendered = _differing(history, through)
@@ -149,56 +149,13 @@ class _Chat:
                 "such as enable_thinking, a template that writes both alike, or reasoning inside the content, as the "
                 f"model wrote it{f'; or join it with messages[{j - 1}]' * follows}"
             )
-        if missing := self._left_out(j, history, written):
+        _check_think_tags(j, message, history, written)
+        if missing := left_out(lambda other: self.render([*before, other]), message, written):
             raise ValueError(
                 f"messages[{j}]: the template leaves out its {missing}; use a template that renders it, or remove it "
                 "from the message if the model did not generate it"
             )
-        return TurnText(j, history, written, _text_of(message))
-
-    def _left_out(self, j: int, history: str, written: str) -> str | None:
-        """Return what a template leaves out or changes of what the assistant wrote, or None."""
-        message = self.messages[j]
-        if history.rstrip().endswith("<think>") and re.match(r"\s*(</think>\s*)?<think>", written):
-            raise ValueError(
-                f"messages[{j}] must not open <think>, which the template's generation prompt does already"
-            )
-        text = _text_of(message).lstrip()
-        if text.startswith("<think>") and "</think>" not in text and "</think>" in written:  # reasoning was cut off
-            raise ValueError(
-                f"messages[{j}] must close <think>, as the template writes reasoning of its own in front; drop the "
-                "message, or set its weight to 0"
-            )
-        for key in GENERATED_KEYS:
-            if (value := message.get(key)) and value != "final":
-                without = {name: own for name, own in message.items() if name != key}
-                if self.render([*self.messages[:j], without]) == self.render(self.messages[: j + 1]):
-                    return f"{key} {value!r:.40}"
-        for piece in re.split(r"</?think>", _text_of(message)):
-            if piece.strip() not in written:
-                return f"text {piece.strip()[:40]!r}"
-        if "{'type': 'text'" in written and "{'type': 'text'" not in _text_of(message):  # Python's repr
-            return "text"
-        reasoning, calls = message.get("reasoning_content", ""), message.get("tool_calls") or ()
-        for piece in re.split(r"</?think>", reasoning):
-            if piece.strip() not in written:
-                return f"reasoning {piece.strip()[:40]!r}"
-        if not (reasoning or calls):
-            return None
-        # The same words may occur in the text, so look for words that occur nowhere else.
-        probe = self.render([*self.messages[:j], _probe(message)])
-        if reasoning.strip() and REASONING_PROBE not in probe:
-            return f"reasoning {reasoning.strip()[:40]!r}"
-        for n, call in enumerate(calls):
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            if any(own in written and own not in _text_of(message) for own in _reprs(arguments)):
-                return f"arguments of {name} as JSON"
-            if f"{NAME_PROBE}{n}." not in probe:
-                return f"tool call of {name}"
-            marks = range(1 if isinstance(arguments, str) else len(arguments))
-            if arguments and not all(f"{ARGUMENT_PROBE}{n}.{i}." in probe for i in marks):
-                return f"arguments {arguments} of {name}"
-        return None
+        return TurnText(j, history, written, text_of(message))
 
     def _with_marks(self, message: Message) -> Message:
         """Put marks in place of arguments that are text, such as JSON that was cut off."""
@@ -215,37 +172,16 @@ class _Chat:
         return message | {"tool_calls": calls}
 
 
-def _reprs(value: Any) -> Iterator[str]:
-    """Yield how Python writes the objects in arguments, where JSON is another text."""
-    if isinstance(value, dict):
-        if str(value) != json.dumps(value, ensure_ascii=False):
-            yield str(value)
-        for own in value.values():
-            yield from _reprs(own)
-    elif isinstance(value, list):
-        if str(value) != json.dumps(value, ensure_ascii=False):
-            yield str(value)
-        for own in value:
-            yield from _reprs(own)
-
-
-GENERATED_KEYS = ("channel", "recipient", "tool_plan")  # what models write besides content: Harmony, Command R
-REASONING_PROBE, NAME_PROBE, ARGUMENT_PROBE = "flexpg-reasoning", "flexpg-name-", "flexpg-argument-"
-
-
-def _probe(message: Message) -> Message:
-    """Return the message with words of its own as reasoning, names and arguments of tool calls."""
-    probe = dict(message)
-    if message.get("reasoning_content"):
-        probe |= dict.fromkeys(REASONING_KEYS, REASONING_PROBE)
-    calls = []
-    for n, call in enumerate(message.get("tool_calls") or ()):
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        marks = [f"{ARGUMENT_PROBE}{n}.{i}." for i in range(1 if isinstance(arguments, str) else len(arguments))]
-        values: Any = marks[0] if isinstance(arguments, str) else dict(zip(arguments, marks, strict=True))
-        ids = {"id": str(call["id"]).replace(name, f"{NAME_PROBE}{n}.")} if "id" in call else {}  # Kimi's have names
-        calls.append(call | ids | {"function": {"name": f"{NAME_PROBE}{n}.", "arguments": values}})
-    return probe | ({"tool_calls": calls} if calls else {})
+def _check_think_tags(j: int, message: Message, history: str, written: str) -> None:
+    """Raise ValueError if <think> is opened twice, or not closed where the template writes reasoning of its own."""
+    if history.rstrip().endswith("<think>") and re.match(r"\s*(</think>\s*)?<think>", written):
+        raise ValueError(f"messages[{j}] must not open <think>, which the template's generation prompt does already")
+    text = text_of(message).lstrip()
+    if text.startswith("<think>") and "</think>" not in text and "</think>" in written:  # reasoning was cut off
+        raise ValueError(
+            f"messages[{j}] must close <think>, as the template writes reasoning of its own in front; drop the "
+            "message, or set its weight to 0"
+        )
 
 
 def _first_history(through: str, prompted: str) -> str:
@@ -273,17 +209,12 @@ def _written(message: Message, history: str, through: str) -> str | None:
     before, opening, space = history.rpartition("<think>")
     if not opening or space.strip() or not through.startswith(before):
         return None
-    content, rendered = _text_of(message), through[len(before) :]
+    content, rendered = text_of(message), through[len(before) :]
     reasoning, closed, text = content.removeprefix(opening + space).rpartition("</think>")
     if not closed:
         return None
-    kept = next((own for own in (content, text) if rendered.startswith(own)), None)
+    kept = next((part for part in (content, text) if rendered.startswith(part)), None)
     return None if kept is None else reasoning + closed + text + rendered[len(kept) :]
-
-
-def _text_of(message: Message) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else content[0]["text"] if content else ""
 
 
 def _differing(history: str, through: str) -> tuple[str, str]:

@@ -41,8 +41,8 @@ def sums_over(model: nn.Module, group: ProcessGroup) -> bool:
     from torch.distributed.tensor import DTensor
 
     ranks = {*dist.get_process_group_ranks(group)}
-    for own in model.parameters():
-        if isinstance(own, DTensor) and not ranks <= {*own.device_mesh.mesh.flatten().tolist()}:
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and not ranks <= {*parameter.device_mesh.mesh.flatten().tolist()}:
             raise ValueError(
                 "FSDP2 must shard the model over a mesh that contains the ranks of context_parallel, such as the "
                 'flattened mesh of ("data", "context")'
@@ -54,9 +54,9 @@ def first_weights(model: nn.Module) -> Tensor:
     """Return the first weights of every trained parameter that is not sharded, float64, to compare ranks by."""
     from torch.distributed.tensor import DTensor  # here, because it takes a second
 
-    trained = [own.detach() for own in model.parameters() if own.requires_grad and not isinstance(own, DTensor)]
-    first = [own.reshape(-1)[:8].double() for own in trained]
-    return torch.cat([own.to(first[0].device) for own in first]) if first else torch.zeros(0)
+    trained = [p.detach() for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    first = [p.reshape(-1)[:8].double() for p in trained]
+    return torch.cat([part.to(first[0].device) for part in first]) if first else torch.zeros(0)
 
 
 def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:

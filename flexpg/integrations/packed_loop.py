@@ -151,9 +151,9 @@ def packed_logprobs(
         return _packed_logprobs(model, rollouts, *options, context)
     group = context_parallel.get_group() if isinstance(context_parallel, DeviceMesh) else context_parallel
     tensors = (
-        own
+        x
         for batch in rollouts
-        for own in (batch.tree.input_ids, batch.tree.end, batch.tree.node, batch.rollouts.prompt_lens, batch.loss_mask)
+        for x in (batch.tree.input_ids, batch.tree.end, batch.tree.node, batch.rollouts.prompt_lens, batch.loss_mask)
     )
     check_same_on_all_ranks(group, [*options, autocast_dtype, len(rollouts)], tensors, [first_weights(model)])
     return _over_ranks(model, _packed_logprobs(model, rollouts, *options, context, group), group)
@@ -247,7 +247,7 @@ class _Turn:
 
 def _version(model: nn.Module) -> int:
     """Return a number that changes if a parameter is written to; 0 under FSDP2, which writes to them itself."""
-    return 0 if sharded_modules(model) else sum(own._version for own in model.parameters() if own.requires_grad)
+    return 0 if sharded_modules(model) else sum(p._version for p in model.parameters() if p.requires_grad)
 
 
 def _check_prompt_gradient(prefix: PrefixCache, turns: Sequence[_Turn], before: int, after: int) -> None:

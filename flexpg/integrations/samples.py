@@ -49,7 +49,7 @@ def sample(
     """
     integration = integration_for(model)
     device = accelerator_of(model) or "cpu"
-    prompts = [token_ids(f"prompts[{p}]", own).to(device) for p, own in enumerate(prompts)]
+    prompts = [token_ids(f"prompts[{p}]", prompt).to(device) for p, prompt in enumerate(prompts)]
     with autocast(model, autocast_dtype), unsharded(model), uncompiled(model):
         return sample_completions(
             integration.decoder(model),

@@ -54,8 +54,8 @@ def enable(model: TransformerDecoder) -> None:
         _check_dropout(attn, attn.attn_dropout)
         if not attn.is_causal:
             raise TypeError("model must have causal attention only: a prefix must not depend on what follows it")
-        own = getattr(vars(attn).get("forward"), "__func__", None)
-        if "forward" in vars(attn) and own is not _attention_forward:
+        installed = getattr(vars(attn).get("forward"), "__func__", None)
+        if "forward" in vars(attn) and installed is not _attention_forward:
             raise TypeError(f"the forward of a {type(attn).__name__} has been replaced; undo that first")
     for attn in attentions:
         if "forward" not in vars(attn):  # every forward calls `enable`, and a new method would recompile
@@ -131,8 +131,8 @@ def baseline_forward(
 
 def logits(model: TransformerDecoder, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None) -> Tensor:
     """Compute the logits [n, T, V] of right-padded sequences [n, T] by an ordinary call of the model."""
-    own: Tensor | list[Tensor] = model(input_ids)  # several chunks, if the loss asked for them
-    return torch.cat(own, 1) if isinstance(own, list) else own
+    out: Tensor | list[Tensor] = model(input_ids)  # several chunks, if the loss asked for them
+    return torch.cat(out, 1) if isinstance(out, list) else out
 
 
 def layers(model: TransformerDecoder) -> dict[str, nn.Module]:

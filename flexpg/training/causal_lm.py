@@ -104,11 +104,11 @@ def with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
                 f"lora.target_modules must name layers of the model, got {', '.join(unknown)}, which "
                 f"{type(model).__name__} does not have"
             )
-    own: Any = model
-    inputs, outputs = own.get_input_embeddings(), own.get_output_embeddings()
+    untyped: Any = model
+    inputs, outputs = untyped.get_input_embeddings(), untyped.get_output_embeddings()
     is_tied = outputs is not None and outputs.weight is inputs.weight
-    adapted: nn.Module = get_peft_model(own, config, autocast_adapter_dtype=False)
-    if is_tied and (own.get_input_embeddings() is not inputs or own.get_output_embeddings() is not outputs):
+    adapted: nn.Module = get_peft_model(untyped, config, autocast_adapter_dtype=False)
+    if is_tied and (untyped.get_input_embeddings() is not inputs or untyped.get_output_embeddings() is not outputs):
         raise ValueError(
             "lora.target_modules must not name the embeddings or the output layer of a model in which they are tied, "
             f"got {config.target_modules}: merging adapters of one would change the other"
@@ -141,10 +141,10 @@ def tokenizer(
 
     from flexpg.analysis.transformers_files import local_tokenizer
 
-    own: Any = local_tokenizer(Path(path))
-    if own.response_template is not None:
-        own.get_response_parser(prefix="")  # raises ValueError; later, every answer would look malformed
-    ids = {own.eos_token_id}
+    loaded: Any = local_tokenizer(Path(path))
+    if loaded.response_template is not None:
+        loaded.get_response_parser(prefix="")  # raises ValueError; later, every answer would look malformed
+    ids = {loaded.eos_token_id}
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the checkpoint has no generation config
@@ -153,17 +153,17 @@ def tokenizer(
     if isinstance(stop_tokens, str) or not all(isinstance(text, str) for text in stop_tokens):
         raise ValueError(f'stop_tokens must be a list of texts, such as ["<|im_end|>"], got {stop_tokens!r}')
     for text in stop_tokens:
-        encoded = own.encode(text, add_special_tokens=False)
+        encoded = loaded.encode(text, add_special_tokens=False)
         if len(encoded) != 1:
             raise ValueError(f"stop_tokens must be one token each, got {text!r}, which is {len(encoded)}")
         ids |= set(encoded)
     # Templates write tools as JSON, which nodes of a configuration are not.
     options: Any = OmegaConf.to_container(OmegaConf.create(dict(template_options or {})), resolve=True)
     if tools:
-        if own.response_template is None:
+        if loaded.response_template is None:
             raise ValueError(f"tools need a tokenizer with a response_template, which the one in {path} lacks")
         options["tools"] = [get_json_schema(function) for function in map(load_dotpath, tools)]
-    return CheckpointTokenizer(own, sorted(ids - {None}), options)
+    return CheckpointTokenizer(loaded, sorted(ids - {None}), options)
 
 
 class CheckpointTokenizer:

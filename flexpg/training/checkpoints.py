@@ -147,8 +147,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, wo
     Raises:
         CheckpointError: If the checkpoint belongs to another model or is damaged; on all ranks.
     """
-    own = _trained_state(model, StateDictOptions(ignore_frozen_params=True))
-    trained = {name: list(weight.shape) for name, weight in own.items()}
+    weights = _trained_state(model, StateDictOptions(ignore_frozen_params=True))
+    trained = {name: list(weight.shape) for name, weight in weights.items()}
     groups = [len(group["params"]) for group in optimizer.param_groups]
     state: dict[str, Any] = {"model": {}, "optimizer": {}, "groups": []}
     try:
@@ -202,8 +202,8 @@ def _mark_best(folder: Path, step: int | None) -> Path | None:
 
 def _trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
     """Return the state of trained parameters only: torch keeps tied frozen ones, and parts such as `weight.absmax`."""
-    own = model.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in own if not parameter.requires_grad}
+    parameters = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
     parts = tuple(f"{name}." for name in frozen)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     return {name: value for name, value in state.items() if name not in frozen and not name.startswith(parts)}

@@ -92,7 +92,7 @@ def sample_dialogues(
     with errors():
         _extend(dialogues, turns, environment, tokenizer, prompt_format, max_prompt)
     for turn in range(2, environment.max_turns + 1):
-        going_on = [n for n, own in enumerate(dialogues) if not own.is_over]
+        going_on = [n for n, dialogue in enumerate(dialogues) if not dialogue.is_over]
         if not (going_on if world is None else world.all_reduce_max(len(going_on))):
             break
         own_prompts = [dialogues[n].prompt for n in going_on]
@@ -100,7 +100,7 @@ def sample_dialogues(
         turns = sampled_turns(own_prompts, sample(own_prompts, 1, own_seeds))
         with errors():
             _extend([dialogues[n] for n in going_on], turns, environment, tokenizer, prompt_format, max_prompt)
-    episodes = [Episode(own.turns, own.reward, is_finished=not own.is_cut) for own in dialogues]
+    episodes = [Episode(dialogue.turns, dialogue.reward, is_finished=not dialogue.is_cut) for dialogue in dialogues]
     return [episodes[n : n + group_size] for n in range(0, len(episodes), group_size)]
 
 
@@ -134,17 +134,17 @@ def next_prompt(
         ValueError: If the format is "chat" and the tokenizer has no chat template.
     """
     if prompt_format != "chat":
-        added = tokenizer.encode("".join(own["content"] for own in messages[-new:]), add_bos=False, add_eos=False)
+        added = tokenizer.encode("".join(m["content"] for m in messages[-new:]), add_bos=False, add_eos=False)
         return torch.cat([seen, seen.new_tensor(added)])
     before, texts, refusal = tokenizer.decode_all(seen.tolist()), [], None
-    for own in (messages,) if parsed == messages else (messages, parsed):
+    for form in (messages,) if parsed == messages else (messages, parsed):
         try:
-            texts.append(tokenizer.chat_text(own))
+            texts.append(tokenizer.chat_text(form))
         except TemplateError as error:  # some refuse a tool's answer without a call, or reasoning next to calls
             refusal = error
     if refusal and not texts:
         raise refusal
-    text = next((own for own in texts if own.startswith(before)), texts[-1])
+    text = next((candidate for candidate in texts if candidate.startswith(before)), texts[-1])
     if text.startswith(before):
         return torch.cat([seen, seen.new_tensor(tokenizer.encode(text[len(before) :]))])
     return seen.new_tensor(tokenizer.encode(text))
@@ -168,7 +168,9 @@ def _extend(
         dialogue.parsed.append(assistant_message(tokenizer, prompt, completion) if is_chat else dict(message))
         dialogue.is_cut = dialogue.is_over = not turn.is_finished
     # A turn that was cut off is answered too, because it has a reward.
-    given = answers([own.step for own in dialogues], [own.parsed for own in dialogues], environment.timeout_s)
+    given = answers(
+        [dialogue.step for dialogue in dialogues], [dialogue.parsed for dialogue in dialogues], environment.timeout_s
+    )
     for dialogue, (messages, reward) in zip(dialogues, given, strict=True):
         dialogue.reward += reward
         dialogue.messages += messages
@@ -177,8 +179,8 @@ def _extend(
         if not dialogue.is_over:
             last = dialogue.turns[-1]
             seen = torch.cat([last.prompt, last.completion])
-            own = (dialogue.messages, dialogue.parsed, len(messages))
-            dialogue.prompt = next_prompt(tokenizer, seen, *own, prompt_format)
+            conversation = (dialogue.messages, dialogue.parsed, len(messages))
+            dialogue.prompt = next_prompt(tokenizer, seen, *conversation, prompt_format)
             dialogue.is_cut = dialogue.is_over = len(dialogue.prompt) > max_prompt
 
 

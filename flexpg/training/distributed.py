@@ -149,15 +149,15 @@ class World:
         if self.size == 1:
             yield
             return
-        own, text = None, ""
+        cause, text = None, ""
         try:
             yield
         except Exception as error:
-            own, text = error, f"{type(error).__name__}: {one_line(error)}"
+            cause, text = error, f"{type(error).__name__}: {one_line(error)}"
         texts = self.all_gather([text])
         failed = [rank for rank, text in enumerate(texts) if text]
         if failed:
-            raise RankError(f"rank {failed[0]} of {self.size} raised {texts[failed[0]]}") from own
+            raise RankError(f"rank {failed[0]} of {self.size} raised {texts[failed[0]]}") from cause
 
     @contextmanager
     def save_on_error(self, save: Callable[[], None]) -> Iterator[None]:
@@ -176,8 +176,8 @@ class World:
             if isinstance(error, RankError) or self.size == 1:
                 save()
         if raised is not None:  # not in the handler, where the rank's own error would get another context
-            own = raised.__cause__ if isinstance(raised, RankError) else None
-            raise own or raised
+            cause = raised.__cause__ if isinstance(raised, RankError) else None
+            raise cause or raised
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -133,8 +133,8 @@ def check_engine(
     with world.raise_together():
         samples = engine.sample([prompt], 1, params, [0])
     rollouts = Rollouts.from_groups([prompt], [samples.completions], rewards=[[0.0]])
-    own = logprobs_of(rollouts)[0].cpu().double()
-    gap = (own - samples.logprobs[0].cpu().double()).abs().mean().item()
+    expected = logprobs_of(rollouts)[0].cpu().double()
+    gap = (expected - samples.logprobs[0].cpu().double()).abs().mean().item()
     gap = world.all_reduce_max(gap if math.isfinite(gap) else math.inf)
     with world.raise_together():
         if gap > TOLERANCE[dtype]:

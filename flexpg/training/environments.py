@@ -19,8 +19,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -143,31 +142,42 @@ def answers(steps: Sequence[Step], conversations: Sequence[list[Message]], timeo
         ValueError: If it begins with the conversation.
         Exception: What an environment raises, with one line above the traceback that names the conversation.
     """
-    free, failed = asyncio.Semaphore(AT_A_TIME), []  # type: ignore[var-annotated]
+    free = asyncio.Semaphore(AT_A_TIME)
+    failed: list[list[Message]] = []
 
     async def ask(step: Step, messages: list[Message]) -> Answer:
-        shown = str(messages[-1].get("content") or messages[-1].get("tool_calls"))[-80:]
-        where = f"environment, turn {sum(own['role'] == 'assistant' for own in messages)}, which ended with {shown!r}"
         async with free:
-            answer = asyncio.ensure_future(_call(step, list(messages)))
-            done, _ = await asyncio.wait({answer}, timeout=timeout_s)
-            with nullcontext() if failed else error_context(where):  # a line for the first error only
-                failed.append(True)
-                if not done:
-                    answer.cancel()
-                    raise TimeoutError(
-                        f"the environment must answer within timeout_s={timeout_s} seconds; it did not in the {where}"
-                    )
-                new, reward = _checked(answer.result())
-                if new[: len(messages)] == messages:
-                    raise ValueError(
-                        f"an environment must return its new messages only, got {len(new)} that begin with the "
-                        "conversation so far"
-                    )
-                failed.pop()
-                return new, reward
+            try:
+                answer = await _within(timeout_s, _call(step, list(messages)), messages)
+                return _checked(answer, messages)
+            except BaseException:  # cancelled ones fail after the first
+                failed.append(messages)
+                raise
 
-    return run_all([ask(step, messages) for step, messages in zip(steps, conversations, strict=True)])
+    try:
+        return run_all([ask(step, messages) for step, messages in zip(steps, conversations, strict=True)])
+    except Exception:
+        with error_context(f"environment, {_turn(failed[0])}"):
+            raise
+
+
+async def _within(timeout_s: float, answer: Coroutine[Any, Any, Any], messages: list[Message]) -> Any:
+    """Return an answer that comes in time; a TimeoutError of the environment's own passes unchanged."""
+    task = asyncio.ensure_future(answer)
+    done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    if not done:
+        task.cancel()
+        raise TimeoutError(
+            f"the environment must answer within timeout_s={timeout_s} seconds; it did not in {_turn(messages)}"
+        )
+    return task.result()
+
+
+def _turn(messages: list[Message]) -> str:
+    """Return which turn of the model an environment was to answer, for an error."""
+    number = sum(message["role"] == "assistant" for message in messages)
+    text = str(messages[-1].get("content") or messages[-1].get("tool_calls"))
+    return f"turn {number}, which ended with {text[-80:]!r}"
 
 
 async def _call(step: Step, messages: list[Message]) -> Any:
@@ -176,14 +186,21 @@ async def _call(step: Step, messages: list[Message]) -> Any:
     return await asyncio.wrap_future(in_daemon_thread(partial(step, messages)))
 
 
-def _checked(answer: Any) -> Answer:
+def _checked(answer: Any, messages: list[Message]) -> Answer:
+    """Return the answer to a conversation, or raise TypeError or ValueError."""
     match answer:
-        case (list() as messages, Real() as reward) if all(
-            isinstance(own, dict) and isinstance(own.get("content"), str) and "role" in own for own in messages
-        ):
-            if math.isfinite(reward):
-                return messages, float(reward)
+        case (list() as new, Real() as reward) if all(map(_is_message, new)) and math.isfinite(reward):
+            if new[: len(messages)] == messages:
+                raise ValueError(
+                    f"an environment must return its new messages only, got {len(new)} that begin with the "
+                    "conversation so far"
+                )
+            return new, float(reward)
     raise TypeError(
         "an environment must return a list of messages, each with 'role' and a text as 'content', and a finite "
         f"number, got {answer!r}"
     )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str) and "role" in value

@@ -146,8 +146,8 @@ def episode_advantages(step: StepRollouts, scale_rewards: ScaleRewards) -> Tenso
         [N] float32, the advantage of each rollout's episode.
     """
     first = step.first_turns
-    own = group_advantages(step.rollouts.select(first), scale_rewards, group_ids=step.problem[first])
-    return own[step.episode].float()
+    values = group_advantages(step.rollouts.select(first), scale_rewards, group_ids=step.problem[first])
+    return values[step.episode].float()
 
 
 def subtract_kl(step: StepRollouts, weight: float, world: World) -> tuple[StepRollouts, float]:
@@ -162,8 +162,8 @@ def subtract_kl(step: StepRollouts, weight: float, world: World) -> tuple[StepRo
         The rollouts with these rewards, and the mean KL divergence of an episode.
     """
     zeros = torch.zeros_like(step.rollouts.rewards)
-    own = -rewards_minus_kl(replace(step.rollouts, rewards=zeros), beta=1.0)  # [N]
-    summed = world.all_reduce_sum({str(n): value for n, value in enumerate(own.tolist())})
+    penalties = -rewards_minus_kl(replace(step.rollouts, rewards=zeros), beta=1.0)  # [N]
+    summed = world.all_reduce_sum({str(n): value for n, value in enumerate(penalties.tolist())})
     kl = zeros.new_zeros(len(step.first_turns)).index_add(0, step.episode, zeros.new_tensor(list(summed.values())))
     rewards = step.rollouts.rewards - weight * kl[step.episode]
     return replace(step, rollouts=replace(step.rollouts, rewards=rewards)), kl.mean().item()

@@ -69,12 +69,12 @@ def _model(keys: TorchtuneKeys, out: Translation) -> None:
     out.set("output_dir", keys.get("output_dir"), keys.path("output_dir"))
     for name in ("tokenizer", "model", "checkpointer"):
         out.set(name, keys.component(name), keys.path(name))
-    own = out.options["checkpointer"]
-    if "recipe_checkpoint" in own:
-        found = out.dropped if own.pop("recipe_checkpoint") is None else out.notes
+    checkpointer = out.options["checkpointer"]
+    if "recipe_checkpoint" in checkpointer:
+        found = out.dropped if checkpointer.pop("recipe_checkpoint") is None else out.notes
         found[f"{keys.path('checkpointer')}.recipe_checkpoint"] = "optimizer states of torchtune are not read"
     reference = keys.get("ref_checkpointer", {})
-    if reference.get("checkpoint_dir", own.get("checkpoint_dir")) != own.get("checkpoint_dir"):
+    if reference.get("checkpoint_dir", checkpointer.get("checkpoint_dir")) != checkpointer.get("checkpoint_dir"):
         out.notes[keys.path("ref_checkpointer")] = "the reference is the model before training, no other checkpoint"
     elif reference:
         out.dropped[keys.path("ref_checkpointer")] = "the reference is the model before training, if loss.beta > 0"
@@ -111,11 +111,11 @@ def _data(keys: TorchtuneKeys, out: Translation) -> None:
         )
         return
     options: dict[str, Any] = {"subset" if name == "name" else name: value for name, value in dataset.items()}
-    own: dict[str, Any] = {"_component_": GSM8K, "shots": 0, "template": PROMPT}
-    out.set("train_problems", options | own, "dataset; the same prompts")
+    fixed: dict[str, Any] = {"_component_": GSM8K, "shots": 0, "template": PROMPT}
+    out.set("train_problems", options | fixed, "dataset; the same prompts")
     held_out: dict[str, Any] = {"split": "test", "size": 256, "template": "${train_problems.template}"}
     rest = {name: value for name, value in options.items() if name != "partition"}
-    out.set("test_problems", rest | own | held_out, "torchtune has none")
+    out.set("test_problems", rest | fixed | held_out, "torchtune has none")
 
 
 def _rewards(keys: TorchtuneKeys, out: Translation) -> None:
@@ -225,19 +225,19 @@ def _check_imports(out: Translation) -> None:
     """Note components that are not installed."""
     components = {name: out.options.get(name) for name in ("tokenizer", "model", "checkpointer", "optimizer")}
     components |= {name: out.options.get(name) for name in ("lr_scheduler", "metric_logger", "profiler")}
-    components |= {f"rewards.{name}": own for name, own in out.options["rewards"].items()}
+    components |= {f"rewards.{name}": reward for name, reward in out.options["rewards"].items()}
     components["train_problems.dataset"] = out.options["train_problems"].get("dataset")
-    for name, own in components.items():
-        if own is None:
+    for name, component in components.items():
+        if component is None:
             continue
         try:
-            load_dotpath(own["_component_"])
+            load_dotpath(component["_component_"])
         except (ImportError, ValueError):
             way_out = "install its package, or put its file into the folder in which you start `tune`"
             if name in ("tokenizer", "model", "checkpointer"):
                 way_out = "models that torchtune lacks are built by flexpg.training.causal_lm.model"
             elif name == "train_problems.dataset":
                 way_out = "problems of a file or the hub are read by flexpg.training.tasks.problems"
-            if own["_component_"].startswith("torchtune.dev."):
+            if component["_component_"].startswith("torchtune.dev."):
                 way_out = "torchtune.dev is not in torchtune's wheel; copy the file from its repository"
-            out.notes[name] = f"{own['_component_']} cannot be imported here; {way_out}"
+            out.notes[name] = f"{component['_component_']} cannot be imported here; {way_out}"

@@ -45,10 +45,10 @@ def episode_metrics(groups: Sequence[Sequence[Episode]], rewards: Tensor) -> dic
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),
         "groups_without_spread": (~has_spread(rewards)).float().mean().item(),
-        "completion_tokens": sum(len(turn.completion) for own in episodes for turn in own.turns) / len(episodes),
-        "truncated": sum(not own.is_finished for own in episodes) / len(episodes),
-        "turns": sum(len(own.turns) for own in episodes) / len(episodes),
-        "sampled_tokens": sum(len(turn.completion) for own in episodes for turn in own.turns),
+        "completion_tokens": sum(len(turn.completion) for each in episodes for turn in each.turns) / len(episodes),
+        "truncated": sum(not each.is_finished for each in episodes) / len(episodes),
+        "turns": sum(len(each.turns) for each in episodes) / len(episodes),
+        "sampled_tokens": sum(len(turn.completion) for each in episodes for turn in each.turns),
     }
 
 
@@ -77,15 +77,15 @@ def cost_metrics(
         "tokens_recomputed", prefix tokens that several micro-batches encode; "flop_ratio", how many times fewer FLOPs
         the layers need than the baseline.
     """
-    batches = [batch for own in minibatches for batch in own]
+    batches = [batch for minibatch in minibatches for batch in minibatch]
     busy = [batch for batch in batches if not batch.is_idle]
-    series = [own for minibatch in minibatches for own in by_cache(minibatch)]
-    repeated = sum(sum(batch.cached_tokens for batch in own) - _cached_prompt_tokens(own) for own in series)
+    series = [cached for minibatch in minibatches for cached in by_cache(minibatch)]
+    repeated = sum(sum(batch.cached_tokens for batch in cached) - _cached_prompt_tokens(cached) for cached in series)
     if is_shared:
         encoded = sum(encoded_work(minibatch).num_tokens for minibatch in minibatches)
         suffixes = [batch.tree.num_tokens - batch.cached_tokens for batch in batches]
         with_padding = sum(map(padded_length, suffixes) if keep_padding else suffixes)
-        with_padding += sum(padded_length(_cached_prompt_tokens(own)) for own in series if len(own) > 1)
+        with_padding += sum(padded_length(_cached_prompt_tokens(cached)) for cached in series if len(cached) > 1)
     else:
         encoded = sum(batch.tree.baseline_tokens for batch in batches)
         with_padding = sum(len(batch.tree.lengths) * batch.tree.max_length for batch in batches)
@@ -106,9 +106,9 @@ def flop_ratio(minibatches: Sequence[Sequence[MicroBatch]], shape: ModelShape) -
         minibatches: For each, the micro-batches of all ranks, as `pack` returned them with sharing.
         shape: The model's shape.
     """
-    batches = [batch for own in minibatches for batch in own if not batch.is_idle]
+    batches = [batch for minibatch in minibatches for batch in minibatch if not batch.is_idle]
     baseline = total_work([baseline_work(batch.tree) for batch in batches])
-    shared = total_work([encoded_work(own) for own in minibatches])
+    shared = total_work([encoded_work(minibatch) for minibatch in minibatches])
     return update_flops(baseline, 0, shape).total / update_flops(shared, 0, shape).total
 
 

@@ -89,13 +89,13 @@ def pack_step(step: StepRollouts, cfg: Any, world: World, shape: ModelShape) -> 
     rollouts, minibatch = step.rollouts, step.problem // (cfg.prompts_per_step // cfg.minibatches)  # [N]
     rows = [(minibatch == n).nonzero()[:, 0] for n in range(cfg.minibatches)]
     ranks = world.data_size
-    packed = [pack(rollouts, cfg.max_tokens, world_size=ranks, indices=own) for own in rows]
+    packed = [pack(rollouts, cfg.max_tokens, world_size=ranks, indices=indices) for indices in rows]
     is_shared = bool(cfg.sharing)
     if cfg.sharing == "auto" and not world.context:
         is_shared = flop_ratio(packed, shape) >= MIN_SPEEDUP
     if not is_shared:
-        packed = [pack(rollouts, cfg.max_tokens, world_size=ranks, sharing=False, indices=own) for own in rows]
+        packed = [pack(rollouts, cfg.max_tokens, world_size=ranks, sharing=False, indices=indices) for indices in rows]
     keep_padding = cfg.compile or world.device.type != "cpu"
     cost = cost_metrics(packed, is_shared, shape, keep_padding)
-    own = [[batch for batch in batches if batch.rank == world.data_rank] for batches in packed]
-    return PackedStep(own, rows, is_shared, cost)
+    minibatches = [[batch for batch in batches if batch.rank == world.data_rank] for batches in packed]
+    return PackedStep(minibatches, rows, is_shared, cost)

@@ -169,8 +169,8 @@ def completion_groups(
     """
     ids = [[episode.turns[-1].completion.tolist() for episode in group] for group in groups]
     return [
-        Group(problem, [completion_text(tokenizer, tokens) for tokens in own], own, number)
-        for problem, own, number in zip(problems, ids, first, strict=True)
+        Group(problem, [completion_text(tokenizer, tokens) for tokens in completions], completions, number)
+        for problem, completions, number in zip(problems, ids, first, strict=True)
     ]
 
 

@@ -93,8 +93,8 @@ def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model, with the values of 4-bit weights that the model computes with."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    own = model.state_dict()  # first: on some CPUs it also restores the order of the weights
+    state = model.state_dict()  # first: on some CPUs it also restores the order of the weights
     layers = quantized_layers(model)
     extra = tuple(f"{path}.weight." for path in layers)
-    kept = {name: value for name, value in own.items() if not name.startswith(extra)}
+    kept = {name: value for name, value in state.items() if not name.startswith(extra)}
     return kept | {f"{path}.weight": dequantize_bnb_weight(layer.weight) for path, layer in layers.items()}

@@ -92,7 +92,7 @@ def same_options(cfg: Any, **problems: Sequence[Problem]) -> dict[str, Any]:
         problems: By the name of their option.
     """
     options: Any = OmegaConf.to_container(cfg)
-    data = {f"the data of {name}": _fingerprint(own) for name, own in problems.items()}
+    data = {f"the data of {name}": _fingerprint(rows) for name, rows in problems.items()}
     return {name: options[name] for name in SAME_ON_RESUME} | data
 
 

@@ -212,8 +212,8 @@ def _kinds(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _common(run: Run, log: Log) -> dict[str, Any]:
-    own = {"tokenizer": run.tokenizer, "trainer_state": run.trainer_state}
-    return own | {"log_metric": log.log_metric, "log_extra": log.log_extra}
+    context = {"tokenizer": run.tokenizer, "trainer_state": run.trainer_state}
+    return context | {"log_metric": log.log_metric, "log_extra": log.log_extra}
 
 
 def _columns(group: Group) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _trl(group: Group, run: Run) -> dict[str, Any]:
         prompts = [[{"role": "user", "content": prompt}] for _ in range(size)]
         completions = [[{"role": "assistant", "content": text}] for text in group.completions]
     answers = {"answer": [group.problem.answer] * size, "answers": [group.problem.answer] * size}
-    ids = {"completion_ids": [list(own) for own in group.completion_ids]} if group.completion_ids else {}
+    ids = {"completion_ids": [list(tokens) for tokens in group.completion_ids]} if group.completion_ids else {}
     return {"prompts": prompts, "completions": completions} | answers | ids
 
 
@@ -240,13 +240,13 @@ def _torchtune(group: Group, run: Run, names: Collection[str]) -> dict[str, Any]
     completions: Any = list(group.completions)
     answers, ids = [problem.answer] * size, {}
     if {"tokenizer", "completion_ids"} & set(names):
-        rows = [torch.tensor(own, dtype=torch.long) for own in group.completion_ids]
+        rows = [torch.tensor(tokens, dtype=torch.long) for tokens in group.completion_ids]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=run.tokenizer.pad_id)  # [G, C]
         ids = {"completion_ids": padded}
         if "tokenizer" in names:
             completions, answers = padded[None], [problem.answer]
-    own = {"completions": completions, "answers": answers, "answer": [problem.answer] * size}
-    return {"prompts": [problem.prompt] * size, "device": torch.device("cpu")} | own | ids
+    columns = {"completions": completions, "answers": answers, "answer": [problem.answer] * size}
+    return {"prompts": [problem.prompt] * size, "device": torch.device("cpu")} | columns | ids
 
 
 def read_values(function: Callable[..., Any], result: Any, count: int) -> list[float | None]:

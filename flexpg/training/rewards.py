@@ -78,7 +78,7 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
     columns = set.intersection(*(set(problem.columns) for problem in problems)) if problems else set()
     rewards = []
     for name, options in described.items():
-        own = {key: value for key, value in options.items() if key not in ("_component_", "weight")}
+        arguments = {key: value for key, value in options.items() if key not in ("_component_", "weight")}
         try:
             weight = float(options.get("weight", 1.0))
         except (TypeError, ValueError):
@@ -88,12 +88,12 @@ def build_rewards(described: Mapping[str, Mapping[str, Any]], problems: Sequence
         loaded = None
         try:
             loaded = load_dotpath(options["_component_"])
-            function = _with_options(loaded, own)
+            function = _with_options(loaded, arguments)
             check_names(function, columns)
         except (KeyError, TypeError, ValueError) as error:
             near = near_argument(loaded, error) if loaded else ""
             raise ValueError(
-                f"reward {name!r} must be a reward function with options {own}, got "
+                f"reward {name!r} must be a reward function with options {arguments}, got "
                 f"{options.get('_component_')!r}: {error}{near}"
             ) from error
         rewards.append(Reward(name, function, weight))
@@ -164,10 +164,10 @@ def add_environment(scores: Scores | None, rewards: Sequence[float]) -> Scores:
         scores: The scores of the reward functions; None if there is none.
         rewards: G rewards of the environment.
     """
-    own = torch.tensor(rewards, dtype=torch.float64)
+    given = torch.tensor(rewards, dtype=torch.float64)
     if scores is None:
-        return Scores(own, {"environment": own.float()}, Log())
-    return Scores(scores.total + own, scores.values | {"environment": own.float()}, scores.log)
+        return Scores(given, {"environment": given.float()}, Log())
+    return Scores(scores.total + given, scores.values | {"environment": given.float()}, scores.log)
 
 
 def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
@@ -181,12 +181,12 @@ def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
         have passed to `log_metric`, the mean of its values.
     """
     logged: dict[str, list[float]] = {}
-    for own in scores:
-        for name, values in own.log.metrics.items():
+    for group in scores:
+        for name, values in group.log.metrics.items():
             logged.setdefault(name, []).extend(values)
     metrics = {f"reward/{name}": sum(values) / len(values) for name, values in logged.items()}
     for name in scores[0].values:
-        column = torch.cat([own.values[name] for own in scores])
+        column = torch.cat([group.values[name] for group in scores])
         column = column[~column.isnan()]
         if len(column):
             metrics[f"reward/{name}"] = column.mean().item()

@@ -59,7 +59,7 @@ def write_report(folder: Path, cfg: Any, history: History, accuracies: Mapping[i
     sections = [
         _header(folder.name, cfg, history, accuracies),
         "<h2>Training</h2>"
-        + _grid([_card(own.title, own.svg, own.is_wide) for own in draw_curves(history, accuracies)]),
+        + _grid([_card(curve.title, curve.svg, curve.is_wide) for curve in draw_curves(history, accuracies)]),
         "<h2>What sharing saved</h2>" + _savings(history, pictures),
         "<h2>Samples</h2>" + _samples(read_samples(folder / "samples.jsonl")),
         "<h2>Options that differ from the defaults</h2>" + _table(list(changed_options(cfg).items())),
@@ -130,7 +130,7 @@ def _savings(history: History, pictures: Mapping[str, bytes]) -> str:
 
 def _samples(samples: Sequence[Sample]) -> str:
     """Return the samples of a few steps, from the first to the last that has some."""
-    by_step = {step: list(own) for step, own in groupby(samples, key=lambda sample: sample.step)}
+    by_step = {step: list(group) for step, group in groupby(samples, key=lambda sample: sample.step)}
     if not by_step:
         return "<p class=dim>None: log_samples_every_n_steps is 0, or no step was taken.</p>"
     steps = sorted(by_step)
@@ -138,10 +138,10 @@ def _samples(samples: Sequence[Sample]) -> str:
     parts = ["<p class=dim>The best and the worst completion of two problems. All samples are in samples.jsonl.</p>"]
     for step in (steps[n] for n in sorted(spaced)):
         parts.append(f"<h3>Step {step}</h3>")
-        for (prompt, answer), own in groupby(by_step[step], key=lambda sample: (sample.prompt, sample.answer)):
+        for (prompt, answer), group in groupby(by_step[step], key=lambda sample: (sample.prompt, sample.answer)):
             answer = f"<span class=dim>answer</span> <code>{_escape(answer)}</code>"
             parts.append(f"<div class=card><span class=dim>prompt</span>{_text(prompt)}{answer}</div>")
-            parts.append(_grid([_sample_card(sample) for sample in own]))
+            parts.append(_grid([_sample_card(sample) for sample in group]))
     return "".join(parts)
 
 

@@ -108,8 +108,8 @@ def samples_of_step(
     """
     return [
         sample
-        for (problem, episodes, scores), own in zip(scored[:num_problems], advantages.tolist(), strict=False)
-        for sample in best_and_worst(step, problem, episodes, scores, own, tokenizer)
+        for (problem, episodes, scores), values in zip(scored[:num_problems], advantages.tolist(), strict=False)
+        for sample in best_and_worst(step, problem, episodes, scores, values, tokenizer)
     ]
 
 
@@ -174,10 +174,10 @@ def format_samples(samples: Sequence[Sample]) -> str:
       reward 1.000 (correct 1)  advantage +0.70  7 tokens  '#### 4'
     """
     lines = []
-    for (step, prompt), own in groupby(samples, key=lambda sample: (sample.step, sample.prompt)):
+    for (step, prompt), group in groupby(samples, key=lambda sample: (sample.step, sample.prompt)):
         tail = prompt if len(prompt) <= PROMPT_CHARS else f"...{prompt[-PROMPT_CHARS:]}"
         lines.append(f"step {step:>4}  {tail!r}")
-        lines += [f"  {format_rewards(sample)}  {_shorten(sample.completion)!r}" for sample in own]
+        lines += [f"  {format_rewards(sample)}  {_shorten(sample.completion)!r}" for sample in group]
     return "\n".join(lines)
 
 

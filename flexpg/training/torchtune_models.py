@@ -226,8 +226,8 @@ def _head_differences(model: TransformerDecoder, config_file: Path) -> list[str]
     theirs = json.loads(config_file.read_text())
     heads = (theirs["num_attention_heads"], theirs.get("num_key_value_heads", theirs["num_attention_heads"]))
     attn = next(module for module in model.modules() if isinstance(module, MultiHeadAttention | Gemma2Attention))
-    own = (attn.num_heads, attn.num_kv_heads)
-    return [] if heads == own else [f"it has {heads} query and key/value heads, the model {own}"]
+    model_heads = (attn.num_heads, attn.num_kv_heads)
+    return [] if heads == model_heads else [f"it has {heads} query and key/value heads, the model {model_heads}"]
 
 
 def _new_adapter(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

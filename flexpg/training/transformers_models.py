@@ -179,11 +179,11 @@ def materialize(
     weights = {
         name: value.to(dtypes.get(name, value.dtype)) for name, value in weights.items() if name not in quantized
     }
-    own = {name: value for name, value in weights.items() if name in dtypes}
+    loaded = {name: value for name, value in weights.items() if name in dtypes}
     if world.size > 1:
-        set_model_state_dict(model, dict(own), options=BROADCAST)
+        set_model_state_dict(model, dict(loaded), options=BROADCAST)
     else:
-        model.load_state_dict(own, strict=not quantized)  # which have more entries, and are loaded
+        model.load_state_dict(loaded, strict=not quantized)  # which have more entries, and are loaded
     # Tables of RoPE and the like are not in the state dict.
     tables = world.all_gather([{name: value for name, value in weights.items() if name not in dtypes}])[0]
     for name, value in tables.items():
@@ -248,8 +248,8 @@ def _write_weights(gathered: dict[str, Any], cfg: Any, dtype: torch.dtype, folde
         saved.save_pretrained(folder / "adapter" / "epoch_0")
         saved = saved.merge_and_unload()
     saved.save_pretrained(folder / "epoch_0")
-    own = cfg.tokenizer.path if cfg.tokenizer["_component_"] == TOKENIZER else path  # the one that trained
-    AutoTokenizer.from_pretrained(own).save_pretrained(folder / "epoch_0")
+    source = cfg.tokenizer.path if cfg.tokenizer["_component_"] == TOKENIZER else path  # the one that trained
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder / "epoch_0")
     for file in (Path(path) / name for name in PROCESSOR_FILES):  # of a model that takes images too
         if file.exists():
             shutil.copy(file, folder / "epoch_0")

@@ -92,8 +92,8 @@ class CheckedModel:
             return (logits / self.temperature).log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
 
         with autocast(self.model, self.autocast_dtype), uncompiled(self.model):
-            own = logprobs(self.integration.logits(self.model, tokens[None], inputs)[0, :-1])
-            return own, logprobs(run_as_forward(self.model, from_hidden_states))
+            expected = logprobs(self.integration.logits(self.model, tokens[None], inputs)[0, :-1])
+            return expected, logprobs(run_as_forward(self.model, from_hidden_states))
 
     def layer_outputs(self, call: Callable[[], Tensor]) -> dict[str, Tensor]:
         """Call the model once and return the output [T, E] of every layer."""

@@ -38,9 +38,9 @@ def shared_backward(checked: CheckedModel, batches: Sequence[MicroBatch]) -> lis
     for batch, logprobs in packed_logprobs(checked.model, batches, **options):  # [n, C]
         loss = logprobs.sum() * 0
         for n in picked_rollouts(batch):
-            own = logprobs[n, : int(batch.rollouts.completion_lens[n])]
-            loss = loss + (_weights(len(own), len(found), own) * own).sum()
-            found.append(own.detach())
+            values = logprobs[n, : int(batch.rollouts.completion_lens[n])]
+            loss = loss + (_weights(len(values), len(found), values) * values).sum()
+            found.append(values.detach())
         loss.backward()
     return found
 
@@ -50,9 +50,9 @@ def baseline_backward(checked: CheckedModel, compared: Sequence[tuple[MicroBatch
     found: list[Tensor] = []
     with uncompiled(checked.model):  # for the backward too: checkpointing calls the layers again in it
         for batch, n in compared:
-            own = checked.baseline(batch, n)
-            (sign * (_weights(len(own), len(found), own) * own).sum()).backward()
-            found.append(own.detach())
+            values = checked.baseline(batch, n)
+            (sign * (_weights(len(values), len(found), values) * values).sum()).backward()
+            found.append(values.detach())
     return found
 
 
@@ -81,8 +81,8 @@ def check_logprobs(
     """Return the largest difference to the baseline, and what rounding explains, in nats."""
     differences = [(a - b).abs().nan_to_num(torch.inf) for a, b in zip(shared, baseline, strict=True)]
     noise = max(float((a - b).abs().max()) for a, b in zip(baseline, perturbed, strict=True))
-    unit = max(1.0, *(float(own.abs().max()) for own in baseline)) * torch.finfo(baseline[0].dtype).eps
-    budget, error = max(checked.allowance * noise, ULPS * unit), max(float(own.max()) for own in differences)
+    unit = max(1.0, *(float(tensor.abs().max()) for tensor in baseline)) * torch.finfo(baseline[0].dtype).eps
+    budget, error = max(checked.allowance * noise, ULPS * unit), max(float(value.max()) for value in differences)
 
     def explain() -> str:
         worst = max(range(len(compared)), key=lambda i: float(differences[i].max()))
@@ -99,20 +99,20 @@ def check_logprobs(
 
 
 def check_own_logprobs(
-    checked: CheckedModel, batch: MicroBatch, n: int, own: Tensor, baseline: Tensor, budget: float
+    checked: CheckedModel, batch: MicroBatch, n: int, found: Tensor, baseline: Tensor, budget: float
 ) -> None:
     """Check that an ordinary call of the model gives rollout n's first tokens the baseline's log-probabilities.
 
     The baseline and the packed sequence both compute logits from hidden states only, so nothing else shows a forward
     that adds something to its logits, such as a term that depends on the tokens.
     """
-    differences = (own - baseline).abs().nan_to_num(torch.inf)
+    differences = (found - baseline).abs().nan_to_num(torch.inf)
     unit = max(1.0, float(baseline.abs().max())) * torch.finfo(torch.float32).eps  # torchtune returns float32
     budget, c = max(budget, ULPS * unit), int(differences.argmax())
 
     def explain() -> str:
         return (
-            f"{token_name(batch, n, 1 + c)} has log-probability {float(own[c]):.4f} "
+            f"{token_name(batch, n, 1 + c)} has log-probability {float(found[c]):.4f} "
             f"in an ordinary call of the model, {float(baseline[c]):.4f} if its output layer gets the hidden states "
             f"only; rounding explains {budget:.0e}. Logits must depend on nothing else; {ADVICE}. If the model enters "
             "autocast by itself, as after accelerate's prepare, pass autocast_dtype"

@@ -19,9 +19,9 @@ def check_isolation(checked: CheckedModel, batch: MicroBatch) -> None:
     tree, found = batch.tree, None
     base = checked.hidden(tree)
     bound = _isolation_bound(checked, tree, base)
-    for other, own, what in [(tree, slice(0, 0), ""), *_perturbed_trees(batch)]:
+    for other, changed, what in [(tree, slice(0, 0), ""), *_perturbed_trees(batch)]:
         moved = ~((checked.hidden(other) - base).abs() <= bound).all(1)  # [S'], True for NaN
-        moved[own] = False
+        moved[changed] = False
         if found is None and moved.any():
             found = other, moved, what
     other, moved, what = found or (tree, torch.zeros(len(base), dtype=torch.bool, device=base.device), "")
@@ -68,8 +68,8 @@ def _perturbed_trees(batch: MicroBatch) -> Iterator[tuple[PrefixTree, slice, str
     first, second = known[0], known[-1] if len(known) > 1 else (known[0] == 0).long()
     owners = [n for n in packed_order(batch) if is_own[n].any()]
     for n in (owners[0], owners[-1]) if owners else (0, 0):
-        own = tree.node[n][is_own[n]]
-        start, stop = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
+        indices = tree.node[n][is_own[n]]
+        start, stop = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
         changed = tokens.clone()
         changed[start:stop] = torch.where(changed[start:stop] == first, second, first)
         yield replace(tree, tokens=changed), slice(start, stop), f"the completion of rollout {int(batch.indices[n])}"

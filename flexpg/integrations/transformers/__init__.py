@@ -147,8 +147,8 @@ def baseline_forward(
 def logits(model: nn.Module, input_ids: Tensor, inputs: Sequence[PromptInputs | None] | None = None) -> Tensor:
     """Compute the logits [n, T, V] of right-padded sequences [n, T] by an ordinary call of the model."""
     images = {} if inputs is None else baseline_arguments(unwrap(model), input_ids, inputs)
-    own: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **images).logits
-    return own
+    out: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **images).logits
+    return out
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -213,9 +213,9 @@ def rope_by_longest(model: PreTrainedModel) -> list[tuple[str, int]]:
     rope = getattr(config, "rope_parameters", None) or {}
     scalings = [rope] if "rope_type" in rope else filter(None, rope.values())  # or one per kind of layer, or None
     return [
-        (own["rope_type"], own.get("original_max_position_embeddings") or config.max_position_embeddings)
-        for own in scalings
-        if "dynamic" in own["rope_type"] or own["rope_type"] == "longrope"
+        (scaling["rope_type"], scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for scaling in scalings
+        if "dynamic" in scaling["rope_type"] or scaling["rope_type"] == "longrope"
     ]
 
 

@@ -29,8 +29,8 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
     """Return the modules of vision and audio towers, which a text batch does not use."""
     text_model = language_model(model)
-    own = set(text_model.modules())
-    others = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in own]
+    text_modules = set(text_model.modules())
+    others = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in text_modules]
     return {module for part in others if text_model not in (inside := set(part.modules())) for module in inside}
 
 
@@ -54,10 +54,10 @@ def set_attention(model: PreTrainedModel) -> None:
     if text_config(model)._attn_implementation != NAME:
         language_model(model).set_attn_implementation(NAME)
     for module in language_model(model).modules():
-        if type(own := getattr(module, "config", None)) is type(text_config(model)):
-            own._attn_implementation = NAME  # copied layers, like those of PEFT's layer_replication, have a copy
+        if type(config := getattr(module, "config", None)) is type(text_config(model)):
+            config._attn_implementation = NAME  # copied layers, like those of PEFT's layer_replication, have a copy
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
     """Return the prefix of the names of a module's parameters in the model: "" or one that ends in a dot."""
-    return next(f"{name}." if name else "" for name, own in model.named_modules() if own is module)
+    return next(f"{name}." if name else "" for name, part in model.named_modules() if part is module)

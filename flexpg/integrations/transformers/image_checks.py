@@ -42,7 +42,7 @@ def placeholder_ids(model: PreTrainedModel) -> dict[int, str]:
     if text_config(model) is model.config:
         return {}
     values = {kind: [getattr(model.config, name, None) for name in names] for kind, names in PLACEHOLDERS.items()}
-    return {own: kind for kind, ids in values.items() for own in ids if isinstance(own, int)}
+    return {token: kind for kind, ids in values.items() for token in ids if isinstance(token, int)}
 
 
 def check_inputs(
@@ -75,21 +75,21 @@ def check_inputs(
     packed = tree.input_ids[0].cpu().numpy()
     covered = np.zeros(len(packed), dtype=bool)
     node = tree.node.cpu().numpy()
-    for n, own in first_of_each(inputs):
-        for i, item in enumerate(own.items):
+    for n, given in first_of_each(inputs):
+        for i, item in enumerate(given.items):
             if item.kind == "video" and not model.config.model_type.startswith("qwen"):
-                raise TypeError(f"{own.name} has a video, which flexpg does not support in {name}; use images")
-            places = node[n, np.flatnonzero(own.item == i)]
+                raise TypeError(f"{given.name} has a video, which flexpg does not support in {name}; use images")
+            places = node[n, np.flatnonzero(given.item == i)]
             found = {ids.get(token) for token in packed[places].tolist()}
             if found != {item.kind}:
                 raise ValueError(
-                    f"{own.name} must have {item.kind} tokens where its token types say so, got token "
+                    f"{given.name} must have {item.kind} tokens where its token types say so, got token "
                     f"ids {sorted(set(packed[places].tolist()))}; those of {name} are {_shown(ids)}"
                 )
             expected = tokens_of(model, item)
             if expected is not None and expected != item.num_tokens:
                 raise ValueError(
-                    f"{own.name} must have {expected} tokens for {item.kind} {i}, of sizes "
+                    f"{given.name} must have {expected} tokens for {item.kind} {i}, of sizes "
                     f"{_sizes(item)}, got {item.num_tokens}; do not shorten prompts that have images"
                 )
             covered[places] = True
@@ -160,10 +160,10 @@ def tokens_of(model: PreTrainedModel, item: Item) -> int | None:
 def first_of_each(inputs: Sequence[PromptInputs | None]) -> Iterator[tuple[int, PromptInputs]]:
     """Yield each prompt's inputs once, with the first sequence that has them."""
     seen = set()
-    for n, own in enumerate(inputs):
-        if own is not None and id(own) not in seen:
-            seen.add(id(own))
-            yield n, own
+    for n, prompt_inputs in enumerate(inputs):
+        if prompt_inputs is not None and id(prompt_inputs) not in seen:
+            seen.add(id(prompt_inputs))
+            yield n, prompt_inputs
 
 
 def _sizes(item: Item) -> dict[str, Any]:

@@ -69,19 +69,19 @@ def encoded_items(tree: PrefixTree, encoded: np.ndarray) -> list[EncodedItems]:
     for kind in FEATURES:
         feature = np.full((tree.padded_length, 2), -1)  # of each packed token: identity of the item, and its row
         items: dict[int, tuple[Item, str]] = {}
-        for n, own in first_of_each(tree.inputs):
-            for i, item in enumerate(own.items):
-                mine = np.flatnonzero(own.item == i)
+        for n, prompt_inputs in first_of_each(tree.inputs):
+            for i, item in enumerate(prompt_inputs.items):
+                mine = np.flatnonzero(prompt_inputs.item == i)
                 packed = node[n, mine]
                 if item.kind == kind and is_here[packed].any():
-                    items.setdefault(item.identity, (item, own.name))
-                    feature[packed] = np.stack([np.full(len(mine), item.identity), own.row[mine]], 1)
+                    items.setdefault(item.identity, (item, prompt_inputs.name))
+                    feature[packed] = np.stack([np.full(len(mine), item.identity), prompt_inputs.row[mine]], 1)
         if items:
             starts = accumulate((item.num_tokens for item, _ in items.values()), initial=0)
             offset = dict(zip(items, starts, strict=False))
             here = feature[encoded]
             identities, rows = here[here[:, 0] >= 0].T
-            index = np.array([offset[own] for own in identities.tolist()]) + rows
+            index = np.array([offset[identity] for identity in identities.tolist()]) + rows
             unique, owners = zip(*items.values(), strict=True)
             found.append(EncodedItems(kind, unique, index, owners))
     return found
@@ -91,8 +91,8 @@ def zero_of_towers(model: PreTrainedModel) -> Tensor:
     """Return 0 with a gradient of 0 for every trained parameter outside of the language model and the output layer."""
     of_text = [*language_model(model).parameters(), *model.get_output_embeddings().parameters()]
     known = set(of_text)
-    others = [own for own in model.parameters() if own.requires_grad and own not in known]
-    zeros = [own.sum() * 0 for own in others]
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known]
+    zeros = [parameter.sum() * 0 for parameter in others]
     return torch.stack(zeros).sum() if zeros else of_text[0].new_zeros(())
 
 
@@ -127,8 +127,8 @@ def with_images(model: PreTrainedModel, packed: PackedInput) -> Iterator[dict[st
         "attention_mask": mask_by_kind(model, mask),
     }
     encoded = encoded_items(tree, encoded_now.cpu().numpy())
-    for own in encoded:
-        given = _on_device(model, concatenated(own.items))
+    for group in encoded:
+        given = _on_device(model, concatenated(group.items))
         _check_taken(model, given)
         arguments |= given
     with _in_packed_order(backbone(model), encoded):
@@ -160,11 +160,11 @@ def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
     taken = inspect.signature(rope_index).parameters
     node, lengths = tree.node, tree.lengths.tolist()
     starts: dict[int, Tensor] = {}  # of completions, by the prompt's inputs
-    for n, own in first_of_each(tree.inputs):
-        prompt = node[n, : len(own)]
+    for n, inputs in first_of_each(tree.inputs):
+        prompt = node[n, : len(inputs)]
         # With a token of text after the prompt, whose position is not always one more than the largest (Qwen's videos).
-        types = nn.functional.pad(torch.from_numpy(own.token_types)[None], (0, 1))
-        arguments = _all_inputs(own) | {"mm_token_type_ids": types}
+        types = nn.functional.pad(torch.from_numpy(inputs.token_types)[None], (0, 1))
+        arguments = _all_inputs(inputs) | {"mm_token_type_ids": types}
         arguments = {key: x.to(depth.device) for key, x in arguments.items() if key in taken}
         try:
             index, _ = rope_index(input_ids=nn.functional.pad(tree.input_ids[:, prompt], (0, 1)), **arguments)
@@ -173,13 +173,13 @@ def position_ids(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
                 f"{type(model).__name__} needs more than flexpg passes to its get_rope_index ({error}); train it on "
                 "text or without flexpg"
             ) from error
-        if index.shape != (3, 1, len(own) + 1):
+        if index.shape != (3, 1, len(inputs) + 1):
             raise TypeError(
-                f"{type(model).__name__} computes positions of shape {list(index.shape)}, not [3, 1, {len(own) + 1}]; "
-                "train it on text or without flexpg"
+                f"{type(model).__name__} computes positions of shape {list(index.shape)}, not "
+                f"[3, 1, {len(inputs) + 1}]; train it on text or without flexpg"
             )
         positions[:, prompt] = index[:, 0, :-1]
-        starts[id(own)] = index[0, 0, -1]
+        starts[id(inputs)] = index[0, 0, -1]
     for n, prompt_inputs in enumerate(tree.inputs):
         if prompt_inputs is not None:
             completion = node[n, len(prompt_inputs) : lengths[n]]
@@ -192,15 +192,15 @@ def baseline_arguments(
     model: PreTrainedModel, input_ids: Tensor, inputs: Sequence[PromptInputs | None]
 ) -> dict[str, Any]:
     """Return the arguments for right-padded sequences [n, T] with the images of their prompts, each for its own row."""
-    if all(own is None for own in inputs):
+    if all(prompt_inputs is None for prompt_inputs in inputs):
         return {}
     check_supports_images(model)
-    items = [item for own in inputs if own is not None for item in own.items]
+    items = [item for prompt_inputs in inputs if prompt_inputs is not None for item in prompt_inputs.items]
     by_kind = {kind: [item for item in items if item.kind == kind] for kind in FEATURES}
     arguments = {
-        key: value for own in by_kind.values() if own for key, value in _on_device(model, concatenated(own)).items()
+        key: value for each in by_kind.values() if each for key, value in _on_device(model, concatenated(each)).items()
     }
-    types = [torch.zeros(0, dtype=torch.int64) if own is None else torch.from_numpy(own.token_types) for own in inputs]
+    types = [torch.zeros(0, dtype=torch.int64) if x is None else torch.from_numpy(x.token_types) for x in inputs]
     padded = pad_sequence(types, batch_first=True)
     padded = nn.functional.pad(padded, (0, input_ids.shape[1] - padded.shape[1])).to(input_ids.device)
     taken = inspect.signature(type(backbone(model)).forward).parameters
@@ -229,14 +229,14 @@ def _in_packed_order(base_model: nn.Module, encoded: Sequence[EncodedItems]) -> 
     """Make `get_image_features` and `get_video_features` return features in the order of the packed placeholders."""
     running, called = False, set()
 
-    def call(own: Callable[..., Any], items: EncodedItems, *args: Any, **kwargs: Any) -> Any:
+    def call(function: Callable[..., Any], items: EncodedItems, *args: Any, **kwargs: Any) -> Any:
         nonlocal running
         if running:  # some models' get_video_features calls get_image_features
-            return own(*args, **kwargs)
+            return function(*args, **kwargs)
         running = True
         called.add(items.kind)
         try:
-            out = own(*args, **kwargs)
+            out = function(*args, **kwargs)
         finally:
             running = False
         return _reordered_output(out, items)
@@ -249,10 +249,10 @@ def _in_packed_order(base_model: nn.Module, encoded: Sequence[EncodedItems]) -> 
     try:
         yield
     finally:
-        for name, own in before.items():
+        for name, original in before.items():
             delattr(base_model, name)
-            if own is not None:
-                setattr(base_model, name, own)
+            if original is not None:
+                setattr(base_model, name, original)
     if missing := [FEATURES[items.kind] for items in encoded if items.kind not in called]:
         raise TypeError(
             f"the forward of {type(base_model).__name__} does not call {missing[0]}; train it on text or without flexpg"
@@ -285,7 +285,7 @@ def _lengths(features: Any) -> list[int]:
     """Return the number of features of each image, which come as a list or as one tensor."""
     if isinstance(features, Tensor):
         return [features.shape[-2]] * (features.shape[:-2].numel()) if features.dim() > 2 else [1] * len(features)
-    return [own.shape[:-1].numel() for own in features]
+    return [feature.shape[:-1].numel() for feature in features]
 
 
 def _reordered(features: Any, index: Tensor) -> Any:
@@ -299,4 +299,4 @@ def _rows(features: Any) -> Tensor:
     """Return the features of all images one after another, [M, E]."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
-    return torch.cat([own.flatten(0, -2) for own in features])
+    return torch.cat([feature.flatten(0, -2) for feature in features])

@@ -46,10 +46,10 @@ def output(model: nn.Module) -> OutputLayer:
             calls.append(True)
             return _HiddenStates(last_hidden_state=rows[None])
 
-        own: Any = _shallow_copy(base, copied, dict.fromkeys(decoders, decoder_forward))
+        shallow: Any = _shallow_copy(base, copied, dict.fromkeys(decoders, decoder_forward))
         input_ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
         # Not own(...): no compiled forward of the whole model.
-        out = own.forward(input_ids=input_ids, use_cache=False, return_dict=True)
+        out = shallow.forward(input_ids=input_ids, use_cache=False, return_dict=True)
         if not calls:
             raise TypeError(
                 f"the forward of {type(base).__name__} does not call its {type(base_model).__name__}; pass an output "
@@ -80,8 +80,8 @@ def _shallow_copy(
         copied: The submodules to copy too, with all above them; the others are shared.
         forwards: The copies that have another forward.
     """
-    own = object.__new__(type(module))  # copy.copy() would construct a module of FSDP2 again
-    state = {key: _rebound(value, module, own) for key, value in vars(module).items()}
+    shallow = object.__new__(type(module))  # copy.copy() would construct a module of FSDP2 again
+    state = {key: _rebound(value, module, shallow) for key, value in vars(module).items()}
     forward = forwards.get(module) or state.get("forward")
     if forward is not None and forward is vars(module).get("forward"):
         raise TypeError(
@@ -92,13 +92,13 @@ def _shallow_copy(
         name: part if part not in copied else _shallow_copy(part, copied, forwards)
         for name, part in module._modules.items()
     }
-    vars(own).update(state, _modules=parts, _compiled_call_impl=None, **{name: {} for name in HOOKS})
+    vars(shallow).update(state, _modules=parts, _compiled_call_impl=None, **{name: {} for name in HOOKS})
     if forward is not None:
-        vars(own)["forward"] = forward
-    return own
+        vars(shallow)["forward"] = forward
+    return shallow
 
 
-def _rebound(value: Any, module: nn.Module, own: nn.Module) -> Any:
+def _rebound(value: Any, module: nn.Module, shallow: nn.Module) -> Any:
     """Return a method of a module, compiled or not, or a partial function of the module, for its copy.
 
     Everything else is returned as it is. Accelerate keeps the forward of a module in `_old_forward`, and replaces it by
@@ -106,9 +106,9 @@ def _rebound(value: Any, module: nn.Module, own: nn.Module) -> Any:
     """
     value = getattr(value, "_torchdynamo_orig_callable", value)
     if isinstance(value, MethodType) and value.__self__ is module:
-        return MethodType(value.__func__, own)
+        return MethodType(value.__func__, shallow)
     if isinstance(value, partial) and any(given is module for given in value.args):
-        return partial(value.func, *(own if given is module else given for given in value.args), **value.keywords)
+        return partial(value.func, *(shallow if given is module else given for given in value.args), **value.keywords)
     return value
 
 

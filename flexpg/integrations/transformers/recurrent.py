@@ -54,7 +54,7 @@ def unused_arguments(forward: Callable[..., Any]) -> dict[str, None]:
     These are the position embeddings and the mask of MiniMax's lightning attention.
     """
     parameters = list(inspect.signature(forward).parameters.values())[2:]
-    return {own.name: None for own in parameters if own.default is own.empty and own.kind == own.POSITIONAL_OR_KEYWORD}
+    return {p.name: None for p in parameters if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD}
 
 
 def recurrent_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -121,13 +121,13 @@ class SegmentedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module's output; the arguments are those of its own forward."""
         module = self.module
-        own = self.installed or partial(type(module).forward, module)
+        forward = self.installed or partial(type(module).forward, module)
         signature = inspect.signature(type(module).forward)
         given = signature.bind(module, *args, **kwargs).arguments
         mask = given.get("attention_mask")
         mask = sampled.get() or (mask.mask if isinstance(mask, _Padding) else mask)
         if not isinstance(mask, TreeBlockMask):
-            return own(*args, **kwargs)
+            return forward(*args, **kwargs)
         cache_name = next(name for name in CACHE_NAMES if name in signature.parameters)
         unused, returns_tuple = unused_arguments(type(module).forward), False
 
@@ -136,7 +136,7 @@ class SegmentedForward:
             states = SegmentStates(previous)
             token = sampled.set(None)  # `own` may call a SegmentedForward, if it was installed after one
             try:
-                out = own(hidden, **unused, **{cache_name: states})
+                out = forward(hidden, **unused, **{cache_name: states})
             finally:
                 sampled.reset(token)
             if returns_tuple := isinstance(out, tuple):
@@ -208,21 +208,21 @@ def _over_ranks(
     shard, cache = mask.shard, mask.cache if isinstance(mask, PrefixShardMask) else None
     is_prompt = cache is not None and shard.first == 0
     if mask not in _range_plans:
-        _range_plans[mask] = [plan_range(shard.tree, shard.borders, own, is_prompt) for own in shard.own]
+        _range_plans[mask] = [plan_range(shard.tree, shard.borders, number, is_prompt) for number in shard.numbers]
     outs = []
     kept: dict[int, tuple[States, int]] = {}
     final: States | None = None
     if cache is not None and not is_prompt:
         kept[0] = cache.states_of(module), 0
-    lengths = [stop - start for start, stop in map(shard.range_of, shard.own)]
-    for number, ranged, rows in zip(shard.own, _range_plans[mask], hidden.split(lengths, 1), strict=True):
+    lengths = [stop - start for start, stop in map(shard.range_of, shard.numbers)]
+    for number, ranged, rows in zip(shard.numbers, _range_plans[mask], hidden.split(lengths, 1), strict=True):
         if ranged is None:
             whole = _segmented(module, call, shard.gather(hidden, 1), mask.whole)
             return whole[:, shard.index - shard.first]
         before, after = shard.owner_of(number - 1), shard.owner_of(number + 1)
         if ranged.received and before != shard.rank:
             states = receive_states(shard.group, before, hidden.device)
-            kept |= {segment: (own, 0) for segment, own in zip(ranged.received, states, strict=True)}
+            kept |= {segment: (state, 0) for segment, state in zip(ranged.received, states, strict=True)}
         out = _run(ranged.plan, call, rows, kept)
         if ranged.sent and after != shard.rank:
             out = send_states([_gather([kept[segment]]) for segment in ranged.sent], out, shard.group, after)

@@ -124,6 +124,34 @@ def _pieces(tree: PrefixTree, borders: Sequence[int]) -> list[tuple[int, int, in
     return pieces
 
 
+@dataclass
+class _Row:
+    """A segment as a row of a call.
+
+    Attributes:
+        segment: Its number.
+        state_of: The number of the segment whose state it continues, or None.
+        depth: Calls that have to come before.
+        tokens: The hidden states that it reads: those of the segment, after those of the segments put in front of it.
+        keeps_state: Whether its final state is needed.
+    """
+
+    segment: int
+    state_of: int | None
+    depth: int
+    tokens: list[int]
+    keeps_state: bool
+
+    @property
+    def call(self) -> tuple[int, bool, int]:
+        """Rows in which this is equal are one call: those that keep a state must not be padded."""
+        return self.depth, self.state_of is None, len(self.tokens) if self.keeps_state else 0
+
+    def padded(self, length: int) -> list[int]:
+        """Return the tokens, padded on the right by the last of them."""
+        return self.tokens + self.tokens[-1:] * (length - len(self.tokens))
+
+
 def _plan(
     pieces: Sequence[tuple[int, int, int]],
     first: int,
@@ -142,52 +170,50 @@ def _plan(
         wanted: Pieces whose state is needed, besides those that have children.
         device: The device of the plan.
     """
-    parents = _parents(pieces)
-    own = [n for n, (start, *_) in enumerate(pieces) if first <= start < last]
-    has_children = {parents[n] for n in own} | wanted
-    tokens: dict[int, list[int]] = {}  # what each segment reads: its own tokens, after those of an absorbed parent
-    state_of: dict[int, int | None] = {}  # the segment whose state it continues
-    depth: dict[int, int] = {}
-    absorbed: set[int] = set()
-    for n in own:
-        start, stop, _ = pieces[n]
-        parent = parents[n]
-        is_outside = parent is not None and pieces[parent][0] < first
-        before = tokens[parent] if parent in absorbed else []
-        tokens[n] = [*before, *range(start - first, stop - first)]
-        state_of[n] = state_of[parent] if parent in absorbed else parent
-        depth[n] = 0 if parent is None or is_outside else depth[parent] + (parent not in absorbed)
-        if len(tokens[n]) == 1 and n in has_children and state_of[n] is not None:
-            absorbed.add(n)
-    by_call: dict[tuple[int, bool, int], list[int]] = {}
-    for n in tokens:
-        if n not in absorbed:
-            key = (depth[n], state_of[n] is None, len(tokens[n]) if n in has_children else 0)
-            by_call.setdefault(key, []).append(n)
+    calls: dict[tuple[int, bool, int], list[_Row]] = {}
+    for row in _rows(pieces, first, last, wanted):
+        calls.setdefault(row.call, []).append(row)
     steps: list[Step] = []
     place: dict[int, int] = {}  # of a token's output among those of all calls
     offset = 0
-    for (_, is_first, inner_length), members in sorted(by_call.items(), key=lambda item: item[0][0]):
-        length = max(len(tokens[n]) for n in members)
-        if not is_first:
+    for _, rows in sorted(calls.items(), key=lambda call: call[0][0]):
+        length = max(len(row.tokens) for row in rows)
+        if rows[0].state_of is not None:
             length = max(length, 2)
-        rows = []
-        for n in members:
-            read = tokens[n]
-            rows.append([*read, *[read[-1]] * (length - len(read))])
-            for at, token in enumerate(read):
-                place.setdefault(token, offset + at)  # an absorbed token is in several calls, with the same output
+        for row in rows:
+            for at, token in enumerate(row.tokens, offset):
+                place.setdefault(token, at)  # a token that was put in front of several segments has equal outputs
             offset += length
-        states = [None if is_first else state_of[n] for n in members]
         steps.append(
             Step(
-                torch.tensor(rows, device=device),
-                None if is_first else [parent for parent in states if parent is not None],
-                [n if inner_length else None for n in members],
+                torch.tensor([row.padded(length) for row in rows], device=device),
+                [row.state_of for row in rows if row.state_of is not None] or None,
+                [row.segment if row.keeps_state else None for row in rows],
             )
         )
     gather = torch.tensor([place.get(token, offset) for token in range(size)], device=device)
     return Plan(steps, gather)
+
+
+def _rows(pieces: Sequence[tuple[int, int, int]], first: int, last: int, wanted: set[int]) -> list[_Row]:
+    """Return the rows of all calls; a segment of one token that is put in front of its children has none."""
+    parents = _parents(pieces)
+    inside = [n for n, (start, *_) in enumerate(pieces) if first <= start < last]
+    kept = {parents[n] for n in inside} | wanted
+    rows: dict[int, _Row] = {}
+    in_front: dict[int, _Row] = {}
+    for n in inside:
+        start, stop, _ = pieces[n]
+        parent = parents[n]
+        row = _Row(n, parent, 0, list(range(start - first, stop - first)), n in kept)
+        if parent in in_front:
+            before = in_front[parent]
+            row.state_of, row.depth, row.tokens = before.state_of, before.depth, before.tokens + row.tokens
+        elif parent in rows:
+            row.depth = rows[parent].depth + 1
+        is_in_front = len(row.tokens) == 1 and row.keeps_state and row.state_of is not None
+        (in_front if is_in_front else rows)[n] = row
+    return list(rows.values())
 
 
 def plan_prompts(tree: PrefixTree) -> Plan:
@@ -198,7 +224,7 @@ def plan_prompts(tree: PrefixTree) -> Plan:
     by_length: dict[int, list[int]] = {}
     for n, length in enumerate(tree.lengths.tolist()):
         by_length.setdefault(length, []).append(n)
-    steps = [Step(tree.node[own, :length], None, list(own)) for length, own in by_length.items()]
+    steps = [Step(tree.node[members, :length], None, list(members)) for length, members in by_length.items()]
     index = torch.cat([step.index.flatten() for step in steps])
     gather = torch.full((tree.padded_length,), len(index), device=index.device)
     return Plan(steps, gather.scatter(0, index, torch.arange(len(index), device=index.device)))

@@ -175,7 +175,7 @@ class _GroupTrainer(_SharedPrefixTrainer):
         inputs = super()._prepare_inputs(batch)
         if self._buffered_inputs is before:
             return inputs
-        self._buffered_inputs = [unsplit_pixel_values_by_grid(own) for own in regroup(self._buffered_inputs)]
+        self._buffered_inputs = [unsplit_pixel_values_by_grid(batch) for batch in regroup(self._buffered_inputs)]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
 

@@ -107,11 +107,11 @@ def _inputs(
     types = []
     for sequence in sequences:
         tokens = sequence.numpy()
-        own = np.zeros(len(tokens), dtype=np.int64)
+        row = np.zeros(len(tokens), dtype=np.int64)
         for number, kind in KINDS.items():
             if kind in _kinds(images):  # without pixels, a sampled placeholder is a token like any other
-                own[np.isin(tokens, [token for token, other in placeholders.items() if other == kind])] = number
-        types.append(own)
+                row[np.isin(tokens, [token for token, other in placeholders.items() if other == kind])] = number
+        types.append(row)
     return read_prompt_inputs(sequences, split_batch(types, images), name="rows")
 
 
@@ -157,10 +157,10 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
 
     @functools.wraps(type(base).forward)  # `generate` reads the signature
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        own = MethodType(baseline.__func__, self)  # of this model, which may be a copy of the first
+        original = MethodType(baseline.__func__, self)  # of this model, which may be a copy of the first
         if not fused_lm_head:
-            return own(*args, **kwargs)
-        return _shared_forward(self, own, count, *args, **kwargs)
+            return original(*args, **kwargs)
+        return _shared_forward(self, original, count, *args, **kwargs)
 
     forward.shares_prefixes = True  # type: ignore[attr-defined]
     base.forward = MethodType(forward, base)

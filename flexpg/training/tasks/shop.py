@@ -32,7 +32,7 @@ def shop_problems(split: Literal["train", "test"], size: int, seed: int = 0) -> 
     problems = []
     for _ in range(size):
         tool, item = rng.choice(list(QUESTIONS)), rng.choice(ITEMS)
-        numbers = {f"{own} {other}": rng.choice(NUMBERS) for own in QUESTIONS for other in ITEMS}
+        numbers = {f"{question} {other}": rng.choice(NUMBERS) for question in QUESTIONS for other in ITEMS}
         columns = {"tool": tool, "item": item, "numbers": numbers}
         problems.append(Problem(MANUAL + QUESTIONS[tool].format(item=item), numbers[f"{tool} {item}"], columns))
     return problems
