@@ -75,20 +75,20 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
             prompt_tokens = sum(map(len, recipe.prompts)) / len(recipe.prompts)
     finally:
         torch.set_num_threads(threads)
-    counted = {name: own[1:] for name, own in steps.items()}
-    seconds = {name: [sum(step[stage] for stage in STAGES) for step in own] for name, own in counted.items()}
+    counted = {name: series[1:] for name, series in steps.items()}
+    seconds = {name: [sum(step[stage] for stage in STAGES) for step in series] for name, series in counted.items()}
     hidden = [min(step["sample_s"], step["train_s"]) for step in counted["0"]]
     return {
         "prompt_tokens": prompt_tokens,
         "stage_s": {
-            name: {stage: quartiles([step[stage] for step in own])["median"] for stage in STAGES}
-            for name, own in counted.items()
+            name: {stage: quartiles([step[stage] for step in series])["median"] for stage in STAGES}
+            for name, series in counted.items()
         },
-        "step_s": {name: quartiles(own) for name, own in seconds.items()},
+        "step_s": {name: quartiles(values) for name, values in seconds.items()},
         "speedup": paired_ratio(seconds["0"], seconds["1"]),
-        "bound": quartiles([own / (own - most) for own, most in zip(seconds["0"], hidden, strict=True)])["median"],
+        "bound": quartiles([full / (full - most) for full, most in zip(seconds["0"], hidden, strict=True)])["median"],
         "sampler_kl": {
-            name: quartiles([step["sampler_kl"] for step in own])["median"] for name, own in counted.items()
+            name: quartiles([step["sampler_kl"] for step in series])["median"] for name, series in counted.items()
         },
     }
 

@@ -283,16 +283,16 @@ def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def passes(implementations: Mapping[str, Implementation]) -> dict[str, Callable[[], object]]:
     """Return each forward, and as NAME+backward both passes where there is a backward."""
 
-    def forward(own: Implementation) -> Callable[[], object]:
-        return lambda: own.attend(*own.inputs)
+    def forward(each: Implementation) -> Callable[[], object]:
+        return lambda: each.attend(*each.inputs)
 
-    def both(own: Implementation) -> Callable[[], object]:
-        grad = torch.randn_like(own.attend(*own.inputs).detach())  # with gradients, or it would compile once more
-        return lambda: torch.autograd.grad(own.attend(*own.inputs), own.inputs, grad)
+    def both(each: Implementation) -> Callable[[], object]:
+        grad = torch.randn_like(each.attend(*each.inputs).detach())  # with gradients, or it would compile once more
+        return lambda: torch.autograd.grad(each.attend(*each.inputs), each.inputs, grad)
 
-    trained = {name: own for name, own in implementations.items() if own.inputs[0].requires_grad}
-    return {name: forward(own) for name, own in implementations.items()} | {
-        f"{name}+backward": both(own) for name, own in trained.items()
+    trained = {name: each for name, each in implementations.items() if each.inputs[0].requires_grad}
+    return {name: forward(each) for name, each in implementations.items()} | {
+        f"{name}+backward": both(each) for name, each in trained.items()
     }
 
 
@@ -329,7 +329,7 @@ def summarize(
 
 def largest_difference(implementations: Sequence[Implementation], num_tokens: int) -> float:
     """Return the largest difference of outputs on the same packed sequence to the first one's."""
-    first, *others = (own.attend(*own.inputs).detach()[:, :, :num_tokens] for own in implementations)
+    first, *others = (each.attend(*each.inputs).detach()[:, :, :num_tokens] for each in implementations)
     return max((other.float() - first.float()).abs().max().item() for other in others)
 
 
@@ -345,7 +345,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         found = flex_implementations(case, tree, inputs, causal_inputs) if case.flex else {}
         if device.type == "cpu":
             found |= cpu_implementations(case, tree, inputs)
-        difference = largest_difference([own for name, own in found.items() if name != "flex_causal"], tree.num_tokens)
+        difference = largest_difference([out for name, out in found.items() if name != "flex_causal"], tree.num_tokens)
         found["sdpa_causal"] = Implementation(sdpa_causal, causal_inputs, causal_pairs(length))
         calls = 10 if device.type == "cuda" else 1  # some take a fraction of a millisecond there
         times = alternate(passes(found), repeats, device, calls)

@@ -74,8 +74,8 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     peaks = {ranks: max(part["peaks"].get(ranks, 0) for part in parts) for ranks in first["peaks"]}
     return {
         "layers": SHAPES[case.model]["num_layers"],
-        "update_ms": {ranks: quartiles(own) for ranks, own in times.items()},
-        "speedup": {ranks: paired_ratio(times["1"], own) for ranks, own in times.items() if ranks != "1"},
+        "update_ms": {ranks: quartiles(values) for ranks, values in times.items()},
+        "speedup": {ranks: paired_ratio(times["1"], values) for ranks, values in times.items() if ranks != "1"},
         "peak_mib": peaks,
         "limit_mib": {ranks: limit_mib(case, int(ranks), peaks["1"], itemsize) for ranks in peaks},
         "estimate_mib": first["estimates"],
@@ -133,13 +133,13 @@ def counted_bytes() -> Iterator[dict[str, int]]:
     counts = {"all_gather": 0, "reduce_scatter": 0}
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
-    def counting_all_gather(parts: list[Tensor], own: Tensor, **options: Any) -> Any:
+    def counting_all_gather(parts: list[Tensor], tensor: Tensor, **options: Any) -> Any:
         counts["all_gather"] += sum(part.nbytes for part in parts)
-        return all_gather(parts, own, **options)
+        return all_gather(parts, tensor, **options)
 
-    def counting_reduce_scatter(own: Tensor, parts: list[Tensor], **options: Any) -> Any:
+    def counting_reduce_scatter(tensor: Tensor, parts: list[Tensor], **options: Any) -> Any:
         counts["reduce_scatter"] += sum(part.nbytes for part in parts)
-        return reduce_scatter(own, parts, **options)
+        return reduce_scatter(tensor, parts, **options)
 
     dist.all_gather, dist.reduce_scatter = counting_all_gather, counting_reduce_scatter
     try:

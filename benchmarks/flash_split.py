@@ -67,19 +67,19 @@ class Kernels:
 
 def plan_calls(tree: PrefixTree) -> list[Call]:
     """Return a call for the segments with themselves and one for each level of the tree; the same for all layers."""
-    own: list[Range] = []
+    diagonal: list[Range] = []
     below: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
     ancestors: list[int] = []  # ends of the open subtrees
     for start, stop, subtree_end in tree.segments.tolist():
         while ancestors and ancestors[-1] <= start:
             ancestors.pop()
-        own.append((start, stop))
+        diagonal.append((start, stop))
         if stop < subtree_end:
             below[len(ancestors)].append(((stop, subtree_end), (start, stop)))
             ancestors.append(subtree_end)
     device = tree.end.device
     return [
-        _call(own, own, True, device),
+        _call(diagonal, diagonal, True, device),
         *(_call(*zip(*below[level], strict=True), False, device) for level in sorted(below)),
     ]
 

@@ -94,11 +94,11 @@ def prefix_grouper_hidden(model: Any, grouper: PrefixGrouper, tree: PrefixTree) 
         return attend(q, k, v), None
 
     ALL_ATTENTION_FUNCTIONS["prefix_grouper"] = forward
-    own, before = slice(tree.num_tokens), model.config._attn_implementation
+    tokens, before = slice(tree.num_tokens), model.config._attn_implementation
     model.set_attn_implementation("prefix_grouper")
     try:
         hidden: Tensor = model.base_model(
-            input_ids=tree.input_ids[:, own], position_ids=tree.position_ids[None, own], use_cache=False
+            input_ids=tree.input_ids[:, tokens], position_ids=tree.position_ids[None, tokens], use_cache=False
         ).last_hidden_state
     finally:
         model.set_attn_implementation(before)
@@ -112,7 +112,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     prompt = torch.randint(8192, (case.prompt,), generator=draw)
     completions = [torch.randint(8192, (case.completion,), generator=draw) for _ in range(case.group)]
     advantages = torch.randn(case.group, generator=draw).to(device)
-    batch = pad_sequence([torch.cat([prompt, own]) for own in completions], batch_first=True).to(device)  # [G, P + C]
+    batch = pad_sequence([torch.cat([prompt, c]) for c in completions], batch_first=True).to(device)  # [G, P + C]
     tree = PrefixTree.from_groups([prompt], [completions]).to(device)
     lens = torch.full((case.group,), case.prompt, device=device)
     mask = torch.ones(case.group, case.completion, dtype=torch.bool, device=device)
@@ -143,12 +143,12 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     times = alternate({name: partial(update, name) for name in IMPLEMENTATIONS}, repeats, device)
     shape, loss_tokens = shape_of(model), case.group * case.completion
     flops = [update_flops(work, loss_tokens, shape).total for work in (baseline_work(tree), packed_work(tree))]
-    differences = {name: (own - found["baseline"]).abs().max().item() for name, own in found.items()}
+    differences = {name: (logprobs - found["baseline"]).abs().max().item() for name, logprobs in found.items()}
     return {
         "tokens_baseline": tree.baseline_tokens,
         "tokens_shared": tree.num_tokens,
         "token_ratio": tree.baseline_tokens / tree.num_tokens,
-        "update_ms": {name: quartiles(own) for name, own in times.items()},
+        "update_ms": {name: quartiles(values) for name, values in times.items()},
         "bound": flops[0] / flops[1],
         "speedup_over": {name: paired_ratio(times[name], times["flexpg"]) for name in ("baseline", "prefix_grouper")},
         "largest_difference": {name: differences[name] for name in ("flexpg", "prefix_grouper")},

@@ -223,7 +223,9 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         trials = build_trials(case, tree, inputs, flex_inputs)
         expected = outputs(trials["default"].implementation)
         outcomes = {name: outcome_of(trial, expected, TOLERANCE[dtype]) for name, trial in trials.items()}
-        timed = {name: trials[name].implementation for name, own in outcomes.items() if own["outcome"] == "measured"}
+        timed = {
+            name: trials[name].implementation for name, outcome in outcomes.items() if outcome["outcome"] == "measured"
+        }
         timed["causal"] = Implementation(compile_flex(causal_mask(length, device)), causal_inputs, causal_pairs(length))
         times = alternate(passes(timed), repeats, device, calls=10 if device.type == "cuda" else 1)
     results = summarize(timed, times, case, lambda name: "default")

@@ -142,7 +142,7 @@ def estimate_mib(model: TransformerDecoder, case: Case, name: str, size: int) ->
 def all_peaks_mib(model: TransformerDecoder, lengths: Lengths) -> dict[str, float]:
     """Return the peak of each implementation that did not run out of memory."""
     group = random_group(model, lengths)
-    peaks = {name: peak_mib(model, group, own) for name, own in implementations(model, group).items()}
+    peaks = {name: peak_mib(model, group, each) for name, each in implementations(model, group).items()}
     return {name: peak for name, peak in peaks.items() if peak < math.inf}
 
 

@@ -125,7 +125,7 @@ def cell(model: TransformerDecoder, group: int, ratio: float, repeats: int) -> d
     seconds += [[cpu_seconds(update) for update in both] for _ in range((repeats if sum(seconds[0]) < 1.5 else 3) - 1)]
     tree = PrefixTree.from_lengths([SMALL_PROMPT], [[completion] * group])
     shape = shape_of(model)
-    counted = [update_flops(own, group * completion, shape).total for own in (baseline_work(tree), packed_work(tree))]
+    counted = [update_flops(work, group * completion, shape).total for work in (baseline_work(tree), packed_work(tree))]
     result = {
         "group": group,
         "ratio": ratio,
@@ -167,7 +167,7 @@ def main() -> None:
         "measured_model": SMALL,
         "measured_prompt_tokens": SMALL_PROMPT,
         "cells": cells,
-        "largest_logprob_difference": max(own.pop("logprob_difference") for own in cells),
+        "largest_logprob_difference": max(entry.pop("logprob_difference") for entry in cells),
     }
     save("paper_figure_cpu", torch.device("cpu"), result)
 

@@ -115,12 +115,12 @@ def check_private() -> None:
     missing = []
     for module, names in PRIVATE.items():
         try:
-            own = importlib.import_module(module)
+            imported = importlib.import_module(module)
         except ImportError:
-            own = None
+            imported = None
         for name in names:
             try:
-                operator.attrgetter(name)(own)
+                operator.attrgetter(name)(imported)
             except AttributeError:
                 missing.append(f"{module}.{name}")
     if missing:
@@ -242,14 +242,14 @@ def compile_on_gpu(graph: Any, example_inputs: Any) -> Any:
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         return FakeTensor(x.fake_mode, meta, torch.device("cuda:0"), requires_grad=x.requires_grad)
 
-    def inner(own: Any, inputs: Any, **options: Any) -> Any:
-        for module in own.modules():
+    def inner(graph: Any, inputs: Any, **options: Any) -> Any:
+        for module in graph.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 for key in {"val", "example_value"} & set(node.meta):
                     node.meta[key] = tree_map(moved, node.meta[key])
                 if node.kwargs.get("device") is not None:
                     node.kwargs = {**node.kwargs, "device": torch.device("cuda:0")}
-        return compile_fx.compile_fx_inner(own, [moved(x) for x in inputs], **options)
+        return compile_fx.compile_fx_inner(graph, [moved(x) for x in inputs], **options)
 
     return compile_fx.compile_fx(graph, example_inputs, inner_compile=inner)
 

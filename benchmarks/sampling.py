@@ -152,7 +152,7 @@ class VLLM:
         self.engine.reset_prefix_cache()
         rows = [{"prompt_token_ids": row} for row in prompts.tolist()]
         found = self.engine.generate(rows, params, use_tqdm=False)
-        tokens = torch.tensor([list(own.token_ids) for output in found for own in output.outputs])
+        tokens = torch.tensor([list(sample.token_ids) for output in found for sample in output.outputs])
         return tokens.repeat_interleave(group, 0) if seed is None else tokens
 
     def cache_bytes(self, prompts: Tensor, group: int) -> None:
@@ -229,16 +229,16 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     check_greedy(samplers, prompts)
     seeds = count()
     calls = {
-        name: lambda own=own: own.sample(prompts, case.group, next(seeds))  # type: ignore[misc]
-        for name, own in samplers.items()
+        name: lambda sampler=sampler: sampler.sample(prompts, case.group, next(seeds))  # type: ignore[misc]
+        for name, sampler in samplers.items()
     }
     times = alternate(calls, repeats, device)
     tokens = PROMPTS * case.group * case.completion
     return {
         "prompts": PROMPTS,
-        "sample_ms": {name: quartiles(own) for name, own in times.items()},
-        "tokens_per_s": {name: quartiles([tokens / ms * 1e3 for ms in own]) for name, own in times.items()},
-        "speedup_over": {name: paired_ratio(own, times["flexpg"]) for name, own in times.items() if name != "flexpg"},
+        "sample_ms": {name: quartiles(values) for name, values in times.items()},
+        "tokens_per_s": {name: quartiles([tokens / ms * 1e3 for ms in values]) for name, values in times.items()},
+        "speedup_over": {name: paired_ratio(ms, times["flexpg"]) for name, ms in times.items() if name != "flexpg"},
         "cache_bytes": {name: samplers[name].cache_bytes(prompts, case.group) for name in times},
         "greedy_tokens_equal": True,  # checked above
     }

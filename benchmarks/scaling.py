@@ -105,16 +105,16 @@ def measure_growth(case: Case, device: torch.device, repeats: int) -> dict[str, 
         sizes = {prompt: (prompt, count) for prompt in case.prompt}
         tokens = {"baseline": count, "flexpg": 1}
     calls = {
-        (name, size): update_call(name, model, group_lengths(case, *own))
+        (name, size): update_call(name, model, group_lengths(case, *lens))
         for name in case.compared
-        for size, own in sizes.items()
+        for size, lens in sizes.items()
     }
     times = alternate(calls, repeats, device)
     update_ms, slopes = {}, {}
     for name in case.compared:
-        own = {size: times[name, size] for size in sizes if (name, size) in times}  # those that fit in memory
-        update_ms[name] = {size: quartiles(each) for size, each in own.items()}
-        slopes[name] = [linear_regression(list(own), repeat).slope for repeat in zip(*own.values(), strict=True)]
+        timed = {size: times[name, size] for size in sizes if (name, size) in times}  # those that fit in memory
+        update_ms[name] = {size: quartiles(each) for size, each in timed.items()}
+        slopes[name] = [linear_regression(list(timed), repeat).slope for repeat in zip(*timed.values(), strict=True)]
     return {
         "update_ms": update_ms,
         "slope_ms": {name: quartiles(each) for name, each in slopes.items()},
@@ -175,8 +175,8 @@ def training_step(model: TransformerDecoder, rollouts: Rollouts, max_tokens: int
     """Compute the step's gradients on each of the ranks."""
     model.zero_grad()
     advantages = flexpg.group_advantages(rollouts)
-    own = [batch for batch in flexpg.pack(rollouts, max_tokens, world_size=ranks) if batch.rank == rank]
-    for batch, logprobs in flexpg.packed_logprobs(model, own):
+    batches = [batch for batch in flexpg.pack(rollouts, max_tokens, world_size=ranks) if batch.rank == rank]
+    for batch, logprobs in flexpg.packed_logprobs(model, batches):
         loss = flexpg.grpo_loss(
             logprobs, advantages[batch.indices], batch.loss_mask, total_tokens=rollouts.num_loss_tokens
         )

@@ -100,11 +100,11 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     rows, weight = torch.randn(2048, 512, generator=generator), torch.randn(512, 1536, generator=generator)
     grad = torch.randn(2048, 1536, generator=generator)
     parts["matmul"] = [lambda: rows @ weight, lambda: grad @ weight.T, lambda: rows.T @ grad]
-    times = alternate({name: partial(_call_all, own) for name, own in parts.items()}, repeats, device, calls=3)
+    times = alternate({name: partial(_call_all, each) for name, each in parts.items()}, repeats, device, calls=3)
     pairs = {"prompt": P * (P + 1) // 2, "completions": G * R * (R + 1) // 2, "rectangle": G * R * P}
     flops = {name: 12 * D * case.heads * count for name, count in pairs.items()} | {"matmul": 6 * rows.numel() * 1536}
     return {
-        "call_ms": {name: quartiles(own) for name, own in times.items()},
+        "call_ms": {name: quartiles(values) for name, values in times.items()},
         "gflop_s": {name: quartiles([count / ms / 1e6 for ms in times[name]]) for name, count in flops.items()},
         "gain": {name: paired_ratio(times[name.split("_")[0]], times[name]) for name in parts if name not in flops},
     }

@@ -73,17 +73,17 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         for step in range(repeats + 1):
             for name in recipes if step % 2 == 0 else reversed(recipes):
                 train_step(recipes[name])
-    steps = {name: own.history[1:] for name, own in recipes.items()}
-    seconds = {name: [sum(step[stage] for stage in STAGES) for step in own] for name, own in steps.items()}
+    steps = {name: recipe.history[1:] for name, recipe in recipes.items()}
+    seconds = {name: [sum(step[stage] for stage in STAGES) for step in series] for name, series in steps.items()}
     pairs = list(zip(steps["shared"], steps["baseline"], strict=True))
     return {
         "prompt_tokens": sum(map(len, recipes["shared"].prompts)) / len(recipes["shared"].prompts),
         "token_ratio": sum(a["tokens_baseline"] for a, _ in pairs) / sum(a["tokens_encoded"] for a, _ in pairs),
         "stage_s": {
-            name: {stage: quartiles([step[stage] for step in own])["median"] for stage in STAGES}
-            for name, own in steps.items()
+            name: {stage: quartiles([step[stage] for step in series])["median"] for stage in STAGES}
+            for name, series in steps.items()
         },
-        "step_s": {name: quartiles(own) for name, own in seconds.items()},
+        "step_s": {name: quartiles(values) for name, values in seconds.items()},
         "speedup": paired_ratio(seconds["baseline"], seconds["shared"]),
         "largest_loss_difference": max(abs(a["loss"] - b["loss"]) / max(abs(b["loss"]), 0.01) for a, b in pairs),
     }

@@ -66,9 +66,9 @@ def spread(numbers: dict[str, float] | None, digits: int = 2) -> str:
 
 def lengths(case: Result) -> str:
     """Return the tokens of prompt and completions, with model and checkpointing if they differ from the others."""
-    own = case["completions"]
-    span = f"{own[0]}" if len(set(own)) == 1 else f"{min(own)} to {max(own)}"
-    return f"{case['prompt']:,} + {len(own)} x {span}{variant(case)}"
+    lens = case["completions"]
+    span = f"{lens[0]}" if len(set(lens)) == 1 else f"{min(lens)} to {max(lens)}"
+    return f"{case['prompt']:,} + {len(lens)} x {span}{variant(case)}"
 
 
 def variant(case: Result) -> str:
@@ -244,11 +244,11 @@ def attention(result: Result) -> str:
         tokens = f"{case['kind']}: {case['groups']} x ({case['prompt']:,} + {len(case['completions'])})"
         tokens += f" after {case['system']:,}" if case["system"] else ""
         shape = f"{case['heads']}/{case['kv_heads']}, {case['head_dim']}"
-        for name, own in case["implementations"].items():
-            which = "both" if "both_ms" in own else "forward"
-            rate = f"{1e3 * own[f'{which}_tflop_per_s']['median']:,.0f}"
-            per_pair = spread(own.get(f"{which}_times_per_pair"))
-            rows.append([tokens, shape, name, which, f"{own[f'{which}_ms']['median']:,.2f}", rate, per_pair])
+        for name, entry in case["implementations"].items():
+            which = "both" if "both_ms" in entry else "forward"
+            rate = f"{1e3 * entry[f'{which}_tflop_per_s']['median']:,.0f}"
+            per_pair = spread(entry.get(f"{which}_times_per_pair"))
+            rows.append([tokens, shape, name, which, f"{entry[f'{which}_ms']['median']:,.2f}", rate, per_pair])
     header = ["packed sequence", "heads, head size", "implementation", "pass", "ms", "GFLOP/s of visible pairs"]
     return markdown([*header, "time per pair / flexpg's"], rows)
 
@@ -278,7 +278,7 @@ def mask(result: Result) -> str:
         times += [spread(case[f"{name}_ms"], 1) for name in ("eager", "compiled")]
         ratios = [case[f"{name}_over_flexpg"] for name in ("eager", "compiled")]
         rows.append(
-            [f"{case['tokens']:,}", *times, *("-" if own is None else f"{own['median']:,.0f}x" for own in ratios)]
+            [f"{case['tokens']:,}", *times, *("-" if ratio is None else f"{ratio['median']:,.0f}x" for ratio in ratios)]
         )
     header = ["tokens", "tree, ms", "`block_mask`, ms", "`create_block_mask`, ms", "compiled, ms"]
     return markdown([*header, "eager / flexpg", "compiled / flexpg"], rows)
@@ -289,10 +289,10 @@ def shapes(result: Result) -> str:
     (case,) = result["cases"]
     names = {"flexpg": "flexpg", "default": "`torch.compile(flex)`", "static": "the same, `dynamic=False`"}
     rows = []
-    for name, own in case["implementations"].items():
-        counts = [own[key] for key in ("layouts", "distinct_lengths", "compiles", "stalls")]
-        error = "-" if own["error"] is None else f"`{own['error'].partition(':')[0]}`"
-        rows.append([names[name], *counts, f"{own['stalled_s']:.1f}", own["eager_calls"], error])
+    for name, entry in case["implementations"].items():
+        counts = [entry[key] for key in ("layouts", "distinct_lengths", "compiles", "stalls")]
+        error = "-" if entry["error"] is None else f"`{entry['error'].partition(':')[0]}`"
+        rows.append([names[name], *counts, f"{entry['stalled_s']:.1f}", entry["eager_calls"], error])
     header = ["implementation", "layouts", "lengths", "compilations", "stalls", "stalled, s"]
     return markdown([*header, "calls in dense eager", "ended by"], rows)
 
@@ -360,7 +360,7 @@ def context_parallel(result: Result) -> str:
         for ranks, peak in case["peak_mib"].items():
             tokens = f"{case['prompt']:,} + {case['group']} x {case['completion']}"
             time, gain = case["update_ms"].get(ranks), case["speedup"].get(ranks)
-            sizes = [f"{own[ranks]:,.0f}" for own in (case["limit_mib"], case["estimate_mib"], case["collective_mib"])]
+            sizes = [f"{mib[ranks]:,.0f}" for mib in (case["limit_mib"], case["estimate_mib"], case["collective_mib"])]
             rows.append([tokens, ranks, spread(time, 0), spread(gain), f"{peak:,.0f}", *sizes])
     header = ["tokens", "ranks", "update, ms", "time of one rank / this", "peak per rank, MiB"]
     return markdown([*header, "limit", "estimated", "gathered and summed, MiB"], rows)
@@ -407,7 +407,7 @@ def step(result: Result) -> str:
     for case in result["cases"]:
         tokens = f"{case['prompts']} x ({case['prompt_tokens']:,.0f} + {case['group']} x {case['completion']})"
         for name, stages in case["stage_s"].items():
-            seconds = [f"{own:.2f}" for own in stages.values()]
+            seconds = [f"{value:.2f}" for value in stages.values()]
             gain = spread(case["speedup"]) if name == "shared" else ""
             rows.append([tokens, case["minibatches"], name, *seconds, f"{case['step_s'][name]['median']:.2f}", gain])
     header = ["tokens", "optimizer steps", "", "sampling, s", "log-probabilities, s", "update, s", "whole step, s"]
@@ -420,7 +420,7 @@ def async_steps(result: Result) -> str:
     for case in result["cases"]:
         tokens = f"{case['prompts']} x ({case['prompt_tokens']:,.0f} + {case['group']} x {case['completion']})"
         for name, stages in case["stage_s"].items():
-            seconds = [f"{stages[own]:.2f}" for own in ("sample_s", "logprobs_s", "train_s", "sync_s")]
+            seconds = [f"{stages[stage]:.2f}" for stage in ("sample_s", "logprobs_s", "train_s", "sync_s")]
             gain = [spread(case["speedup"]), f"{case['bound']:.2f}"] if name == "1" else ["", ""]
             rows.append([tokens, name, *seconds, spread(case["step_s"][name]), *gain])
     header = ["tokens", "`async_steps`", "waiting for samples, s", "log-probabilities, s", "update, s"]
@@ -433,10 +433,10 @@ def hybrid(result: Result) -> str:
     header += ["speed-up / bound", "largest difference of a log-probability", "of PrefixGrouper's"]
     rows = []
     for case in result["cases"]:
-        seconds = [f"{own['median'] / 1e3:.2f}" for own in case["update_ms"].values()]
+        seconds = [f"{entry['median'] / 1e3:.2f}" for entry in case["update_ms"].values()]
         row = [case["prompt"], f"{case['group']} of {case['completion']}", *seconds]
         speedup, bound = case["speedup_over"]["baseline"], case["bound"]
-        differences = [f"{own:.0e}" for own in case["largest_difference"].values()]
+        differences = [f"{value:.0e}" for value in case["largest_difference"].values()]
         rows.append([*row, spread(speedup), f"{bound:.2f}", f"{speedup['median'] / bound:.2f}", *differences])
     return markdown(header, rows)
 
@@ -448,21 +448,25 @@ def vision(result: Result) -> str:
     rows = []
     for case in result["cases"]:
         row = [case["image"], f"{case['group']} of {case['completion']}", " / ".join(map(str, case["images"]))]
-        row += [f"{case['vision_share']:.0%}", *(f"{own['median'] / 1e3:.2f}" for own in case["times_ms"].values())]
+        row += [f"{case['vision_share']:.0%}", *(f"{entry['median'] / 1e3:.2f}" for entry in case["times_ms"].values())]
         rows.append([*row, spread(case["speedup"]), f"{case['bound']:.2f}", f"{case['gradient_difference']:.0e}"])
     return markdown(header, rows)
 
 
 def registers(result: Result) -> str:
     """Return registers and spilled bytes of FlexAttention's kernels by compute capability."""
-    found = {(own["variant"], own["capability"], own["direction"]): own for own in result["kernels"]}
-    capabilities = list(dict.fromkeys(own["capability"] for own in result["kernels"]))
+    found = {(kernel["variant"], kernel["capability"], kernel["direction"]): kernel for kernel in result["kernels"]}
+    capabilities = list(dict.fromkeys(kernel["capability"] for kernel in result["kernels"]))
     header = ["kernels"]
     header += [f"{capability}, {direction}" for capability in capabilities for direction in ("forward", "backward")]
     rows = []
-    for variant in dict.fromkeys(own["variant"] for own in result["kernels"]):
-        kernels = [found[variant, own, direction] for own in capabilities for direction in ("forward", "backward")]
-        rows.append([variant, *(f"{own['registers']}, {own['spilled_bytes']:,}" for own in kernels)])
+    for variant in dict.fromkeys(kernel["variant"] for kernel in result["kernels"]):
+        kernels = [
+            found[variant, capability, direction]
+            for capability in capabilities
+            for direction in ("forward", "backward")
+        ]
+        rows.append([variant, *(f"{kernel['registers']}, {kernel['spilled_bytes']:,}" for kernel in kernels)])
     return markdown(header, rows)
 
 
@@ -521,7 +525,7 @@ def conversations_updates(result: Result) -> str:
     for name, title in ROLLOUTS.items():
         single, double = result[f"update_{name}"], result[f"update_{name}_float64"]
         sizes = [f"{single[key]:,}" for key in ("sequences", "tokens", "packed_tokens")]
-        seconds = [f"{single[f'update_cpu_s_{own}']:.1f}" for own in ("baseline", "shared")]
+        seconds = [f"{single[f'update_cpu_s_{name}']:.1f}" for name in ("baseline", "shared")]
         keys = ("logprob_difference", "gradient_difference")
         differences = [f"{case[key]:.0e}" for case in (single, double) for key in keys]
         rows.append([title, *sizes, *seconds, f"**{single['speedup']:.2f}x**", *differences])

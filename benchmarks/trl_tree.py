@@ -65,14 +65,14 @@ class TrlTree:
             q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [N, H, D] each
             paths = (z.repeat_interleave(q.shape[1] // z.shape[1], 1)[self.kv_index] for z in (k, v))
             return varlen_attn(q, *paths, *self.starts, *self.longest, window_size=(-1, 0))[None]
-        queries, keys = (list(own) for own in zip(*self.segments, strict=True))
+        queries, keys = (list(side) for side in zip(*self.segments, strict=True))
         parts = (
             q.split(queries, 2),
             k.index_select(2, self.kv_index).split(keys, 2),
             v.index_select(2, self.kv_index).split(keys, 2),
         )
         outs = [
-            sdpa(*own, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            for *own, mask in zip(*parts, self.masks, strict=True)
+            sdpa(*tensors, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            for *tensors, mask in zip(*parts, self.masks, strict=True)
         ]
         return torch.cat(outs, 2).transpose(1, 2)

@@ -93,7 +93,7 @@ def compare(trainers: dict[str, GRPOTrainer], args: argparse.Namespace, lengths:
     """Return the times of both trainers, the ratios of their work, and the difference of their gradients."""
     device = trainers["trl"].args.device
     batch = random_batch(args.prompt, lengths, device)
-    times = alternate({name: partial(update, own, batch) for name, own in trainers.items()}, args.repeats, device)
+    times = alternate({name: partial(update, each, batch) for name, each in trainers.items()}, args.repeats, device)
     speedup = paired_ratio(times["trl"], times["shared"])
     tree = PrefixTree.from_lengths([args.prompt], [lengths])
     expected, shared = gradient(trainers["trl"]), gradient(trainers["shared"])
@@ -124,7 +124,7 @@ def main() -> None:
         torch.manual_seed(0)
         Qwen2ForCausalLM(Qwen2Config(**MODEL)).save_pretrained(folder)
         classes = {"trl": GRPOTrainer, "shared": SharedPrefixGRPOTrainer}
-        trainers = {name: build_trainer(own, folder, args) for name, own in classes.items()}
+        trainers = {name: build_trainer(cls, folder, args) for name, cls in classes.items()}
     even = [args.completion] * args.group
     uneven = [max(1, args.completion * (n + 1) // args.group) for n in range(args.group)]
     result = {name: compare(trainers, args, lengths) for name, lengths in (("even", even), ("uneven", uneven))}

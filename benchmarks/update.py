@@ -146,8 +146,8 @@ def implementations(model: TransformerDecoder, group: Group) -> dict[str, Implem
         return score(integration.forward(model, group.not_shared), group.not_shared)
 
     def baseline_varlen() -> Tensor:
-        own = slice(group.not_shared.num_tokens)
-        tokens, positions = group.not_shared.input_ids[:, own], group.not_shared.position_ids[None, own]
+        unpadded = slice(group.not_shared.num_tokens)
+        tokens, positions = group.not_shared.input_ids[:, unpadded], group.not_shared.position_ids[None, unpadded]
         return score(hidden_states(model, tokens, positions), group.not_shared)
 
     def torchtune() -> Tensor:
@@ -263,8 +263,8 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     def keep(name: str, implementation: Implementation) -> None:
         logprobs[name] = update(model, group, implementation)
 
-    compared = {name: own for name, own in implementations(model, group).items() if name not in case.skipped}
-    times = alternate({name: partial(keep, name, own) for name, own in compared.items()}, repeats, device)
+    compared = {name: each for name, each in implementations(model, group).items() if name not in case.skipped}
+    times = alternate({name: partial(keep, name, each) for name, each in compared.items()}, repeats, device)
     ours, first = times.get("flexpg"), next(iter(logprobs.values()), None)
     tree, loss_tokens, shape = group.tree, int(group.mask.sum()), shape_of(model)
     flops = [
@@ -275,13 +275,13 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         "tokens_baseline": tree.baseline_tokens,
         "tokens_shared": tree.num_tokens,
         "bound": flops[0] / flops[1],
-        "update_ms": {name: quartiles(own) for name, own in times.items()},
-        "speedup_over": {name: paired_ratio(own, ours) for name, own in times.items() if ours and name != "flexpg"},
+        "update_ms": {name: quartiles(values) for name, values in times.items()},
+        "speedup_over": {name: paired_ratio(ms, ours) for name, ms in times.items() if ours and name != "flexpg"},
         "unpadded_over_baseline": paired_ratio(times["baseline_unpadded"], times["baseline"])
         if {"baseline_unpadded", "baseline"} <= set(times)
         else None,
         "largest_relative_difference": max(
-            (((own - first).norm() / first.norm()).item() for own in logprobs.values()), default=None
+            (((scores - first).norm() / first.norm()).item() for scores in logprobs.values()), default=None
         ),
     }
 

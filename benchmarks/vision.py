@@ -122,15 +122,15 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         torch.manual_seed(0)
         Qwen2_5_VLForConditionalGeneration(config_of(case)).save_pretrained(folder)
         classes: dict[str, type[GRPOTrainer]] = {"trl": GRPOTrainer, "flexpg": SharedPrefixGRPOTrainer}
-        trainers = {name: build_trainer(own, folder, options) for name, own in classes.items()}
+        trainers = {name: build_trainer(cls, folder, options) for name, cls in classes.items()}
     batch = image_batch(case, device)
-    times = alternate({name: partial(update, own, batch) for name, own in trainers.items()}, repeats, device)
+    times = alternate({name: partial(update, trainer, batch) for name, trainer in trainers.items()}, repeats, device)
     expected, shared = gradient(trainers["trl"]), gradient(trainers["flexpg"])
     model, rollouts = trainers["trl"].model, rollouts_of(batch)
     flops = image_flops(model, rollouts)
     counted = report(rollouts, shape_of(model), image_flops=flops).total
     return {
-        "times_ms": {name: quartiles(own) for name, own in times.items()},
+        "times_ms": {name: quartiles(values) for name, values in times.items()},
         "speedup": paired_ratio(times["trl"], times["flexpg"]),
         "bound": counted["shared"]["flops_ratio"],
         "images": [counted[name]["images"] for name in ("baseline", "shared")],

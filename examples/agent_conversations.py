@@ -54,8 +54,8 @@ def small_model(tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
 def costs(rollouts: Rollouts, tasks: list[int]) -> dict[str, tuple[int, int]]:
     """Return tokens and visible pairs of the baseline, of one tree per task, and of one tree."""
     order = sorted(range(len(rollouts)), key=tasks.__getitem__)
-    members = [[rollouts.sequences[n] for n in own] for _, own in groupby(order, tasks.__getitem__)]
-    trees = [PrefixTree.from_sequences(own) for own in members]
+    members = [[rollouts.sequences[n] for n in numbers] for _, numbers in groupby(order, tasks.__getitem__)]
+    trees = [PrefixTree.from_sequences(sequences) for sequences in members]
     whole = rollouts.tree
     return {
         "baseline": (whole.baseline_tokens, whole.baseline_pairs),

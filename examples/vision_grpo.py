@@ -78,7 +78,7 @@ def main() -> None:
     curve = []
     for step in range(STEPS):
         prompts, inputs, right = zip(*(problem(processor) for _ in range(PICTURES)), strict=True)
-        batch = {name: torch.cat([own[name] for own in inputs]) for name in inputs[0]}
+        batch = {name: torch.cat([row[name] for row in inputs]) for name in inputs[0]}
         mask = torch.ones(PICTURES, len(prompts[0]), dtype=torch.int64)
         with torch.no_grad():  # answers have one token; `model.generate` would sample longer ones
             logits = model(input_ids=torch.tensor(prompts), attention_mask=mask, **batch).logits[:, -1]

@@ -137,11 +137,11 @@ def baseline_attention(
         nodes = nodes[nodes >= 0]
         is_new = ~seen[nodes.cpu()]
         seen[nodes.cpu()] = True
-        own = (x[:, :, nodes] for x in (q, k, v))
+        heads = (x[:, :, nodes] for x in (q, k, v))
         if window is None and softcap is None and sinks is None and chunk is None:
-            out = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
         else:
-            out = _explicit_attention(*own, window, softcap, sinks, chunk)
+            out = _explicit_attention(*heads, window, softcap, sinks, chunk)
         indices.append(nodes[is_new.to(nodes.device)])
         outputs.append(out[:, :, is_new.to(nodes.device)])
     return torch.zeros_like(q).index_copy(2, torch.cat(indices), torch.cat(outputs, 2))

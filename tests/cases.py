@@ -37,9 +37,9 @@ class Case:
     @classmethod
     def from_groups(cls, prompts: list[list[int]], completions: list[list[list[int]]]) -> Case:
         """Build a case from groups; what completions or prompts share is not merged."""
-        pairs = [(prompt, own) for prompt, group in zip(prompts, completions, strict=True) for own in group]
+        pairs = [(prompt, answer) for prompt, group in zip(prompts, completions, strict=True) for answer in group]
         tree = PrefixTree.from_groups(prompts, completions)
-        return cls(tree, [prompt + own for prompt, own in pairs], [len(prompt) for prompt, _ in pairs])
+        return cls(tree, [prompt + answer for prompt, answer in pairs], [len(prompt) for prompt, _ in pairs])
 
     @classmethod
     def from_sequences(cls, sequences: list[list[int]], prompt_lens: list[int]) -> Case:
@@ -66,7 +66,7 @@ def image_tree(*prompts: tuple[int, ...], completions: tuple[int, ...] = (40, 9)
             for g, prompt in enumerate(sequences)
             for length in completions
         ],
-        [own for own in inputs for _ in completions],
+        [given for given in inputs for _ in completions],
     )
 
 
@@ -125,8 +125,8 @@ Drawn = tuple[list[list[int]], list[list[list[int]]]]  # prompts, and the comple
 
 def packed_tokens(count: int, draw: Draw) -> Drawn:
     """A group of `count` packed tokens, at the edge of a block."""
-    own = (count - 40) // 3 - 1
-    return [draw(40)], [[[1, *draw(own)], [2, *draw(own)], [3, *draw(count - 43 - 2 * own)]]]
+    length = (count - 40) // 3 - 1
+    return [draw(40)], [[[1, *draw(length)], [2, *draw(length)], [3, *draw(count - 43 - 2 * length)]]]
 
 
 def system_prompt(draw: Draw) -> Drawn:
@@ -151,13 +151,13 @@ def conversation(draw: Draw) -> Drawn:
 
 
 def duplicates(draw: Draw) -> Drawn:
-    prompt, own = draw(20), draw(6)
-    return [prompt], [[own, draw(8), own]]
+    prompt, first = draw(20), draw(6)
+    return [prompt], [[first, draw(8), first]]
 
 
 def strict_prefixes(draw: Draw) -> Drawn:
-    prompt, own = draw(20), draw(6)
-    return [prompt], [[own, own[:2], own + draw(3)]]
+    prompt, first = draw(20), draw(6)
+    return [prompt], [[first, first[:2], first + draw(3)]]
 
 
 TREES: dict[str, Callable[[Draw], Drawn]] = {

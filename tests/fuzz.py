@@ -190,5 +190,5 @@ def file_rows(draw):
         is_single = len(completions) == 1 and draw(st.booleans())
         row = {"completion": completions[0]} if is_single else {"completions": completions}
         rows.append({"prompt": prompt} | row)
-        pairs += [(prompt, own) for own in completions]
+        pairs += [(prompt, completion) for completion in completions]
     return rows, pairs

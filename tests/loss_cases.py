@@ -24,7 +24,7 @@ TYPES_AND_LEVELS = [
 each_level = pytest.mark.parametrize("level", LEVELS)
 each_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 each_loss_type_and_level = pytest.mark.parametrize(("loss_type", "level"), TYPES_AND_LEVELS)
-each_trl_loss_type = pytest.mark.parametrize("loss_type", [own for own in LOSS_TYPES if own not in NOT_IN_TRL])
+each_trl_loss_type = pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name not in NOT_IN_TRL])
 each_trl_loss_type_and_level = pytest.mark.parametrize(
     ("loss_type", "level"), [pair for pair in TYPES_AND_LEVELS if pair[0] not in NOT_IN_TRL]
 )
@@ -85,5 +85,5 @@ def totals(batch, loss_type):
 
 def options_of(loss_type, level="token"):
     """Return options with which the limits of a loss are hit on both sides."""
-    own = {"cispo": {"epsilon_high": 1.25}, "vespo": VESPO}.get(loss_type, {})
-    return OPTIONS | own | {"loss_type": loss_type, "importance_sampling_level": level}
+    changed = {"cispo": {"epsilon_high": 1.25}, "vespo": VESPO}.get(loss_type, {})
+    return OPTIONS | changed | {"loss_type": loss_type, "importance_sampling_level": level}

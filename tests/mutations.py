@@ -139,9 +139,9 @@ def preload(test_modules: Sequence[str]) -> None:
     for name in test_modules:
         importlib.import_module(name)
     sys.path.pop(0)
-    own = {path.stem for path in (*ROOT.glob("*/"), *ROOT.glob("tests/*.py"))}
+    local = {path.stem for path in (*ROOT.glob("*/"), *ROOT.glob("tests/*.py"))}
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in own:
+        if name.partition(".")[0] in local:
             del sys.modules[name]
     gc.collect()
     gc.freeze()  # keeps the imported objects out of the garbage collections of every process

@@ -109,6 +109,6 @@ def _joined(values: list[Tensor], dim: int, filler: int) -> Tensor:
     padded = []
     for value in values:
         new = value.new_full([*largest[:dim], value.shape[dim], *largest[dim + 1 :]], filler)
-        new[tuple(slice(0, own) for own in value.shape)] = value
+        new[tuple(slice(0, size) for size in value.shape)] = value
         padded.append(new)
     return torch.cat(padded, dim)

@@ -29,7 +29,7 @@ class TakesPromptsWithoutImages:
 
     def prepare_inputs_layout(self, images=None, **inputs):
         if images is not None:
-            images = [own or [] for own in images]
+            images = [image or [] for image in images]
         return super().prepare_inputs_layout(images=images, **inputs)
 
 

@@ -96,8 +96,8 @@ calls_of_group_reward: list[dict[str, Any]] = []
 
 def group_reward(prompts, completions, completion_ids, log_metric, **others):
     """Return a number per completion, with the signature of TRL, and record what it is called with."""
-    own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    calls_of_group_reward.append(others | own)
+    arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    calls_of_group_reward.append(others | arguments)
     log_metric("tokens", sum(map(len, completion_ids)))
     return [None, *(float(len(ids)) for ids in completion_ids[1:])]
 

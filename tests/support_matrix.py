@@ -214,17 +214,17 @@ def small_config(cls: type[PretrainedConfig], changes: dict[str, Any]) -> Pretra
         if defaults.get(name) is None:
             values.pop(name, None)
     for name, sub in cls.sub_configs.items():
-        own: Any = type(defaults[name]) if isinstance(defaults.get(name), PretrainedConfig) else sub
-        if own.__name__ != "AutoConfig":
-            values[name] = small_config(own, changes).to_dict()
+        kind: Any = type(defaults[name]) if isinstance(defaults.get(name), PretrainedConfig) else sub
+        if kind.__name__ != "AutoConfig":
+            values[name] = small_config(kind, changes).to_dict()
     values |= CHANGES.get(cls.model_type, {})
     return cls(**{name: value for name, value in values.items() if value is not DEFAULT})
 
 
 def _defaults(cls: type[PretrainedConfig]) -> dict[str, Any]:
     """Return the fields of a config class, and their values in its default config."""
-    own = {name: value for name, value in vars(cls()).items() if not name.startswith("_")}
-    return {field.name: own.get(field.name) for field in dataclasses.fields(cls)} | own
+    values = {name: value for name, value in vars(cls()).items() if not name.startswith("_")}
+    return {field.name: values.get(field.name) for field in dataclasses.fields(cls)} | values
 
 
 def _kept_layers(defaults: dict[str, Any]) -> dict[str, Any]:
@@ -292,9 +292,9 @@ def weighted_gradients(model: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]])
     found = torch.zeros_like(weights)
     model.zero_grad()
     for rows, logprobs in pairs:
-        own = rollouts.loss_mask[rows, : logprobs.shape[1]]
-        (weights[rows, : logprobs.shape[1]] * logprobs.double())[own].sum().backward()
-        found[rows, : logprobs.shape[1]] = logprobs.detach().double().where(own, 0)
+        in_loss = rollouts.loss_mask[rows, : logprobs.shape[1]]
+        (weights[rows, : logprobs.shape[1]] * logprobs.double())[in_loss].sum().backward()
+        found[rows, : logprobs.shape[1]] = logprobs.detach().double().where(in_loss, 0)
     return found, {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -322,9 +322,9 @@ def sampling_error(model: nn.Module) -> float:
     samples = flexpg.sample(model, prompts, 3, params, seed=0)
     for n, (completion, logprobs) in enumerate(zip(samples.completions, samples.logprobs, strict=True)):
         drawn = (completion < DRAWN).long().cumprod(0).sum()  # up to a placeholder of images, if one was drawn
-        prompt, own = prompts[n // 3], completion[:drawn]
-        logits = model(input_ids=torch.cat([prompt, own])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-        scores = logits.double().log_softmax(-1).gather(-1, own[:, None])[:, 0]
+        prompt, tail = prompts[n // 3], completion[:drawn]
+        logits = model(input_ids=torch.cat([prompt, tail])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        scores = logits.double().log_softmax(-1).gather(-1, tail[:, None])[:, 0]
         worst = max([worst, *(scores - logprobs[:drawn]).abs().tolist()])
     return worst
 
@@ -358,17 +358,17 @@ def image_layouts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 def image_rollouts(model: PreTrainedModel, image: dict[str, Tensor]) -> Rollouts:
     """Return groups whose prompts have an image, another one at equal tokens, the first and a longer text, or none."""
-    token = {kind: own for own, kind in placeholder_ids(model).items()}["image"]
+    token = {kind: token for token, kind in placeholder_ids(model).items()}["image"]
     with torch.no_grad():
         features = backbone(model).get_image_features(**image, return_dict=True).pooler_output
-    count = sum(own.shape[:-1].numel() for own in ([features] if isinstance(features, Tensor) else features))
+    count = sum(feature.shape[:-1].numel() for feature in ([features] if isinstance(features, Tensor) else features))
     rng = random.Random(0)
     start, question, longer = draw(5, rng), draw(4, rng), draw(7, rng)
     other = image | {"pixel_values": image["pixel_values"].flip(-1)}
     prompts, inputs = [draw(9, rng)], [None]
-    for own, text in ((image, question), (other, question), (image, longer)):
+    for given, text in ((image, question), (other, question), (image, longer)):
         prompts.append([*start, *[token] * count, *text])
-        inputs.append(own | {"mm_token_type_ids": [0] * len(start) + [1] * count + [0] * len(text)})
+        inputs.append(given | {"mm_token_type_ids": [0] * len(start) + [1] * count + [0] * len(text)})
     groups = [[draw(n, rng) for n in (6, 3)] for _ in prompts]
     return Rollouts.from_groups(prompts, groups, [[0.0, 1.0]] * len(prompts), prompt_inputs=inputs)
 
@@ -412,7 +412,7 @@ def image_results(model: PreTrainedModel, rollouts: Rollouts, packs: bool) -> tu
     found = torch.zeros_like(weights)
     model.zero_grad()
     if packs:
-        scored = ((batch.indices, own) for batch, own in packed_logprobs(model, rollouts, max_tokens=10_000))
+        scored = ((batch.indices, logprobs) for batch, logprobs in packed_logprobs(model, rollouts, max_tokens=10_000))
     else:
         scored = ((torch.tensor([n]), baseline_logprobs(model, rollouts.select([n]))[0]) for n in range(len(rollouts)))
     for rows, logprobs in scored:
@@ -582,7 +582,7 @@ def all_types() -> list[str]:
 def table(found: Sequence[Row]) -> str:
     """Return docs/models.md."""
     by_outcome = {outcome: sorted((row for row in found if row.outcome == outcome), key=_name) for outcome in OUTCOMES}
-    counts = ", ".join(f"{len(own)} {outcome}" for outcome, own in by_outcome.items() if own)
+    counts = ", ".join(f"{len(names)} {outcome}" for outcome, names in by_outcome.items() if names)
     by_reason: dict[str, list[Row]] = {}
     for row in by_outcome["refused"]:
         by_reason.setdefault(row.detail.replace(row.architecture, "it"), []).append(row)
@@ -611,13 +611,13 @@ def table(found: Sequence[Row]) -> str:
             "",
             "| types with text only | the reason |",
             "| --- | --- |",
-            *(f"| {', '.join(own)} | {_cell(reason)} |" for reason, own in _without_images(by_outcome["exact"])),
+            *(f"| {', '.join(names)} | {_cell(reason)} |" for reason, names in _without_images(by_outcome["exact"])),
             "",
             "## Refused",
             "",
             "| types | the error |",
             "| --- | --- |",
-            *(f"| {', '.join(map(_name, own))} | {_cell(reason)} |" for reason, own in sorted(by_reason.items())),
+            *(f"| {', '.join(map(_name, names))} | {_cell(reason)} |" for reason, names in sorted(by_reason.items())),
             "",
             "## Not built",
             "",

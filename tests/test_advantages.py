@@ -63,8 +63,8 @@ def test_group_advantages_of_rollouts_that_are_mostly_alone_warn():
 def test_group_advantages_equal_rewards_are_exactly_zero(scale_rewards):
     # The mean of seven times 0.7 is not 0.7 in float32: the departure from TRL that advantages.py names.
     assert not advantages_of(torch.full((7,), 0.7), torch.zeros(7, dtype=torch.int64), scale_rewards).any()
-    own = torch.tensor([1, 0, 2, 2])  # groups of one, and one of two
-    assert advantages_of(torch.tensor([3.0, 1.0, 2.0, 2.0]), own, scale_rewards).tolist() == [0.0] * 4
+    groups = torch.tensor([1, 0, 2, 2])  # groups of one, and one of two
+    assert advantages_of(torch.tensor([3.0, 1.0, 2.0, 2.0]), groups, scale_rewards).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -127,11 +127,11 @@ def test_group_advantages_of_a_part_of_a_split_group_raise(sharing):
     for batch in pack(rollouts, max_tokens=20, sharing=sharing):
         (split if set(batch.indices.tolist()) & {0, 1, 2} else whole).append(batch.rollouts)
     assert len(split) > 1 and whole
-    for part in (*split, *(own.select([0]) for own in split)):
+    for part in (*split, *(part.select([0]) for part in split)):
         with pytest.raises(ValueError, match="rollouts must be those of the step, got a micro-batch with a part of a"):
             group_advantages(part)
     expected = group_advantages(rollouts)[3:]
-    assert torch.equal(torch.cat([group_advantages(own) for own in whole]), expected)
+    assert torch.equal(torch.cat([group_advantages(part) for part in whole]), expected)
 
 
 def test_group_advantages_of_chosen_rollouts_count_as_whole_groups():
@@ -149,7 +149,7 @@ def test_rewards_minus_kl_matches_trl_rloo(mask_truncated):
     rollouts = replace(rollouts, rewards=rollouts.rewards.double(), old_logprobs=old, ref_logprobs=ref)
     theirs = trl_rloo(rollouts, 0.3, mask_truncated)
     if mask_truncated:
-        is_finished = torch.tensor([own[-1] == 9 for own in rollouts.completions])
+        is_finished = torch.tensor([completion[-1] == 9 for completion in rollouts.completions])
         rollouts = rollouts.keep_in_loss(is_finished)
     assert torch.equal(rollouts.loss_mask, theirs["completion_mask"].bool())
     advantages = group_advantages(replace(rollouts, rewards=rewards_minus_kl(rollouts, 0.3)), "none")

@@ -112,7 +112,7 @@ def tree_mask(tree: PrefixTree) -> Tensor:
 
 def test_split_sinks_leave_padding_unchanged():
     inputs, sinks = random_qkv(GROUP), random_sinks()
-    outs = [attention(*inputs, block_mask(GROUP), sinks=own, backend="split") for own in (None, sinks)]
+    outs = [attention(*inputs, block_mask(GROUP), sinks=given, backend="split") for given in (None, sinks)]
     assert torch.equal(*(out[:, :, GROUP.num_tokens :] for out in outs))
 
 
@@ -259,9 +259,9 @@ def assert_error_budget(inputs: list[Tensor], tree: PrefixTree, backend: str) ->
     """
     exact = [x.detach().double().requires_grad_() for x in inputs]
 
-    def results(attend: Callable[..., Tensor], own: list[Tensor]) -> list[Tensor]:
-        out = attend(*own[:3], sinks=own[3] if len(own) > 3 else None)
-        return out_and_grads(torch.where(tree_mask(tree).to(out.device), out, 0), own)
+    def results(attend: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        out = attend(*tensors[:3], sinks=tensors[3] if len(tensors) > 3 else None)
+        return out_and_grads(torch.where(tree_mask(tree).to(out.device), out, 0), tensors)
 
     baseline = partial(baseline_attention, node=tree.node)
     shared = partial(attention, mask=block_mask(tree), backend=backend)

@@ -55,8 +55,8 @@ def test_samplers_agree_and_their_bytes_are_those_of_keys_and_values():
     for name, sampler in samplers.items():
         samples = sampler.sample(prompts, case.group, 0)
         assert samples.shape == (6, 5) and len(samples.unique(dim=0)) > 1, name
-        shared, own = (2 * 20, 6 * 5) if name == "flexpg" else (0, 6 * (20 + 5 - 1))  # the last token is not stored
-        assert sampler.cache_bytes(prompts, case.group) == per_token * (shared + own), name
+        shared, stored = (2 * 20, 6 * 5) if name == "flexpg" else (0, 6 * (20 + 5 - 1))  # the last token is not stored
+        assert sampler.cache_bytes(prompts, case.group) == per_token * (shared + stored), name
     samplers["transformers"].model.lm_head.weight.data.neg_()
     with pytest.raises(RuntimeError, match="greedy tokens of transformers differ from flexpg's at 0"):
         sampling.check_greedy(samplers, prompts)
@@ -110,7 +110,7 @@ def test_alternate_reverses_the_order_and_drops_the_warm_up():
     order = []
     times = alternate({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU, calls=2)
     assert "".join(order) == "ab" + "aabb" + "bbaa" + "aabb"
-    assert [len(own) for own in times.values()] == [3, 3]
+    assert [len(values) for values in times.values()] == [3, 3]
 
 
 def test_paired_ratio_is_a_median_of_ratios():

@@ -158,7 +158,7 @@ def test_arguments_that_were_cut_off_are_written_as_they_are(family, template, b
 @pytest.mark.parametrize(("family", "template"), [("qwen2_5", "qwen2_5"), ("llama3", "llama3_1")])
 def test_text_between_added_tokens_is_encoded_once(family, template, monkeypatch):
     tokenizer = chat_tokenizer(family, template)
-    messages = [own for n in range(30) for own in (USER | {"content": f"question {n}"}, assistant(f"answer {n}"))]
+    messages = [each for n in range(30) for each in (USER | {"content": f"question {n}"}, assistant(f"answer {n}"))]
     seen = []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text, **options: seen.append(len(text)) or encode(text, **options))
@@ -172,9 +172,9 @@ def test_added_tokens_that_swallow_spaces_are_not_separators():
     tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
     tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True)])
     turn = [USER, assistant("a <mark> b"), USER, assistant("it is <mark>  fine")]
-    for own in assistant_turns(tokenizer, turn):
-        text = tokenizer.apply_chat_template(turn[: own.message + 1], tokenize=False)
-        assert own.tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)[: len(own.tokens)]
+    for found in assistant_turns(tokenizer, turn):
+        text = tokenizer.apply_chat_template(turn[: found.message + 1], tokenize=False)
+        assert found.tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)[: len(found.tokens)]
 
 
 @pytest.mark.parametrize("template", ["smolvlm", "idefics3", "llava_next"])
@@ -346,7 +346,7 @@ def test_empty_tools_and_calls_are_as_if_absent():
         ]
         rollouts, _ = conversation_rollouts(conversations, tokenizer)
         assert rollouts.group_ids.tolist() == [0, 0, 0]
-        assert len({tuple(own.tolist()) for own in rollouts.completions}) == 1
+        assert len({tuple(tokens.tolist()) for tokens in rollouts.completions}) == 1
 
 
 def test_template_that_writes_arguments_as_python_gets_them_as_json():

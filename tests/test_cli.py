@@ -192,8 +192,8 @@ def test_report_stop_tokens_end_turns(stops, tokens, capsys):
     Path("large.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | {"vocab_size": 1000}))
     write("chats.jsonl", {"messages": [MESSAGES[0], MESSAGES[1] | {"content": ""}]})
     command = ["report", "chats.jsonl", "--model", "large.json", "--tokenizer", "chat", "--stop-tokens"]
-    for own in (stops, ",".join(str(tokenizer.convert_tokens_to_ids(name)) for name in stops.split(","))):
-        main([*command, own])
+    for option in (stops, ",".join(str(tokenizer.convert_tokens_to_ids(name)) for name in stops.split(","))):
+        main([*command, option])
         assert f"{tokens} in the loss" in capsys.readouterr().out  # with the template's newline or without
     with pytest.raises(SystemExit, match=r"^error: --stop-tokens must be ids or tokens of the tokenizer, got '<end>'"):
         main([*command, "<end>"])

@@ -120,7 +120,7 @@ def test_lora_of_composite_model_equals_baseline(name):
 
 def test_changed_completion_leaves_others_of_composite_bitwise_identical():
     model = flexpg.enable(hf.tiny_model("qwen3_vl"))
-    changed = [(own + 1) % VOCAB if n == 2 else own for n, own in enumerate(OVERSIZED.completions)]
+    changed = [(completion + 1) % VOCAB if n == 2 else completion for n, completion in enumerate(OVERSIZED.completions)]
     before, after = (
         next(packed_logprobs(model, each, max_tokens=400))[1]
         for each in (OVERSIZED, replace(OVERSIZED, completions=changed))

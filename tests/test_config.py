@@ -290,8 +290,8 @@ def test_there_is_a_config_for_every_model():
 def test_config_sets_no_option_to_its_default(name):
     """A YAML shows what differs. A component is one option, because naming it replaces the default as a whole."""
 
-    def compare(own: DictConfig, default: DictConfig) -> None:
-        for key, value in own.items():
+    def compare(config: DictConfig, default: DictConfig) -> None:
+        for key, value in config.items():
             if key in ("sampling", "loss"):
                 compare(value, default[key])
             elif not OmegaConf.is_missing(default, key):

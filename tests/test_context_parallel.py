@@ -105,7 +105,7 @@ def test_token_ranges_do_not_cut_images():
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_mask_of_a_range_is_that_part_of_the_whole_mask(window):
-    tree = PrefixTree.from_sequences([own.tolist() for own in make_rollouts().sequences])
+    tree = PrefixTree.from_sequences([sequence.tolist() for sequence in make_rollouts().sequences])
     whole = dense_mask(tree.end)
     if window is not None:
         whole &= tree.position_ids[:, None] - tree.position_ids[None, :] < window
@@ -124,11 +124,11 @@ def train(name: str, max_tokens: int, prompt_len: int = PROMPT, steps: int = 1, 
     """Return the log-probabilities and gradients of the last of some steps, and the weights after it."""
     with float32_is_float64():
         model, rollouts = make_model(name), make_rollouts(prompt_len)
-        optimizer = torch.optim.SGD([own for own in model.parameters() if own.requires_grad], lr=1e-3)
+        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
         for _ in range(steps):
             update = packed_update(model, rollouts, max_tokens=max_tokens, **options)
             optimizer.step()
-        return update | {f"new {name}": own.detach() for name, own in model.named_parameters()}
+        return update | {f"new {name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def train_on_ranks(rank: int, cases: list[tuple[Any, ...]], steps: int) -> list[dict[str, Tensor]]:
@@ -141,8 +141,8 @@ def train_on_ranks(rank: int, cases: list[tuple[Any, ...]], steps: int) -> list[
 def assert_equal_to_one_rank(size: int, cases: list[tuple[Any, ...]], steps: int = 1) -> None:
     expected = [train(*case, steps=steps) for case in cases]
     for found in run_processes(size, train_on_ranks, cases, steps):
-        for case, own, single in zip(cases, found, expected, strict=True):
-            assert largest_error(own, single) < 1e-12, case
+        for case, of_ranks, single in zip(cases, found, expected, strict=True):
+            assert largest_error(of_ranks, single) < 1e-12, case
 
 
 @pytest.mark.distributed
@@ -194,13 +194,13 @@ def test_ranges_with_a_state_after_one_token_have_no_plan():
     tree = PrefixTree.from_lengths([129], [[300, 300]])  # the prompt's second part is one token
     assert plan_range(tree, [0, 128, 384, tree.padded_length], 0) is None
     plans = [plan_range(tree, [0, 256, tree.padded_length], rank) for rank in range(2)]
-    assert [(own.received, own.sent) for own in plans] == [([], [0, 1]), ([0, 1], [])]
+    assert [(plan.received, plan.sent) for plan in plans] == [([], [0, 1]), ([0, 1], [])]
 
 
 def test_ranges_of_a_cached_prompt_keep_the_state_after_its_last_token():
     prompt = PrefixTree.from_lengths([300], [[1]])
     plans = [plan_range(padded_to(prompt, 4), [0, 128, 256, 384, 512], n, keeps_state=True) for n in range(4)]
-    assert [own.final for own in plans] == [None, None, 2, None]
+    assert [plan.final for plan in plans] == [None, None, 2, None]
 
 
 @pytest.mark.distributed
@@ -219,13 +219,13 @@ def entropy_update(rank: int, group: bool) -> dict[str, Tensor]:
     weights = loss_weights(rollouts)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
-    own = {"max_tokens": WHOLE, "return_entropy": True, "entropy_grad": True, "temperature": 0.7}
-    own |= {"context_parallel": dist.group.WORLD} if group else {}
-    for batch, logprobs, entropies in packed_logprobs(model, rollouts, **own):
+    arguments = {"max_tokens": WHOLE, "return_entropy": True, "entropy_grad": True, "temperature": 0.7}
+    arguments |= {"context_parallel": dist.group.WORLD} if group else {}
+    for batch, logprobs, entropies in packed_logprobs(model, rollouts, **arguments):
         (logprobs * weights[batch.indices] + entropies * weights[batch.indices].flip(0)).sum().backward()
     with torch.no_grad():
-        ((_, scored, _),) = packed_logprobs(model, rollouts, **own)
-        ((_, by_frozen, _),) = packed_logprobs(model.requires_grad_(False), rollouts, **own)
+        ((_, scored, _),) = packed_logprobs(model, rollouts, **arguments)
+        ((_, by_frozen, _),) = packed_logprobs(model.requires_grad_(False), rollouts, **arguments)
     assert torch.equal(scored, logprobs) and torch.equal(by_frozen, logprobs)
     return {"logprobs": logprobs.detach(), "entropies": entropies.detach()} | gradients(model)
 
@@ -273,7 +273,7 @@ def run_snippet(rank: int, page: str, whole_step: bool = False) -> dict[str, Ten
     """Return the gradients of a page's snippet; with `whole_step`, every rank computes the whole step."""
     names: dict[str, Any] = {}
     snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    (snippet,) = (own for own in snippets if "init_process_group" in own)
+    (snippet,) = (snippet for snippet in snippets if "init_process_group" in snippet)
     if whole_step:
         changed = snippet.replace("(model, batches)", "(model, rollouts, max_tokens=16_384)")
         changed = changed.replace("(loss * world_size)", "loss")
@@ -309,12 +309,12 @@ def communication(rank: int, checkpointing: bool) -> dict[str, int]:
     counts: dict[str, int] = {}
 
     def counting(name: str) -> Any:
-        own = getattr(dist, name)
+        original = getattr(dist, name)
 
         def call(out: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
             parts = out if isinstance(out, list) else given
             counts[name] = counts.get(name, 0) + sum(part.numel() for part in parts)
-            return own(out, given, *args, **kwargs)
+            return original(out, given, *args, **kwargs)
 
         return call
 
@@ -351,11 +351,11 @@ def events_of_a_layer(rank: int, max_tokens: int) -> list[str]:
             self.work.wait()
 
     def recording(name: str) -> Any:
-        own = getattr(dist, name)
+        original = getattr(dist, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             events.append(f"start {name}")
-            return Work(name, own(*args, **kwargs))
+            return Work(name, original(*args, **kwargs))
 
         return call
 
@@ -397,7 +397,7 @@ def saved_elements(rank: int, size: int) -> int:
             model, replace(rollouts, loss_mask=rollouts.loss_mask & False), max_tokens=WHOLE, **options
         ):
             pass
-    weights = {own.untyped_storage().data_ptr() for own in model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     return sum(x.numel() for key, x in storages.items() if key not in weights and x.is_floating_point())
 
 
@@ -462,7 +462,7 @@ def broken_loop(rank: int) -> list[str]:
             logprobs.sum().backward()
             break
     dist.destroy_process_group()
-    return [str(own.message) for own in caught if own.category is RuntimeWarning]
+    return [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
 @pytest.mark.distributed

@@ -79,7 +79,7 @@ def texts_in_loss(tokenizer, completion, mask) -> list[str]:
         if in_loss:
             ranges[-1].append(token)
         inside = in_loss
-    return [tokenizer.decode(own) for own in ranges]
+    return [tokenizer.decode(tokens) for tokens in ranges]
 
 
 def render(tokenizer, messages, **options) -> str:
@@ -186,8 +186,8 @@ def as_items(messages) -> list[dict]:
 
 @pytest.mark.parametrize("per_turn", [False, True])
 def test_items_of_the_responses_api_give_the_rollouts_of_messages(tokenizer, conversations, per_turn):
-    others = [replace(own, messages=as_items(own.messages)) for own in conversations]
-    ours, expected = (conversation_rollouts(own, tokenizer, per_turn=per_turn)[0] for own in (others, conversations))
+    others = [replace(conversation, messages=as_items(conversation.messages)) for conversation in conversations]
+    ours, expected = (conversation_rollouts(rows, tokenizer, per_turn=per_turn)[0] for rows in (others, conversations))
     assert all(torch.equal(*each) for each in zip(ours.sequences, expected.sequences, strict=True))
     assert torch.equal(ours.loss_mask, expected.loss_mask)
     assert torch.equal(ours.group_ids, expected.group_ids)
@@ -267,7 +267,7 @@ def test_equal_prompts_share_a_group_and_tasks_are_compared_by_group_ids(tokeniz
 
 
 def test_tree_of_all_turns_has_the_tokens_of_whole_conversations(tokenizer, conversations):
-    whole, turns = (conversation_rollouts(conversations, tokenizer, per_turn=own)[0] for own in (False, True))
+    whole, turns = (conversation_rollouts(conversations, tokenizer, per_turn=per_turn)[0] for per_turn in (False, True))
     assert whole.tree.num_tokens == turns.tree.num_tokens == distinct_prefixes(whole.sequences)
     policy = len(tokenizer.apply_chat_template(conversations[0].messages[:1], tokenize=True, return_dict=False))
     assert whole.tree.num_tokens <= whole.tree.baseline_tokens - 3 * policy
@@ -383,8 +383,8 @@ def test_update_on_real_conversations_equals_baseline(tokenizer, conversations, 
     table = torch.zeros_like(expected_logprobs)
     assert len(pack(rollouts, 16384)) < len(rollouts)
     for batch, logprobs in flexpg.packed_logprobs(model, rollouts, max_tokens=16384):
-        own, mask = advantages[batch.indices], batch.loss_mask
-        flexpg.grpo_loss(logprobs, own, mask, total_tokens=rollouts.num_loss_tokens).backward()
+        values, mask = advantages[batch.indices], batch.loss_mask
+        flexpg.grpo_loss(logprobs, values, mask, total_tokens=rollouts.num_loss_tokens).backward()
         table[batch.indices, : mask.shape[1]] = logprobs.detach()
     assert (table - expected_logprobs).abs().max() < 1e-10
     assert max(relative_error(p.grad, expected[name]) for name, p in model.named_parameters()) < 1e-9

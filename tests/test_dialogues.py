@@ -39,12 +39,12 @@ class Script:
         self.seeds: list[int] = []
 
     def __call__(self, prompts: Sequence[Tensor], group_size: int, seeds: Sequence[int]) -> Samples:
-        own = [self.texts.pop(0) for _ in range(len(prompts) * group_size)]
+        drawn = [self.texts.pop(0) for _ in range(len(prompts) * group_size)]
         self.seeds += seeds
         stop = self.tokenizer.stop_tokens[:1]
-        tokens = [torch.tensor(self.tokenizer.encode(text) + stop * (not text.endswith("..."))) for text in own]
-        logprobs = torch.zeros(len(own), max(map(len, tokens), default=0))
-        return Samples(tokens, logprobs, torch.tensor([not text.endswith("...") for text in own]))
+        tokens = [torch.tensor(self.tokenizer.encode(text) + stop * (not text.endswith("..."))) for text in drawn]
+        logprobs = torch.zeros(len(drawn), max(map(len, tokens), default=0))
+        return Samples(tokens, logprobs, torch.tensor([not text.endswith("...") for text in drawn]))
 
 
 def tool(messages: list, problem: Problem) -> tuple[list, float]:
@@ -129,9 +129,9 @@ def test_episodes_of_a_group_end_at_different_turns():
         "one",
     ]  # the first turns of four episodes, then two second ones
     group, script = played(ByteTokenizer(), texts, group_size=4, max_turns=2, prompt_format="plain")
-    assert [len(own.turns) for own in group] == [2, 1, 1, 2]
-    assert [own.reward for own in group] == [0.125 + 1.0, 1.0, 0.125, 0.25]
-    assert [own.is_finished for own in group] == [True, True, False, True]
+    assert [len(episode.turns) for episode in group] == [2, 1, 1, 2]
+    assert [episode.reward for episode in group] == [0.125 + 1.0, 1.0, 0.125, 0.25]
+    assert [episode.is_finished for episode in group] == [True, True, False, True]
     assert len(set(script.seeds)) == 3  # of the problem, and of each second turn
 
 
@@ -228,11 +228,11 @@ def test_parsing_tool_calls_changes_no_token():
     texts = [f"{thought}{CALLS['qwen3']}", f"{thought}It costs 3."]
     parsing, plain = parsing_tokenizer("qwen3"), parsing_tokenizer("qwen3")
     plain.tokenizer.response_template = None
-    (own, seen), (other, seen_as_text) = conversation(parsing, texts), conversation(plain, texts)
+    (parsed, seen), (other, seen_as_text) = conversation(parsing, texts), conversation(plain, texts)
     assert seen[0][-1]["tool_calls"] and seen_as_text[0][-1]["content"] == texts[0]
-    for turn, expected in zip(own.turns, other.turns, strict=True):
+    for turn, expected in zip(parsed.turns, other.turns, strict=True):
         assert torch.equal(turn.prompt, expected.prompt) and torch.equal(turn.completion, expected.completion)
-    first, second = own.turns
+    first, second = parsed.turns
     sampled = torch.cat([first.prompt, first.completion])
     assert torch.equal(second.prompt[: len(sampled)], sampled)
 
@@ -343,15 +343,15 @@ def qwen3_folder(tmp_path_factory):
 
 
 def test_functions_are_tools_of_prompt_and_environment(qwen3_folder):
-    own = causal_lm.tokenizer(qwen3_folder, tools=["test_dialogues.add"])
-    prompt = own.decode_all(prompt_tokens(own, PROBLEM.prompt, "chat"))
+    loaded = causal_lm.tokenizer(qwen3_folder, tools=["test_dialogues.add"])
+    prompt = loaded.decode_all(prompt_tokens(loaded, PROBLEM.prompt, "chat"))
     assert '"name": "add"' in prompt and "Add two numbers." in prompt
     environment = build_environment({"_component_": "flexpg.training.tools.Tools", "functions": ["test_dialogues.add"]})
     called = [("add", {"a": 6, "b": 7}), ("add", {"a": 6}), ("remove", {})]
     calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in called]
     message = {"role": "assistant", "content": "", "tool_calls": calls}
     found, reward = environment.begin(PROBLEM)([message])
-    sum_, missing, unknown = (own["content"] for own in found)
+    sum_, missing, unknown = (message["content"] for message in found)
     assert (sum_, reward) == ("13", 0.0)
     assert missing.startswith("error: TypeError") and unknown == "error: there is no tool remove, the tools are add"
     assert environment.begin(PROBLEM)([{"role": "assistant", "content": "13"}]) == ([], 0.0)
@@ -371,6 +371,6 @@ def test_wrong_or_missing_response_template_raises_value_error(qwen3_folder, tmp
 
 def test_template_options_of_a_configuration_are_plain_objects(qwen3_folder):
     tools = [{"type": "function", "function": {"name": "price", "parameters": {"type": "object"}}}]
-    own = causal_lm.tokenizer(qwen3_folder, template_options=OmegaConf.create({"tools": tools}))
-    assert own.template_options == {"tools": tools} and type(own.template_options["tools"][0]) is dict
-    assert '"name": "price"' in own.decode_all(prompt_tokens(own, PROBLEM.prompt, "chat"))
+    loaded = causal_lm.tokenizer(qwen3_folder, template_options=OmegaConf.create({"tools": tools}))
+    assert loaded.template_options == {"tools": tools} and type(loaded.template_options["tools"][0]) is dict
+    assert '"name": "price"' in loaded.decode_all(prompt_tokens(loaded, PROBLEM.prompt, "chat"))

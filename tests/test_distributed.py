@@ -112,9 +112,9 @@ def raise_together(rank: int) -> list[Any]:
 def test_raise_together_names_the_first_rank_and_keeps_each_ranks_own_error():
     one = "rank 1 of 3 raised KeyError: 'no such\\nname'"
     first = "rank 0 of 3 raised OSError: [Errno 28] No space left"
-    own = [("NoneType", "OSError"), ("KeyError", "ValueError"), ("NoneType", "NoneType")]
+    expected = [("NoneType", "OSError"), ("KeyError", "ValueError"), ("NoneType", "NoneType")]
     assert run_processes(3, raise_together) == [
-        ["no error", ("RankError", one, second), ("RankError", first, third)] for second, third in own
+        ["no error", ("RankError", one, second), ("RankError", first, third)] for second, third in expected
     ]
     assert run_processes(1, raise_together) == [
         ["no error", "no error", ("OSError", "[Errno 28] No space left", "NoneType")]

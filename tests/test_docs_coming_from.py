@@ -29,7 +29,7 @@ def missing(options: list[str]) -> list[str]:
     for option in options:
         first, _, second = option.partition(".")
         owner = NESTED[first] if second else GRPOConfig
-        if (second or first) not in {own.name for own in fields(owner)}:
+        if (second or first) not in {field.name for field in fields(owner)}:
             found.append(option)
     return found
 
@@ -45,7 +45,7 @@ def test_options_of_the_recipe_exist(table, least):
 def test_options_of_trl_exist():
     trl = pytest.importorskip("trl")
     options = columns("trl")[0][1:]  # without the header
-    known = {own.name for own in fields(trl.GRPOConfig)}
+    known = {field.name for field in fields(trl.GRPOConfig)}
     assert len(options) >= 30
     assert set(options) <= known and "num_generation" not in known
 

@@ -25,8 +25,8 @@ def messages() -> set[str]:
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Raise) or called in ("warnings.warn", "sys.exit", "print"):
                 inside = [*ast.walk(node)]
-                parts = [id(part) for own in inside if isinstance(own, ast.JoinedStr) for part in own.values]
-                found |= {text_of(own) for own in inside if id(own) not in parts}
+                parts = [id(part) for node in inside if isinstance(node, ast.JoinedStr) for part in node.values]
+                found |= {text_of(node) for node in inside if id(node) not in parts}
     return found
 
 

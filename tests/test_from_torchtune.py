@@ -329,7 +329,7 @@ def test_translate_names_rewards_after_their_components(tmp_path):
     given.reward_functions = [{"_component_": kind, "n": n} for n, kind in enumerate(kinds)]
     OmegaConf.save(given, tmp_path / "theirs.yaml")
     rewards = loaded(translate(tmp_path / "theirs.yaml", 1))["rewards"]
-    assert {name: own["n"] for name, own in rewards.items()} == {
+    assert {name: reward["n"] for name, reward in rewards.items()} == {
         "format": 0,
         "format_2": 1,
         "batched": 2,

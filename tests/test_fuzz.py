@@ -77,15 +77,15 @@ def test_fuzz_from_groups_keeps_order_and_merges_nothing(drawn):
     tree = PrefixTree.from_groups(prompts, completions)
     packed, at_prompts, at_completions = [], [], []  # all tokens, and the packed indices of each segment
     for prompt, group in zip(prompts, completions, strict=True):
-        for tokens, found in [(prompt, at_prompts), *((own, at_completions) for own in group)]:
+        for tokens, found in [(prompt, at_prompts), *((at, at_completions) for at in group)]:
             found.append(list(range(len(packed), len(packed) + len(tokens))))
             packed += tokens
     assert tree.tokens[: tree.num_tokens].tolist() == packed
     # If every token were another one, larger than those before it, a trie would merge nothing and keep the order.
     prompt_of = [prompt for prompt, group in zip(at_prompts, completions, strict=True) for _ in group]
-    sequences = [prompt + own for prompt, own in zip(prompt_of, at_completions, strict=True)]
-    own = iter(at_completions)
-    assert_is_trie(PrefixTree.from_groups(at_prompts, [[next(own) for _ in group] for group in completions]), sequences)
+    sequences = [prompt + completion for prompt, completion in zip(prompt_of, at_completions, strict=True)]
+    it = iter(at_completions)
+    assert_is_trie(PrefixTree.from_groups(at_prompts, [[next(it) for _ in group] for group in completions]), sequences)
     bare = PrefixTree.from_lengths(list(map(len, prompts)), [list(map(len, group)) for group in completions])
     for name in ("end", "node", "lengths", "position_ids", "parent", "segments"):
         assert torch.equal(getattr(bare, name), getattr(tree, name))
@@ -165,11 +165,11 @@ def over_ranges(tree: PrefixTree, hidden: Tensor, borders: list[int], cached: di
         assert set(ranged) == {None}
         return None
     outputs, handed_on = [], {}
-    for own, (start, stop) in zip(ranged, pairwise(borders), strict=True):
-        assert own.received == list(handed_on)
+    for ranged_plan, (start, stop) in zip(ranged, pairwise(borders), strict=True):
+        assert ranged_plan.received == list(handed_on)
         kept = cached | handed_on
-        outputs.append(_run(own.plan, halving_sum, hidden[:, start:stop], kept))
-        handed_on = {segment: kept[segment] for segment in own.sent}
+        outputs.append(_run(ranged_plan.plan, halving_sum, hidden[:, start:stop], kept))
+        handed_on = {segment: kept[segment] for segment in ranged_plan.sent}
     return torch.cat(outputs, 1)
 
 
@@ -178,7 +178,7 @@ def over_ranges(tree: PrefixTree, hidden: Tensor, borders: list[int], cached: di
 def test_fuzz_recurrent_layer_over_segments_and_ranges_matches_a_loop(sequences, prompt_len, is_cached, seed, data):
     first, cached = 0, {}
     if is_cached:
-        tree = PrefixTree.from_sequences([[2] * prompt_len + own for own in sequences])
+        tree = PrefixTree.from_sequences([[2] * prompt_len + sequence for sequence in sequences])
         first = padded_length(prompt_len)
         tree = _with_padded_prefix(tree, prompt_len, first)
     else:
@@ -201,8 +201,8 @@ def test_fuzz_recurrent_layer_over_segments_and_ranges_matches_a_loop(sequences,
 
 def size_of(drawn: Rollouts, indices: list[int], sharing: bool) -> int:
     """Return the tokens of a packed sequence."""
-    own = [drawn.sequences[n] for n in indices]
-    return num_nodes(own) if sharing else sum(map(len, own))
+    sequences = [drawn.sequences[n] for n in indices]
+    return num_nodes(sequences) if sharing else sum(map(len, sequences))
 
 
 def assert_is_packed(batches: list[MicroBatch], drawn: Rollouts, chosen: list[int], budget: int, sharing: bool) -> None:
@@ -210,14 +210,14 @@ def assert_is_packed(batches: list[MicroBatch], drawn: Rollouts, chosen: list[in
     busy = [batch for batch in batches if not batch.is_idle]
     assert sorted(n for batch in busy for n in batch.indices.tolist()) == sorted(chosen)
     for batch in batches:
-        own, indices = batch.rollouts.sequences, batch.indices.tolist()
+        sequences, indices = batch.rollouts.sequences, batch.indices.tolist()
         packed = [batch.tree.tokens[node[node >= 0]] for node in batch.tree.node]
-        assert all(map(torch.equal, packed, own)) and len(packed) == len(own)
+        assert all(map(torch.equal, packed, sequences)) and len(packed) == len(sequences)
         if batch.is_idle:
             assert not batch.loss_mask.any() and not batch.cached_tokens
             continue
         assert size_of(drawn, indices, sharing) <= budget
-        assert all(map(torch.equal, own, (drawn.sequences[n] for n in indices)))
+        assert all(map(torch.equal, sequences, (drawn.sequences[n] for n in indices)))
         assert torch.equal(batch.loss_mask, drawn.loss_mask[indices, : batch.loss_mask.shape[1]])
     for group in range(drawn.num_groups):
         members = {n for n in chosen if drawn.group_ids[n] == group}
@@ -268,8 +268,8 @@ def correction(gaps: dict[int, float], mode: str) -> dict[int, float]:
 def vespo_weight(log_ratios: dict[int, float], weights: dict[int, float], advantage: float) -> float:
     """Return phi of a rollout."""
     lowest = math.log(1e-8)
-    log_w = sum(min(max(own, -20.0), 20.0) for own in log_ratios.values())
-    log_w += sum(max(math.log(own), lowest) if own else lowest for own in weights.values())
+    log_w = sum(min(max(value, -20.0), 20.0) for value in log_ratios.values())
+    log_w += sum(max(math.log(value), lowest) if value else lowest for value in weights.values())
     log_w = min(max(log_w, lowest), 20.0)
     k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
     return math.exp(decay + k * log_w - decay * math.exp(log_w))
@@ -354,8 +354,8 @@ def test_fuzz_grpo_loss_of_micro_batches_sums_to_a_python_loop(batch, options, d
     cut = data.draw(st.integers(0, len(order) - 1), label="cut")
     totals = {"total_tokens": batch["loss_mask"].sum(), "total_rollouts": len(gradient)}
     parts = [loss_and_gradient(batch, part, **totals, **options) for part in (order[:cut], order[cut:]) if part]
-    assert sum(own for own, _ in parts) == pytest.approx(loss, rel=1e-12, abs=1e-12)
-    assert_close(torch.cat([own for _, own in parts]), whole[1])
+    assert sum(value for value, _ in parts) == pytest.approx(loss, rel=1e-12, abs=1e-12)
+    assert_close(torch.cat([gradient for _, gradient in parts]), whole[1])
 
 
 def standard_deviation(values: list[Fraction]) -> float:
@@ -381,9 +381,9 @@ def test_fuzz_group_advantages_match_exact_fractions(drawn, scale_rewards, preci
     rewards, expected = rewards.to(dtype), []
     exact = list(map(Fraction, rewards.tolist()))
     for (group, _), reward in zip(drawn, exact, strict=True):
-        own = [other for (its, _), other in zip(drawn, exact, strict=True) if its == group]
-        scale = {"none": 1.0, "group": standard_deviation(own) + 1e-4, "batch": standard_deviation(exact) + 1e-4}
-        expected.append(float(reward - sum(own) / len(own)) / scale[scale_rewards])
+        of_group = [other for (its, _), other in zip(drawn, exact, strict=True) if its == group]
+        scale = {"none": 1.0, "group": standard_deviation(of_group) + 1e-4, "batch": standard_deviation(exact) + 1e-4}
+        expected.append(float(reward - sum(of_group) / len(of_group)) / scale[scale_rewards])
 
     def advantages(order: list[int]) -> Tensor:
         one_prompt = Rollouts([torch.tensor([1])], [torch.tensor([2])] * len(order), 0 * ids, rewards[order])
@@ -449,7 +449,7 @@ def test_fuzz_packed_logprobs_and_gradients_match_baseline(name, drawn, room, wo
     model.zero_grad()
     batches = pack(drawn, max(map(len, sequences)) + room, world_size=world_size)
     by_rank = ([batch for batch in batches if batch.rank == rank] for rank in range(world_size))
-    for batch, logprobs in (pair for own in by_rank for pair in flexpg.packed_logprobs(model, own)):
+    for batch, logprobs in (pair for batches in by_rank for pair in flexpg.packed_logprobs(model, batches)):
         (logprobs * weights[batch.indices, : logprobs.shape[1]]).sum().backward()
         if not batch.is_idle:
             table[batch.indices] = F.pad(logprobs.detach(), (0, expected.shape[1] - logprobs.shape[1]))
@@ -509,7 +509,7 @@ def test_fuzz_read_rollouts_reads_what_was_written(tmp_path_factory, drawn, end,
     assert len(names) == len(pairs)
     prompts = [found.prompts[group].tolist() for group in found.group_ids.tolist()]
     assert prompts == [token_ids(prompt) for prompt, _ in pairs]
-    assert [own.tolist() for own in found.completions] == [token_ids(own) for _, own in pairs]
+    assert [tokens.tolist() for tokens in found.completions] == [token_ids(tokens) for _, tokens in pairs]
     assert len({tuple(prompt) for prompt in prompts}) == found.num_groups
     assert torch.equal(found.loss_mask, found.completion_mask)
 

@@ -43,16 +43,16 @@ def measured(model: nn.Module, rollouts: Rollouts) -> int:
 def without_vision(model: nn.Module, rollouts: Rollouts, trained: bool) -> int:
     """Return the same with the vision encoder's output given."""
     kept = {}
-    own = model.model.get_image_features
+    original = model.model.get_image_features
 
     def keep(*args: Any, **kwargs: Any) -> Any:
-        kept["out"] = own(*args, **kwargs)
+        kept["out"] = original(*args, **kwargs)
         return kept["out"]
 
     def leaf(features: Any) -> Any:
         if isinstance(features, Tensor):
             return features.detach().requires_grad_(trained)
-        return [leaf(own) for own in features]
+        return [leaf(feature) for feature in features]
 
     model.model.get_image_features = keep
     measured(model, rollouts)

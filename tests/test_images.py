@@ -64,7 +64,7 @@ def weights_of(rollouts: Rollouts) -> Tensor:
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def shared(model: nn.Module, rollouts: Rollouts, max_tokens: int, group=None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,7 +101,7 @@ def assert_equal(
     rounds = name == "qwen3_5_vl"
     assert (values[0] - expected[0]).abs().max() < (1e-6 if rounds else 1e-12)
     assert list(values[1]) == list(expected[1])
-    largest = max(own.norm() for own in expected[1].values())
+    largest = max(gradient.norm() for gradient in expected[1].values())
     for path, truth in expected[1].items():
         bound = 2e-4 if rounds else 1e-6 if "visual" in path or name == "gemma4_vl" else 1e-11
         scale = truth.norm() if truth.norm() > 1e-8 * largest else largest  # a key's bias, which a softmax ignores
@@ -201,14 +201,14 @@ def test_frozen_tower_gets_no_gradient_and_the_rest_equals_baseline():
 def test_self_check_with_images_passes(name):
     model = flexpg.enable(hf.tiny_model(name))
     rollouts = rollouts_of(with_images(name, SYSTEM, Picture(1), tokens(6, 2)), with_images(name, tokens(8, 3)))
-    inputs = [None if own is None else in_float32(own) for own in rollouts.prompt_inputs]
+    inputs = [None if given is None else in_float32(given) for given in rollouts.prompt_inputs]
     assert self_check(model, replace(rollouts, prompt_inputs=inputs), max_tokens=400).rollouts == 3
 
 
 def in_float32(inputs: flexpg.prompt_inputs.PromptInputs) -> flexpg.prompt_inputs.PromptInputs:
     items = [
-        replace(own, tensors={key: x.float() if x.is_floating_point() else x for key, x in own.tensors.items()})
-        for own in inputs.items
+        replace(item, tensors={key: x.float() if x.is_floating_point() else x for key, x in item.tensors.items()})
+        for item in inputs.items
     ]
     return replace(inputs, items=tuple(items))
 
@@ -266,7 +266,7 @@ def test_tiles_of_zeros_are_padding():
     ids, given = with_images("smolvlm", SYSTEM, SQUARE, tokens(6, 2))
     padded = {key: torch.cat([x, torch.zeros_like(x)], 1) for key, x in given.items() if key.startswith("pixel")}
     first, second = rollouts_of((ids, given), (ids, given | padded)).prompt_inputs
-    assert [own.identity for own in first.items] == [own.identity for own in second.items]
+    assert [item.identity for item in first.items] == [item.identity for item in second.items]
 
 
 def test_inputs_of_several_reads_are_compared_by_pixels():
@@ -274,11 +274,11 @@ def test_inputs_of_several_reads_are_compared_by_pixels():
         rollouts_of(with_images("gemma3_vl", SYSTEM, picture, tokens(6, 2))) for picture in (SQUARE, OTHER, SQUARE)
     )
     together = Rollouts(
-        prompts=[own.prompts[0] for own in (first, second, third)],
+        prompts=[each.prompts[0] for each in (first, second, third)],
         completions=[*first.completions, *second.completions, *third.completions],
         group_ids=torch.arange(3).repeat_interleave(3),
         rewards=torch.zeros(9),
-        prompt_inputs=tuple(pickle.loads(pickle.dumps(own.prompt_inputs[0])) for own in (first, second, third)),
+        prompt_inputs=tuple(pickle.loads(pickle.dumps(each.prompt_inputs[0])) for each in (first, second, third)),
     )
     node = together.tree.node
     length = len(first.prompts[0])
@@ -287,8 +287,8 @@ def test_inputs_of_several_reads_are_compared_by_pixels():
 
 def test_method_that_a_user_has_replaced_is_kept():
     model = flexpg.enable(hf.tiny_model("gemma3_vl").double())
-    own, calls = model.model.get_image_features, []
-    model.model.get_image_features = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    original, calls = model.model.get_image_features, []
+    model.model.get_image_features = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     for _ in range(2):
         shared(model, mixed_rollouts("gemma3_vl"), max_tokens=500)
     assert len(calls) == 2
@@ -405,9 +405,9 @@ def test_token_types_of_breaks_and_marks_are_not_placeholders(order):
     if order == "marks around the image":
         ids, types = [3, 7, IMAGE, IMAGE, IMAGE, IMAGE, 8, 4], [0, 1, 1, 1, 1, 1, 1, 0]
     given = {"pixel_values": torch.ones(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])}
-    (own,) = rollouts_of((ids, given | {"mm_token_type_ids": types})).prompt_inputs
-    assert own.items[0].num_tokens == 4
-    assert np.flatnonzero(own.item >= 0).tolist() == [n for n, token in enumerate(ids) if token == IMAGE]
+    (prompt_inputs,) = rollouts_of((ids, given | {"mm_token_type_ids": types})).prompt_inputs
+    assert prompt_inputs.items[0].num_tokens == 4
+    assert np.flatnonzero(prompt_inputs.item >= 0).tolist() == [n for n, token in enumerate(ids) if token == IMAGE]
 
 
 def test_model_type_that_was_not_measured_with_images_warns(monkeypatch):
@@ -448,7 +448,7 @@ def test_images_with_other_tensors_are_refused():
 def test_list_of_tensors_is_stacked_or_refused():
     ids, given = with_images("gemma3_vl", SYSTEM, SQUARE, OTHER, tokens(3, 2))
     as_list = given | {"pixel_values": list(given["pixel_values"])}
-    (first,), (second,) = (rollouts_of((ids, own)).prompt_inputs for own in (given, as_list))
+    (first,), (second,) = (rollouts_of((ids, one)).prompt_inputs for one in (given, as_list))
     assert torch.equal(first.items[1].tensors["pixel_values"], second.items[1].tensors["pixel_values"])
     uneven = given | {"pixel_values": [torch.ones(3, 28, 28), torch.ones(3, 28, 56)]}
     with pytest.raises(ValueError, match='list of tensors; call the processor with return_tensors="pt"'):
@@ -556,7 +556,7 @@ def sharded_update(rank: int, tower_too: bool) -> dict[str, Tensor] | str:
             (weights[batch.indices, : logprobs.shape[1]] * logprobs).sum().backward()
     except TypeError as error:
         return str(error)
-    return {path: own.grad.full_tensor() * 2 for path, own in model.named_parameters() if own.grad is not None}
+    return {path: value.grad.full_tensor() * 2 for path, value in model.named_parameters() if value.grad is not None}
 
 
 def two_ranks() -> Rollouts:

@@ -91,8 +91,8 @@ def own_imports(module: str) -> set[str]:
     """Return the modules of flexpg that a module of flexpg imports."""
     names = set(imported(FILES[module]))
     assert "flexpg" not in names or module == "__main__", f"{module} imports from the package root"
-    own = {name.removeprefix("flexpg.") for name in names if name.startswith("flexpg.")}
-    return {name for name in own if (module, name) not in DISPATCH}
+    ours = {name.removeprefix("flexpg.") for name in names if name.startswith("flexpg.")}
+    return {name for name in ours if (module, name) not in DISPATCH}
 
 
 def rank(module: str) -> int:

@@ -231,12 +231,12 @@ def run_update(model: nn.Module, step: Step, setting: Setting, shared: Iterable[
                 parameter.grad = None
         tables[name] = torch.zeros(mask.shape, dtype=torch.float64)
         with torch.set_grad_enabled(name == "policy" and setting.backend != "flex"):
-            for own, logprobs in score(model, rollouts, MAX_TOKENS.get(setting.tree, 400) if name in shared else None):
-                own_mask = mask[own, : logprobs.shape[1]]
-                tables[name][own, : logprobs.shape[1]] = logprobs.detach().where(own_mask, 0).double()
+            for at, logprobs in score(model, rollouts, MAX_TOKENS.get(setting.tree, 400) if name in shared else None):
+                own_mask = mask[at, : logprobs.shape[1]]
+                tables[name][at, : logprobs.shape[1]] = logprobs.detach().where(own_mask, 0).double()
                 if name == "policy":
-                    old, ref = (tables[other][own, : logprobs.shape[1]].to(logprobs) for other in PASSES[:2])
-                    advantages = rollouts.rewards[own]
+                    old, ref = (tables[other][at, : logprobs.shape[1]].to(logprobs) for other in PASSES[:2])
+                    advantages = rollouts.rewards[at]
                     own_loss = grpo_loss(logprobs, advantages, own_mask, **options, old_logprobs=old, ref_logprobs=ref)
                     loss += own_loss.detach()
                     if own_loss.requires_grad:
@@ -350,7 +350,7 @@ def test_update_in_another_process_is_bitwise_identical():
 @pytest.mark.parametrize("make", [partial(tiny_model, "llama3_2"), partial(hf.tiny_model, "llama")])
 def test_changed_completion_leaves_other_rollouts_bitwise_identical(make):
     model, rollouts = flexpg.enable(make()), rollouts_of("groups", 0)
-    changed = [(own + 1) % VOCAB if n == 1 else own for n, own in enumerate(rollouts.completions)]
+    changed = [(completion + 1) % VOCAB if n == 1 else completion for n, completion in enumerate(rollouts.completions)]
     before, after = (
         next(packed_logprobs(model, each, max_tokens=400))[1]
         for each in (rollouts, replace(rollouts, completions=changed))

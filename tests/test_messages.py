@@ -167,7 +167,7 @@ def text_item(text: str, **fields) -> dict:
 def converted_items(*items: dict) -> list[dict]:
     """Convert items, and leave out what templates do not read."""
     unread = ("type", "id", "status")
-    return [{k: v for k, v in own.items() if k not in unread} for own in template_messages(list(items))]
+    return [{k: v for k, v in message.items() if k not in unread} for message in template_messages(list(items))]
 
 
 def test_items_of_one_turn_are_one_message():
@@ -200,9 +200,9 @@ def test_texts_one_after_another_and_reasoning_after_text_begin_messages():
 
 def test_items_of_a_message_have_its_weight():
     context = {"weight": 0}
-    thought, own, call = THOUGHT | context, text_item("a", **context), CALL_ITEM | context
+    thought, written, call = THOUGHT | context, text_item("a", **context), CALL_ITEM | context
     expected = assistant(content="a", tool_calls=[CALL], weight=0, **REASONED)
-    assert converted_items(thought, own, call) == [expected]
+    assert converted_items(thought, written, call) == [expected]
     assert converted_items(THOUGHT | {"weight": None}, text_item("a", weight=None)) == [
         assistant(content="a", **REASONED)
     ]

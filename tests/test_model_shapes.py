@@ -215,8 +215,8 @@ def test_total_flops_with_attention_kernels_equal_flop_counter(checkpointing):
     if checkpointing:
         checkpointed(model)
     work = baseline_work(tree), packed_work(tree)
-    for update, own in zip(updates(model, PROMPT, COMPLETION, GROUP), work, strict=True):
-        flops = update_flops(own, GROUP * COMPLETION, shape_of(model), activation_checkpointing=checkpointing)
+    for update, done in zip(updates(model, PROMPT, COMPLETION, GROUP), work, strict=True):
+        flops = update_flops(done, GROUP * COMPLETION, shape_of(model), activation_checkpointing=checkpointing)
         assert flops.total == flops_of(update)
 
 

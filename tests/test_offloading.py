@@ -113,10 +113,10 @@ def test_run_with_activation_offloading_is_bitwise_identical(tmp_path, copies, r
 @pytest.mark.parametrize("config", ["tiny_cpu", "tiny_transformers_cpu"])
 def test_recipe_that_recomputes_layers_offloads_their_inputs_only(tmp_path, copies, config):
     mib = []
-    for own in ("false", "true"):
+    for on in ("false", "true"):
         copies.clear()
-        options = ["num_steps=1", f"activation_checkpointing={own}", "activation_offloading=true"]
-        train(make(tmp_path / own, *OPTIONS, *options, config=f"recipes/configs/{config}.yaml"))
+        options = ["num_steps=1", f"activation_checkpointing={on}", "activation_offloading=true"]
+        train(make(tmp_path / on, *OPTIONS, *options, config=f"recipes/configs/{config}.yaml"))
         mib.append(sum(tensor.nbytes for tensor in copies) / 2**20)
     assert 0 < mib[1] < mib[0] / 4
 
@@ -135,7 +135,7 @@ def train_on_rank(rank: int, output_dir: Path, option: str) -> tuple[dict[str, T
 @pytest.mark.distributed
 def test_fsdp_run_with_activation_offloading_is_bitwise_identical(tmp_path):
     found = [
-        run_processes(2, train_on_rank, tmp_path / own, f"activation_offloading={own}")[0] for own in ("true", "false")
+        run_processes(2, train_on_rank, tmp_path / on, f"activation_offloading={on}")[0] for on in ("true", "false")
     ]
     (ours, copied), (theirs, none) = found
     assert copied > 20 and none == 0

@@ -167,8 +167,8 @@ def test_packed_logprobs_entropy_gradient_matches_baseline(name, max_tokens):
         )
         at = rollouts.prompt_lens[n] + steps
         scores = logits[at - 1].log_softmax(-1)  # [steps, V]
-        own = scores.gather(-1, sequence[at, None])[:, 0]
-        ((own * weights[n, steps]).sum() - coef * torch.special.entr(scores.exp()).sum() / total).backward()
+        chosen = scores.gather(-1, sequence[at, None])[:, 0]
+        ((chosen * weights[n, steps]).sum() - coef * torch.special.entr(scores.exp()).sum() / total).backward()
     expected = gradients(baseline)
     model.zero_grad()
     for batch, *scored in packed_logprobs(

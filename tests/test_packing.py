@@ -83,8 +83,8 @@ def test_pack_idle_micro_batch_is_of_another_ranks_rollout():
     for seed in range(100):
         batches = pack(random_rollouts(seed), random.Random(seed).randint(32, 120), world_size=3)
         for idle in (batch for batch in batches if batch.is_idle):
-            own = [batch for batch in busy(batches) if batch.rank == idle.rank]
-            assert idle.indices.item() not in torch.cat([torch.tensor([]), *(batch.indices for batch in own)])
+            of_rank = [batch for batch in busy(batches) if batch.rank == idle.rank]
+            assert idle.indices.item() not in torch.cat([torch.tensor([]), *(batch.indices for batch in of_rank)])
             num_idle += 1
     assert num_idle > 30
 
@@ -109,9 +109,9 @@ def test_pack_indices_packs_a_part_as_if_it_were_all():
     for seed in range(50):
         rollouts, rng = random_rollouts(seed), random.Random(seed)
         chosen = sorted(rng.sample(range(len(rollouts)), rng.randint(1, len(rollouts))))
-        part, own = pack(rollouts, 60, world_size=3, indices=chosen), pack(rollouts.select(chosen), 60, world_size=3)
-        assert indices_of(part) == [[chosen[i] for i in indices] for indices in indices_of(own)]
-        assert all(torch.equal(a.tree.end, b.tree.end) for a, b in zip(part, own, strict=True))
+        part, alone = pack(rollouts, 60, world_size=3, indices=chosen), pack(rollouts.select(chosen), 60, world_size=3)
+        assert indices_of(part) == [[chosen[i] for i in indices] for indices in indices_of(alone)]
+        assert all(torch.equal(a.tree.end, b.tree.end) for a, b in zip(part, alone, strict=True))
     with pytest.raises(ValueError, match=r"indices must be from 0 to \d, each at most once, got \[0, 1, 0\]"):
         pack(rollouts, 60, indices=[0, 1, 0])
     for wrong in ([len(rollouts)], [-1]):
@@ -206,7 +206,7 @@ def test_by_cache_is_alike_on_all_ranks_and_fits_the_budget(world_size):
         rollouts, max_tokens = random_rollouts(seed), random.Random(seed).randint(32, 60)
         batches = pack(rollouts, max_tokens, world_size=world_size)
         by_rank = [by_cache(batch for batch in batches if batch.rank == rank) for rank in range(world_size)]
-        assert len({tuple(map(len, own)) for own in by_rank}) == 1
+        assert len({tuple(map(len, of_rank)) for of_rank in by_rank}) == 1
         assert sum(map(len, by_cache(batches))) == len(batches)
         for series in by_cache(batches):
             sizes.add(len(series))
@@ -342,7 +342,7 @@ def conversations(count: int, turns: int) -> Rollouts:
             history = pairs[-1][0] + pairs[-1][1]
     rng.shuffle(pairs)
     prompts, completions = zip(*pairs, strict=True)
-    return Rollouts.from_groups(prompts, [[own] for own in completions], [[1.0]] * len(pairs))
+    return Rollouts.from_groups(prompts, [[completion] for completion in completions], [[1.0]] * len(pairs))
 
 
 def test_pack_shuffled_conversations_are_within_5_percent_of_optimal():

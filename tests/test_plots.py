@@ -46,8 +46,8 @@ def test_token_colors_are_white_exactly_where_the_mask_is_false():
 
 def test_colors_tell_tokens_of_several_sequences_from_tokens_of_one():
     is_shared = (plots._colors(FOREST) == to_rgb(palette.PROMPT)).all(-1)
-    own = [(sequence.unique(), n) for n, sequence in enumerate(FOREST.node)]
-    sequences = sum((torch.arange(FOREST.num_tokens)[:, None] == nodes).any(1).int() for nodes, _ in own)
+    nodes_of = [(sequence.unique(), n) for n, sequence in enumerate(FOREST.node)]
+    sequences = sum((torch.arange(FOREST.num_tokens)[:, None] == nodes).any(1).int() for nodes, _ in nodes_of)
     assert (is_shared == (sequences > 1).numpy()).all() and 0 < is_shared.sum() < len(is_shared)
 
 

@@ -27,7 +27,7 @@ PROMPT, COMPLETIONS = tokens(20, 1), [tokens(6, 2), tokens(9, 3)]
 
 
 def tree_of(prompt: list[int], completions: list[list[int]]) -> PrefixTree:
-    return PrefixTree.from_sequences([prompt + own for own in completions])
+    return PrefixTree.from_sequences([prompt + completion for completion in completions])
 
 
 def cache_without_model(prompt: list[int]) -> PrefixCache:
@@ -95,10 +95,10 @@ def test_attention_after_cached_prompt_is_within_error_budget(device, dtype):
         tree, first = random_mask(seed).tree.to(device), random_mask(seed).first_query
         torch.manual_seed(seed)
         low = [torch.randn(1, heads, tree.padded_length, 64, device=device).to(dtype) for heads in (4, 2, 2)]
-        used, own = slice(first, tree.num_tokens), slice(0, tree.num_tokens - first)
+        used, queries = slice(first, tree.num_tokens), slice(0, tree.num_tokens - first)
         expected = out_and_grads([x.double() for x in low], block_mask(tree), used)
         whole = out_and_grads(low, block_mask(tree), used)
-        found = out_and_grads(low, block_mask(tree, first_query=first), own)
+        found = out_and_grads(low, block_mask(tree, first_query=first), queries)
         for value, other, truth in zip(found, whole, expected, strict=True):
             assert relative_error(value, truth) < 1.5 * relative_error(other, truth) + 1e-7
 

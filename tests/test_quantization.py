@@ -42,18 +42,18 @@ def test_qlora_run_trains_resumes_and_saves_what_it_computes_with(tmp_path):
     recipe.save_checkpoint()
     path, ids = tmp_path / "checkpoint", torch.arange(30)[None]
     with torch.no_grad():
-        own = recipe.model.eval()(ids).logits
+        expected = recipe.model.eval()(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/epoch_0", dtype=torch.float32)
-        torch.testing.assert_close(merged(ids).logits, own, rtol=0, atol=1e-4)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
         quantized = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**QUANTIZATION)
         )
         with recipe.library.without_adapters(recipe.model):
             torch.testing.assert_close(quantized(ids).logits, recipe.model(ids).logits)
         adapted = peft.PeftModel.from_pretrained(quantized, tmp_path / "run/adapter/epoch_0")
-        torch.testing.assert_close(adapted(ids).logits, own)
+        torch.testing.assert_close(adapted(ids).logits, expected)
         exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        assert (exact(ids).logits - own).abs().max() > 0.01
+        assert (exact(ids).logits - expected).abs().max() > 0.01
     state = torch.load(tmp_path / "run/checkpoints/step_000002/state.pt", weights_only=True)["model"]
     assert len(state) == len(recipe.trained) and all("lora_" in name for name in state)
     resumed = make(tmp_path / "run", *options, "num_steps=2", "resume=true", config=CONFIG)

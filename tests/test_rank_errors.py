@@ -127,8 +127,8 @@ FAULTS = {  # the setup, options, step of the checkpoint, type of the error, mes
 @pytest.mark.parametrize("fault", FAULTS)
 def test_error_of_one_rank_saves_on_all_and_resumes_to_the_same_steps(tmp_path, uninterrupted, fault):
     setup, options, step, kind, message = FAULTS[fault]
-    config, own = SETUPS[setup]
-    other, failed = run_processes(2, fail, tmp_path, config, [*own, *options], timeout_s=90)
+    config, given = SETUPS[setup]
+    other, failed = run_processes(2, fail, tmp_path, config, [*given, *options], timeout_s=90)
     assert failed == (kind, message)
     assert other[0] == "RankError" and message in other[1] and "rank 1 of 2" in other[1], other
     if step:

@@ -34,7 +34,7 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page, own in SNIPPETS.items() if own and page not in ELSEWHERE])
+@pytest.mark.parametrize("page", [page for page, snippets in SNIPPETS.items() if snippets and page not in ELSEWHERE])
 def test_snippets_run(page, clone):
     names: dict[str, object] = {}
     for snippet in SNIPPETS[page]:
@@ -50,7 +50,7 @@ def test_links_resolve(path):
         assert file.exists(), target
         if section:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert section in {re.sub(r"[^\w -]", "", own).lower().replace(" ", "-") for own in headings}, target
+            assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}, target
 
 
 def test_api_reference_has_every_public_name():

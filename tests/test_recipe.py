@@ -67,7 +67,7 @@ GENTLE = ["optimizer.eps=1e-4", "optimizer.lr=5e-5"]
 
 
 def test_shared_and_baseline_runs_agree_for_six_steps_and_sharing_is_faster(tmp_path):
-    runs = [train(make(tmp_path / own, *SMALL, f"sharing={own}", "num_steps=6")) for own in ("true", "false")]
+    runs = [train(make(tmp_path / on, *SMALL, f"sharing={on}", "num_steps=6")) for on in ("true", "false")]
     assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < 1e-4
     assert parameter_difference(runs) < 1e-4
     assert sum(abs(metrics["loss"]) for metrics in runs[0].history) > 0.1  # something was learned
@@ -77,7 +77,7 @@ def test_shared_and_baseline_runs_agree_for_six_steps_and_sharing_is_faster(tmp_
 
 def test_gsm8k_prompts_give_the_update_of_the_baseline(tmp_path):
     options = ("prompts_per_step=1", "num_steps=1", "test_problems.size=1", "self_check=false", "loss.beta=0.0")
-    runs = [train(make(tmp_path / own, *options, f"sharing={own}", config=GSM8K)) for own in ("true", "false")]
+    runs = [train(make(tmp_path / on, *options, f"sharing={on}", config=GSM8K)) for on in ("true", "false")]
     assert min(len(prompt) for prompt in runs[0].prompts) >= 2000
     assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < 1e-4
     assert runs[0].history[0]["grad_norm"] > 1e-4
@@ -124,15 +124,15 @@ def test_step_equals_the_update_written_out_by_hand(tmp_path, options):
         advantages = group_advantages(rollouts, run.cfg.scale_rewards)
         minibatches = []
         for rows in torch.arange(8).chunk(run.cfg.minibatches):
-            own = rollouts.select(rows)
+            part = rollouts.select(rows)
             with torch.no_grad():
-                old, ref = (baseline_logprobs(model, own, temperature=1.5)[0] for model in (policy, reference))
-            minibatches.append((own, advantages[rows], old, ref))
-        for own, advantage, old, ref in minibatches * run.cfg.num_iterations:
+                old, ref = (baseline_logprobs(model, part, temperature=1.5)[0] for model in (policy, reference))
+            minibatches.append((part, advantages[rows], old, ref))
+        for part, advantage, old, ref in minibatches * run.cfg.num_iterations:
             optimizer.zero_grad()
-            (logprobs,) = baseline_logprobs(policy, own, temperature=1.5)
+            (logprobs,) = baseline_logprobs(policy, part, temperature=1.5)
             options = {"old_logprobs": old, "ref_logprobs": ref, "beta": run.cfg.loss.beta, "epsilon_high": 0.28}
-            grpo_loss(logprobs, advantage, own.loss_mask, **options).backward()
+            grpo_loss(logprobs, advantage, part.loss_mask, **options).backward()
             clip_grad_norm_(trained, run.cfg.clip_grad_norm)
             optimizer.step()
     ours, by_hand, start = (flat(model.parameters()) for model in (run.model, policy, reference))
@@ -142,7 +142,7 @@ def test_step_equals_the_update_written_out_by_hand(tmp_path, options):
 def test_oversized_groups_with_every_loss_option_agree_with_the_baseline(tmp_path):
     options = [*SMALL, *SHORT, "loss.loss_type=grpo", "loss.beta=0.1", "loss.importance_sampling_level=sequence"]
     options += ["num_iterations=2", "max_tokens=328", DIFFERENT, "scale_rewards=batch", "num_steps=2", *GENTLE]
-    runs = [train(make(tmp_path / own, *options, f"sharing={own}")) for own in ("true", "false")]
+    runs = [train(make(tmp_path / on, *options, f"sharing={on}")) for on in ("true", "false")]
     for name in ("loss", "grad_norm", "kl", "entropy", "ratio"):
         assert max(difference(runs, name)) < 1e-4, name
     assert runs[0].history[1]["kl"] > 0 and runs[0].history[1]["ratio"] != 1
@@ -190,11 +190,11 @@ def test_self_check_with_context_parallel_takes_what_one_rank_holds():
     (batch,) = batches_to_check(batches, 10_000, 8)
     assert 0.9 * 1250 < batch.tree.num_tokens <= 1250
     assert batch.rollouts.prompts[0].tolist() == list(range(3000 - 625, 3000))
-    assert [len(own) for own in batch.rollouts.completions] == [156] * 4
+    assert [len(tokens) for tokens in batch.rollouts.completions] == [156] * 4
 
 
 def test_bf16_changes_log_probabilities_little_and_keeps_fp32_parameters(tmp_path):
-    runs = [make(tmp_path / own, *SMALL, f"dtype={own}", "num_steps=1") for own in ("bf16", "fp32")]
+    runs = [make(tmp_path / dtype, *SMALL, f"dtype={dtype}", "num_steps=1") for dtype in ("bf16", "fp32")]
     data = sample(runs[1])
     batches = pack_step(data, runs[1].cfg, runs[1].world, runs[1].shape).minibatches[0]
     low, full = (next(run.logprobs(run.model, batches, True))[1] for run in runs)
@@ -207,7 +207,7 @@ def test_bf16_changes_log_probabilities_little_and_keeps_fp32_parameters(tmp_pat
 @pytest.mark.parametrize(("option", "bound"), [("compile=false", 1e-3), ("compile=true", 1e-3), ("dtype=bf16", 0.1)])
 def test_shared_and_baseline_runs_agree_on_cuda(cuda, tmp_path, option, bound):
     options = [*SMALL, f"device={cuda}", option, "num_steps=3"]
-    runs = [train(make(tmp_path / own, *options, f"sharing={own}")) for own in ("true", "false")]
+    runs = [train(make(tmp_path / on, *options, f"sharing={on}")) for on in ("true", "false")]
     assert max(difference(runs, "loss") + difference(runs, "grad_norm")) < bound
     assert runs[0].history[1]["grad_norm"] > 1e-3
 
@@ -218,7 +218,7 @@ def test_compiled_layers_do_not_exceed_the_recompile_limit(tmp_path, monkeypatch
     torch._dynamo.reset()
     options = [*SMALL, *SHORT, *LORA, "loss.beta=0.1", "minibatches=2", "self_check=true"]
     options += ["activation_checkpointing=true"]
-    runs = [train(make(tmp_path / own, *options, "num_steps=2", f"compile={own}")) for own in ("true", "false")]
+    runs = [train(make(tmp_path / on, *options, "num_steps=2", f"compile={on}")) for on in ("true", "false")]
     assert max(max(difference(runs, name)) for name in ("loss", "grad_norm", "kl")) < 1e-4
     graphs = [len(count) for count in torch._dynamo.utils.guard_failures.values()]
     assert max(graphs, default=0) < 8
@@ -228,11 +228,11 @@ def test_compiled_layers_do_not_exceed_the_recompile_limit(tmp_path, monkeypatch
 
 
 def test_samples_are_a_function_of_seed_and_step(tmp_path):
-    runs = [make(tmp_path / own, *SMALL, *SHORT, f"seed={own}") for own in ("0", "0", "1")]
+    runs = [make(tmp_path / seed, *SMALL, *SHORT, f"seed={seed}") for seed in ("0", "0", "1")]
     found = []
     for run, step in ((runs[0], 1), (runs[1], 2), (runs[1], 1), (runs[2], 1)):
         episodes = run.generate([0, 1], f"step {step}")
-        found.append([turn.completion.tolist() for group in episodes for own in group for turn in own.turns])
+        found.append([turn.completion.tolist() for group in episodes for episode in group for turn in episode.turns])
     assert found[0] == found[2] and found[0] not in (found[1], found[3])
 
 
@@ -417,7 +417,7 @@ def test_tune_run_trains_plots_and_saves_a_model_that_transformers_loads(tmp_pat
     saved = tmp_path / "epoch_0"
     names = ",".join(file.name for file in saved.glob("*.safetensors"))
     place = [f"checkpointer.checkpoint_dir={saved}", f"checkpointer.checkpoint_files=[{names}]"]
-    trained, before = (make(tmp_path / str(n), *SMALL, *own) for n, own in enumerate((place, [])))
+    trained, before = (make(tmp_path / str(n), *SMALL, *extra) for n, extra in enumerate((place, [])))
     tokens = trained.test_prompts[0][None]
     theirs = Qwen2ForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -65,7 +65,7 @@ def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, update):
     """With max_tokens=328 groups are oversized: cached prompts, of which every rank must have equally many."""
     world_size, options = UPDATES[update]
     of_ranks = {1: options, world_size: [*options, *OF_RANKS.get(update, [])]}
-    runs = [run_processes(size, train_on_rank, tmp_path / str(size), own)[0] for size, own in of_ranks.items()]
+    runs = [run_processes(size, train_on_rank, tmp_path / str(size), extra)[0] for size, extra in of_ranks.items()]
     (history, weights, accuracies), (other_history, other_weights, other_accuracies) = runs
     start = make(tmp_path / "start", *OPTIONS, *options).model.state_dict()
     assert relative_difference(start, weights) > 1e-4
@@ -124,8 +124,8 @@ def check_and_train(rank: int, output_dir: Path, *options: str) -> Any:
 @pytest.mark.parametrize("context", [1, 2])
 def test_self_check_does_not_change_a_step_of_several_ranks(tmp_path, context):
     found = [
-        run_processes(2, check_and_train, tmp_path / own, f"self_check={own}", f"context_parallel={context}")
-        for own in ("true", "false")
+        run_processes(2, check_and_train, tmp_path / checked, f"self_check={checked}", f"context_parallel={context}")
+        for checked in ("true", "false")
     ]
     losses, is_checked = zip(*[zip(*by_rank, strict=True) for by_rank in found], strict=True)
     assert losses[0] == losses[1] and is_checked == ((True, True), (False, False))

@@ -26,11 +26,11 @@ def run(output_dir: Path, *options: str):
 @pytest.mark.parametrize("lora", [(), ("model.lora.r=4", "model.lora.target_modules=all-linear")])
 def test_run_with_engine_equals_the_run_that_samples_itself(tmp_path, lora):
     ours, theirs = run(tmp_path / "engine", *ENGINE, *lora), run(tmp_path / "own", *lora)
-    for own, other in zip(ours.history, theirs.history, strict=True):
+    for step, other in zip(ours.history, theirs.history, strict=True):
         for name in SEEN:
-            assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-        assert own["sampler_ratio"] == pytest.approx(1.0, abs=1e-4) and own["sampler_kl"] < 1e-8
-        assert own["sync_s"] > 0
+            assert step[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+        assert step["sampler_ratio"] == pytest.approx(1.0, abs=1e-4) and step["sampler_kl"] < 1e-8
+        assert step["sync_s"] > 0
     torch.testing.assert_close(flat(ours.trained), flat(theirs.trained), rtol=1e-4, atol=1e-5)
     # Each version: the check of its log-probabilities, held-out accuracy before and after, and the step's samples.
     assert ours.engine.log == [0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -92,19 +92,19 @@ def doubled(logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, *, factor: 
 
 
 def test_loss_component_replaces_grpo_loss(tmp_path):
-    own = ("loss._component_=test_recipe_sampler.doubled", "loss.factor=2.0")
-    first, second = run(tmp_path / "own", *own, "num_steps=1"), run(tmp_path / "other", "num_steps=1")
+    custom = ("loss._component_=test_recipe_sampler.doubled", "loss.factor=2.0")
+    first, second = run(tmp_path / "own", *custom, "num_steps=1"), run(tmp_path / "other", "num_steps=1")
     assert first.history[0]["loss"] == pytest.approx(2 * second.history[0]["loss"])
     assert first.history[0]["grad_norm"] == pytest.approx(2 * second.history[0]["grad_norm"], rel=1e-5)
     with pytest.raises(ValueError, match=r"loss: .*factor"):
-        make(tmp_path / "wrong", *OPTIONS, own[0], config=CONFIG)
+        make(tmp_path / "wrong", *OPTIONS, custom[0], config=CONFIG)
 
 
 def test_run_with_environment_equals_the_baseline_run(tmp_path):
-    shared, baseline = (run(tmp_path / own, *AGAIN, f"sharing={own}", "num_steps=2") for own in ("true", "false"))
-    for own, other in zip(shared.history, baseline.history, strict=True):
+    shared, baseline = (run(tmp_path / on, *AGAIN, f"sharing={on}", "num_steps=2") for on in ("true", "false"))
+    for step, other in zip(shared.history, baseline.history, strict=True):
         for name in ("reward", "reward/environment", "loss", "grad_norm", "entropy", "completion_tokens", "turns"):
-            assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+            assert step[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
     assert 1 < shared.history[0]["turns"] <= 2 and shared.history[0]["token_ratio"] > 4
     start = flat(make(tmp_path / "start", *OPTIONS, config=CONFIG).trained)
     ours, theirs = flat(shared.trained), flat(baseline.trained)
@@ -127,6 +127,6 @@ def test_truncated_completions_are_not_trained_on_request(tmp_path):
         "rewards.correct._component_=recipe_runs.spread_reward",
     )
     start = flat(make(tmp_path / "start", *OPTIONS, config=CONFIG).trained)
-    masked, trained = (run(tmp_path / own, *short, f"mask_truncated_completions={own}") for own in ("true", "false"))
+    masked, trained = (run(tmp_path / on, *short, f"mask_truncated_completions={on}") for on in ("true", "false"))
     assert masked.history[0]["truncated"] == 1 and masked.history[0]["grad_norm"] == 0
     assert torch.equal(flat(masked.trained), start) and not torch.equal(flat(trained.trained), start)

@@ -33,9 +33,9 @@ def run(output_dir: Path, *options: str, config: str = CONFIG):
 
 
 def assert_same_history(ours: list[dict], theirs: list[dict], names: tuple[str, ...] = SEEN, rel: float = 1e-5) -> None:
-    for own, other in zip(ours, theirs, strict=True):
+    for step, other in zip(ours, theirs, strict=True):
         for name in names:
-            assert own[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
+            assert step[name] == pytest.approx(other[name], rel=rel, abs=1e-7), name
 
 
 def test_run_equals_that_of_torchtunes_model_of_the_same_checkpoint(tmp_path):
@@ -108,13 +108,13 @@ def test_lora_run_trains_and_saves_adapters_only(tmp_path, variant):
     ids, base = torch.arange(30)[None], AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         before = base(ids).logits
-        own = recipe.model.eval()(ids).logits
-        assert (own - before).abs().max() > 0.001
+        expected = recipe.model.eval()(ids).logits
+        assert (expected - before).abs().max() > 0.001
         for folder in (tmp_path, checkpoint):
             merged = AutoModelForCausalLM.from_pretrained(folder / "epoch_0")
-            torch.testing.assert_close(merged(ids).logits, own, rtol=0, atol=1e-4)
+            torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
             adapted = peft.PeftModel.from_pretrained(base, folder / "adapter/epoch_0")
-            torch.testing.assert_close(adapted(ids).logits, own, rtol=0, atol=1e-5)
+            torch.testing.assert_close(adapted(ids).logits, expected, rtol=0, atol=1e-5)
             base = adapted.unload()
             assert AutoTokenizer.from_pretrained(folder / "epoch_0").encode("1+1") == [49, 43, 49]
         with recipe.library.without_adapters(recipe.model):
@@ -134,9 +134,9 @@ def test_composite_checkpoint_is_saved_with_its_tower_and_processor(tmp_path):
     ids, saved = torch.arange(100, 130)[None], tmp_path / "epoch_0"
     base, merged = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (path, saved))
     with torch.no_grad():
-        own = recipe.model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(merged(input_ids=ids).logits, own, rtol=0, atol=1e-5)
-        assert (base(input_ids=ids).logits - own).abs().max() > 0.01
+        expected = recipe.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        assert (base(input_ids=ids).logits - expected).abs().max() > 0.01
     for ours, theirs in zip(merged.model.vision_tower.parameters(), base.model.vision_tower.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert (saved / "preprocessor_config.json").exists()
@@ -156,12 +156,12 @@ def test_resumed_run_takes_the_same_steps(tmp_path):
 
 
 def test_weights_are_saved_with_the_tokenizer_that_trained(tmp_path):
-    own = AutoTokenizer.from_pretrained(TINY)
-    own.chat_template = "{{ messages[0]['content'] }}="
-    own.save_pretrained(tmp_path / "tokenizer")
+    saved = AutoTokenizer.from_pretrained(TINY)
+    saved.chat_template = "{{ messages[0]['content'] }}="
+    saved.save_pretrained(tmp_path / "tokenizer")
     options = (f"tokenizer.path={tmp_path / 'tokenizer'}", "prompt_format=chat")
     make(tmp_path / "out", *OPTIONS, *options, config=CONFIG).save_checkpoint()
-    assert AutoTokenizer.from_pretrained(tmp_path / "out/epoch_0").chat_template == own.chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/epoch_0").chat_template == saved.chat_template
 
 
 @pytest.mark.parametrize("part", ["epoch_0", "link", "engine/epoch_0"])
@@ -228,7 +228,7 @@ def test_fsdp_update_is_the_same_on_any_world_size(tmp_path, name, world_size, o
     assert_same_history(one, many, ("reward", "loss", "grad_norm", "entropy", "completion_tokens"), rel=2e-5)
     weights = [load_file(tmp_path / str(size) / "epoch_0/model.safetensors") for size in (1, world_size)]
     before = load_file(tmp_path / "checkpoint/model.safetensors")
-    ours, theirs, start = (flat(own[key].float() for key in sorted(own)) for own in (*weights, before))
+    ours, theirs, start = (flat(state[key].float() for key in sorted(state)) for state in (*weights, before))
     assert (ours - theirs).norm() < 1e-5 * theirs.norm() < (ours - start).norm()
 
 
@@ -292,14 +292,14 @@ def test_mistake_is_reported_before_training(tmp_path, option, message):
 
 
 def test_tokenizer_encodes_prompts_in_every_format():
-    own = tokenizer(TINY, stop_tokens=["\n"])
-    assert own.stop_tokens == sorted([10, 258])
+    loaded = tokenizer(TINY, stop_tokens=["\n"])
+    assert loaded.stop_tokens == sorted([10, 258])
     for prompt_format in ("plain", "bos"):
-        assert prompt_tokens(own, "1+1", prompt_format) == prompt_tokens(ByteTokenizer(), "1+1", prompt_format)
-    own.tokenizer.chat_template = (
+        assert prompt_tokens(loaded, "1+1", prompt_format) == prompt_tokens(ByteTokenizer(), "1+1", prompt_format)
+    loaded.tokenizer.chat_template = (
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}{% if think %}!{% endif %}"
     )
-    assert own.decode(prompt_tokens(own, "1+1", "chat")) == "<user>1+1<assistant>"
-    own.template_options = {"think": True}
-    assert own.decode(prompt_tokens(own, "1+1", "chat")) == "<user>1+1<assistant>!"
+    assert loaded.decode(prompt_tokens(loaded, "1+1", "chat")) == "<user>1+1<assistant>"
+    loaded.template_options = {"think": True}
+    assert loaded.decode(prompt_tokens(loaded, "1+1", "chat")) == "<user>1+1<assistant>!"

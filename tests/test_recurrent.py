@@ -63,7 +63,7 @@ def branches() -> Case:
 def weighted_loss(table: list[torch.Tensor]) -> torch.Tensor:
     """Weigh every token differently, so that swapped tokens show."""
     weights = torch.Generator().manual_seed(1)
-    return sum((own * torch.randn(own.shape, generator=weights, dtype=torch.float64).to(own)).sum() for own in table)
+    return sum((out * torch.randn(out.shape, generator=weights, dtype=torch.float64).to(out)).sum() for out in table)
 
 
 def packed_table(model: nn.Module, case: Case) -> list[torch.Tensor]:
@@ -93,7 +93,7 @@ def gradients(model: nn.Module, table: list[torch.Tensor]) -> dict[str, torch.Te
 
 def assert_equal(model: nn.Module, baseline: nn.Module, case: Case, logprobs: float, grads: float) -> None:
     table, expected = packed_table(model, case), baseline_table(baseline, case)
-    assert max((own - other).abs().max().item() for own, other in zip(table, expected, strict=True)) < logprobs
+    assert max((out - other).abs().max().item() for out, other in zip(table, expected, strict=True)) < logprobs
     found, wanted = gradients(model, table), gradients(baseline, expected)
     assert found.keys() == wanted.keys()
     errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
@@ -135,10 +135,10 @@ def test_float32_is_as_exact_as_other_chunks_of_the_same_sequence(name):
     model, baseline = flexpg.enable(hf.tiny_model(name)), hf.tiny_model(name)
     with float32_is_float64():
         truth = baseline_table(hf.tiny_model(name, **FLOAT64).double(), case)
-    table, own = packed_table(model, case), baseline_table(baseline, case)
+    table, expected = packed_table(model, case), baseline_table(baseline, case)
     error, budget = (
         max((some - exact).abs().max().item() for some, exact in zip(found, truth, strict=True))
-        for found in (table, own)
+        for found in (table, expected)
     )
     assert error < 3 * budget + 1e-5
 
@@ -168,7 +168,7 @@ def calls_of(model: nn.Module, tree: PrefixTree) -> list[tuple[int, int]]:
     """Return the shapes [B, L] with which the first recurrent layer calls its own forward."""
     shapes = []
     module = next(recurrent.recurrent_modules(model))
-    linear = next(own for own in module.modules() if isinstance(own, nn.Linear))
+    linear = next(part for part in module.modules() if isinstance(part, nn.Linear))
     handle = linear.register_forward_hook(lambda layer, args, out: shapes.append(tuple(args[0].shape[:2])))
     integration.forward(model, tree)
     handle.remove()
@@ -279,8 +279,8 @@ def test_autocast_of_a_recurrent_model_within_error_budget():
         logprobs.sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
         lens = rollouts.prompt_lens.tolist()
-        own = hf.baseline_logprobs(baseline, [row.tolist() for row in rollouts.sequences], lens).detach().double()
-    assert (table - exact).norm() <= 1.5 * (own - exact).norm()
+        rounded = hf.baseline_logprobs(baseline, [row.tolist() for row in rollouts.sequences], lens).detach().double()
+    assert (table - exact).norm() <= 1.5 * (rounded - exact).norm()
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "lfm2"])
@@ -316,7 +316,7 @@ def test_accelerate_device_hooks_on_recurrent_layers_equal_baseline(is_enabled_b
         assert torch.equal(model(ids).logits, baseline(ids).logits)
         assert Counter(calls) == Counter([*model.model.layers, *recurrent_layers])
         params = flexpg.SamplingParams(max_new_tokens=4)
-        samples, expected = (flexpg.sample(own, [tokens(9, 1)], 2, params, seed=1) for own in (model, baseline))
+        samples, expected = (flexpg.sample(each, [tokens(9, 1)], 2, params, seed=1) for each in (model, baseline))
     assert torch.equal(samples.logprobs, expected.logprobs)
 
 
@@ -338,11 +338,11 @@ def test_ordinary_calls_of_a_recurrent_model_are_bitwise_identical():
     padding = torch.ones_like(ids)
     padding[0, :4] = 0
     for name in ("qwen3_5", "bamba", "lfm2"):
-        model, baseline = (own.eval() for own in hf.model_pair(name))
+        model, baseline = (each.eval() for each in hf.model_pair(name))
         with torch.no_grad():
             assert torch.equal(model(ids).logits, baseline(ids).logits)
             assert torch.equal(model(ids, attention_mask=padding).logits, baseline(ids, attention_mask=padding).logits)
-            found, expected = (own.generate(ids[:1], max_new_tokens=5, do_sample=False) for own in (model, baseline))
+            found, expected = (each.generate(ids[:1], max_new_tokens=5, do_sample=False) for each in (model, baseline))
         assert torch.equal(found, expected)
 
 
@@ -376,8 +376,8 @@ def test_copied_recurrent_model_uses_its_own_weights():
         for parameter in other.parameters():
             parameter.mul_(1.01)
     tree = three_levels().tree
-    own, changed = (integration.forward(each, tree) for each in (model, other))
-    assert not torch.equal(own, changed)
+    unchanged, changed = (integration.forward(each, tree) for each in (model, other))
+    assert not torch.equal(unchanged, changed)
     assert torch.equal(integration.forward(pickle.loads(pickle.dumps(other)), tree), changed)
 
 

@@ -27,7 +27,7 @@ CODE = re.compile(r"`([^`]+)`")
 
 def names(cell: str) -> list[str]:
     """Return the dotted names of a table's cell, without their arguments."""
-    return [match[0] for own in CODE.findall(cell) if (match := re.match(r"(?:_component_: )?([A-Za-z_.]+\w)", own))]
+    return [match[0] for text in CODE.findall(cell) if (match := re.match(r"(?:_component_: )?([A-Za-z_.]+\w)", text))]
 
 
 def exists(name: str) -> bool:

@@ -50,9 +50,9 @@ def test_report_by_group_size_counts_first_completions_of_every_prompt(checkpoin
     found = report(ROLLOUTS, SHAPE, itemsize=4, activation_checkpointing=checkpointing)
     assert [row["group_size"] for row in found.by_group_size] == [1, 2, 4]
     for row in found.by_group_size:
-        groups = [(prompt, own[: row["group_size"]]) for prompt, own in zip(PROMPTS, COMPLETIONS, strict=True)]
-        sequences = [prompt + tokens for prompt, own in groups for tokens in own]
-        loss_tokens = sum(len(tokens) for _, own in groups for tokens in own)
+        groups = [(prompt, members[: row["group_size"]]) for prompt, members in zip(PROMPTS, COMPLETIONS, strict=True)]
+        sequences = [prompt + tokens for prompt, members in groups for tokens in members]
+        loss_tokens = sum(len(tokens) for _, members in groups for tokens in members)
         assert row["rollouts"] == len(sequences)
         for name, work in {
             "baseline": count_separately(sequences),
@@ -206,7 +206,7 @@ def test_report_by_ranks_divides_activations_and_adds_what_is_gathered(checkpoin
     assert [row["ranks"] for row in found.by_ranks] == [1, 2, 3]
     for row in found.by_ranks:
         ranks = row["ranks"]
-        own = activation_bytes(
+        kept = activation_bytes(
             math.ceil(tokens / ranks),
             loss_tokens,
             SHAPE,
@@ -215,7 +215,7 @@ def test_report_by_ranks_divides_activations_and_adds_what_is_gathered(checkpoin
         )
         keys = tokens * 2 * 1 * 4 * 4  # one key/value head of 4, in float32
         layers = 1 if checkpointing else 2
-        assert row["activation_bytes"] == own + (keys * (layers + 2) if ranks > 1 else 0)
+        assert row["activation_bytes"] == kept + (keys * (layers + 2) if ranks > 1 else 0)
 
         def total(prompt: int, ranks: int = ranks) -> int:
             whole = rollouts_from_lengths([prompt], [largest.completion_lens.tolist()])

@@ -229,7 +229,7 @@ def test_async_rewards_of_all_groups_run_concurrently():
     scores = score([Reward("one", grade), Reward("sync", lambda completion: 1), Reward("group", Judge())], groups)
     assert time.perf_counter() - started < 2  # one after the other: 4 seconds
     assert most == 60
-    assert [own.total.tolist() for own in scores] == [[3.0, 7.0]] * 20
+    assert [group.total.tolist() for group in scores] == [[3.0, 7.0]] * 20
 
 
 def test_async_reward_keeps_its_event_loop_between_steps():

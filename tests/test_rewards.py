@@ -87,13 +87,13 @@ def test_docs_examples_run_from_the_working_directory(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "my_rewards.py").write_text("\n".join(snippets))
     problem = Problem("", "5", {"level": 3, "solution": "5"})
-    first, own, asking, trl = (
+    first, plain, asking, trl = (
         build_rewards(OmegaConf.create(text).rewards, [problem])
         for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     )
     (scores,) = score(first, [group_of(["#### 5", "x" * 899 + "6"])])
     assert scores.total.tolist() == pytest.approx([1.3, 0.05])
-    (scores,) = score(own, [group_of(["1+1=2\n2+3 = 5\n#### 5", "#### 5"])])
+    (scores,) = score(plain, [group_of(["1+1=2\n2+3 = 5\n#### 5", "#### 5"])])
     assert scores.values["steps"].tolist() == pytest.approx([2 / 3, 0.0])
     assert scores.total.tolist() == pytest.approx([1.2, 1.0])
     (scores,) = score(asking, [Group(problem, ["It is 5.", "4", "4"])])
@@ -149,7 +149,7 @@ def test_none_adds_nothing_and_does_not_count_in_the_metrics():
         Reward("never", lambda completion: None),
     ]
     scores = score(rewards, [group_of(["a", "bc", "def"]), group_of(["a"])])
-    assert [own.total.tolist() for own in scores] == [[1.0, 23.0, 34.0], [1.0]]
+    assert [group.total.tolist() for group in scores] == [[1.0, 23.0, 34.0], [1.0]]
     assert scores[0].values["long"].isnan().tolist() == [True, False, False]
     assert reward_metrics(scores) == {
         "reward/long": 2.5,

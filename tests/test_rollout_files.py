@@ -162,7 +162,7 @@ def test_read_rollouts_passes_stop_tokens_and_template_options_on(write):
 def test_read_rollouts_of_texts_of_other_tools(row, names, rewards, write):
     rollouts, found = read_rollouts(write(row), encode=lambda text: list(text.encode()))
     assert found == names and rollouts.rewards.tolist() == rewards
-    assert [bytes(own.tolist()) for own in rollouts.completions] == [b"a", b"b"][: len(names)]
+    assert [bytes(tokens.tolist()) for tokens in rollouts.completions] == [b"a", b"b"][: len(names)]
 
 
 def test_read_rollouts_of_a_trace_has_its_sampled_tokens(write):
@@ -179,7 +179,7 @@ def test_read_rollouts_of_a_trace_has_its_sampled_tokens(write):
     row = {"nodes": nodes, "rewards": {"a": {"score": 1.0, "weight": 0.5}, "b": None, "c": {"score": 2.0}}}
     rollouts, names = read_rollouts(write(row))
     assert names == ["line 1, node 3", "line 1, node 4"]
-    assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 10]]
+    assert [sequence.tolist() for sequence in rollouts.sequences] == [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 10]]
     assert rollouts.loss_mask.tolist() == [[True, True, False, True, True], [True, False, False, False, False]]
     assert rollouts.rewards.tolist() == [2.5, 2.5]
     rollouts, _ = read_rollouts(write({"nodes": nodes, "reward": 3.0}))

@@ -111,8 +111,11 @@ def assert_is_from_groups(rollouts):
 
 @pytest.mark.parametrize("convert", [list, tuple, np.array, torch.tensor])
 def test_from_groups_accepts_lists_tuples_arrays_and_tensors(convert):
-    completions = [[convert(own) for own in group] for group in COMPLETIONS]
-    rewards, masks = [convert(group) for group in REWARDS], [[convert(own) for own in group] for group in MASKS]
+    completions = [[convert(completion) for completion in group] for group in COMPLETIONS]
+    rewards, masks = (
+        [convert(group) for group in REWARDS],
+        [[convert(completion) for completion in group] for group in MASKS],
+    )
     rollouts = Rollouts.from_groups([convert(p) for p in PROMPTS], completions, rewards, loss_mask=masks)
     assert_is_from_groups(rollouts)
     assert rollouts.loss_mask.tolist() == [[True, False], [False, True], [True, True]]
@@ -143,7 +146,7 @@ def test_from_groups_loss_mask_with_another_value_raises(value):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int32"])
 def test_from_groups_accepts_arrays_of_every_integer_dtype(dtype):
-    completions = [[np.array(own, dtype=dtype) for own in group] for group in COMPLETIONS]
+    completions = [[np.array(completion, dtype=dtype) for completion in group] for group in COMPLETIONS]
     prompts = [np.array(prompt, dtype=dtype) for prompt in PROMPTS]
     assert_is_from_groups(Rollouts.from_groups(prompts, completions, REWARDS))
 
@@ -154,7 +157,7 @@ def test_from_groups_copies_what_it_is_given():
     rollouts = Rollouts.from_groups(prompts, completions, rewards)
     for given in (prompts, completions, rewards):
         given[:] = 9
-    assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3], [1, 2, 4]]
+    assert [sequence.tolist() for sequence in rollouts.sequences] == [[1, 2, 3], [1, 2, 4]]
     assert rollouts.rewards.tolist() == [1.0, 0.0]
 
 
@@ -225,7 +228,7 @@ GENERATED = torch.tensor(
 def test_from_generate_cuts_left_padding_and_keeps_the_first_stop_token(eos_token_id, completions):
     rollouts = Rollouts.from_generate(GENERATED, ATTENTION_MASK, [1.0, 0.0, 2.0, 3.0], eos_token_id=eos_token_id)
     assert [prompt.tolist() for prompt in rollouts.prompts] == [[EOS, 5, PAD], [PAD, EOS, 6, 6, 6]]
-    assert [own.tolist() for own in rollouts.completions] == completions
+    assert [completion.tolist() for completion in rollouts.completions] == completions
     assert rollouts.group_ids.tolist() == [0, 0, 1, 1] and rollouts.rewards.tolist() == [1.0, 0.0, 2.0, 3.0]
     assert rollouts.num_loss_tokens == sum(map(len, completions))
 
@@ -234,7 +237,7 @@ def test_from_generate_copies_what_it_is_given():
     sequences, rewards = torch.tensor([[1, 2, 3], [1, 2, 4]]), torch.tensor([1.0, 0.0])
     rollouts = Rollouts.from_generate(sequences, torch.ones(1, 2), rewards, eos_token_id=None)
     sequences[:], rewards[:] = 9, 9
-    assert [own.tolist() for own in rollouts.sequences] == [[1, 2, 3], [1, 2, 4]]
+    assert [sequence.tolist() for sequence in rollouts.sequences] == [[1, 2, 3], [1, 2, 4]]
     assert rollouts.rewards.tolist() == [1.0, 0.0]
 
 

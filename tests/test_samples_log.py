@@ -57,16 +57,16 @@ def test_sample_of_several_turns_has_what_the_environment_answered():
 
 def test_sample_of_several_turns_shows_special_tokens_of_a_checkpoint():
     tokenizer = chat_tokenizer("qwen2_5", "qwen2_5")
-    own = CheckpointTokenizer(tokenizer, [tokenizer.eos_token_id], {})
+    loaded = CheckpointTokenizer(tokenizer, [tokenizer.eos_token_id], {})
     texts = ["<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", "look<|im_end|>"]
     answered = "\n<|im_start|>user\nIt is 4.<|im_end|>\n<|im_start|>assistant\n"
-    first, second = (torch.tensor(own.encode(text)) for text in texts)
-    later = torch.tensor([*first.tolist(), *second.tolist(), *own.encode(answered)])
+    first, second = (torch.tensor(loaded.encode(text)) for text in texts)
+    later = torch.tensor([*first.tolist(), *second.tolist(), *loaded.encode(answered)])
     turns = [Turn(first, second, torch.zeros(len(second)), True)]
-    turns.append(Turn(later, torch.tensor(own.encode("4<|im_end|>")), torch.zeros(2), True))
+    turns.append(Turn(later, torch.tensor(loaded.encode("4<|im_end|>")), torch.zeros(2), True))
     scores = Scores(torch.ones(2), {}, Log())
     sample, single = (
-        best_and_worst(1, Problem("Q", "4"), [Episode(own_turns)] * 2, scores, [0.0] * 2, own)[0]
+        best_and_worst(1, Problem("Q", "4"), [Episode(own_turns)] * 2, scores, [0.0] * 2, loaded)[0]
         for own_turns in (turns, turns[:1])
     )
     assert sample.completion == f"look<|im_end|>{answered}4"

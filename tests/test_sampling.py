@@ -235,8 +235,8 @@ def sample_and_watch(model, watch, params, group_size, **options) -> Samples:
 
 def cached_tokens(cache: SampleCache) -> int:
     """Return the tokens whose keys and values each layer has stored, read off the tensors."""
-    (prompt,), (own,) = ({x.shape for pair in kv.values() for x in pair} for kv in (cache._prompts, cache._samples))
-    return prompt[0] * prompt[2] + own[0] * own[1] * own[3]
+    (prompt,), (samples,) = ({x.shape for pair in kv.values() for x in pair} for kv in (cache._prompts, cache._samples))
+    return prompt[0] * prompt[2] + samples[0] * samples[1] * samples[3]
 
 
 @pytest.mark.parametrize(

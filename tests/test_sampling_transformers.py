@@ -61,7 +61,7 @@ def test_sampled_logprobs_equal_each_sequence_on_its_own(name):
     samples = draw(model, SamplingParams(15, temperature=1.3, top_p=0.95, stop_tokens=range(0, VOCAB, 9)))
     torch.testing.assert_close(samples.logprobs, one_by_one(baseline, samples, 1.3), rtol=0, atol=3e-6)
     lengths = list(map(len, samples.completions))
-    assert min(lengths) < 8 < max(lengths) and len({tuple(own.tolist()) for own in samples.completions}) > 8
+    assert min(lengths) < 8 < max(lengths) and len({tuple(tokens.tolist()) for tokens in samples.completions}) > 8
     ((_, logprobs),) = packed_logprobs(model, rollouts_of(samples), max_tokens=1000, temperature=1.3)
     torch.testing.assert_close(samples.logprobs, logprobs.detach(), rtol=0, atol=3e-6)
 

@@ -56,11 +56,11 @@ def test_ordinary_call_computes_logits_of_the_first_tokens_only(monkeypatch):
     model = flexpg.enable(in_float64(tiny_model("llama3")).train())
     rollouts = Rollouts.from_groups([tokens(40, 0)], [[tokens(20, 1), tokens(9, 2)]], [[0.0, 0.0]])
     (batch,) = pack(rollouts, max_tokens=1000)
-    own, from_hidden_states = checked_model.CheckedModel(model, integration_for(model), 1.0, None).own_logprobs(
+    expected, from_hidden_states = checked_model.CheckedModel(model, integration_for(model), 1.0, None).own_logprobs(
         batch, 0
     )
-    assert own.shape == from_hidden_states.shape == (49,)
-    torch.testing.assert_close(own, from_hidden_states, check_dtype=False)  # torchtune's logits are float32
+    assert expected.shape == from_hidden_states.shape == (49,)
+    torch.testing.assert_close(expected, from_hidden_states, check_dtype=False)  # torchtune's logits are float32
 
 
 # Correct models.
@@ -134,9 +134,9 @@ def test_rollouts_that_share_nothing_or_are_equal_pass():
 def test_replaced_tokens_are_those_of_completions():
     """Others, such as 0 and 1, may be placeholders of an image."""
     (batch,) = pack(make_rollouts(), max_tokens=1000)
-    known = {token for own in batch.rollouts.completions for token in own.tolist()}
-    for tree, own, _ in _perturbed_trees(batch):
-        before, after = batch.tree.input_ids[0, own], tree.input_ids[0, own]
+    known = {token for completion in batch.rollouts.completions for token in completion.tolist()}
+    for tree, indices, _ in _perturbed_trees(batch):
+        before, after = batch.tree.input_ids[0, indices], tree.input_ids[0, indices]
         assert len(before) and (before != after).all() and set(after.tolist()) <= known
 
 
@@ -150,7 +150,7 @@ def test_self_check_changes_nothing():
     states = torch.get_rng_state(), random.getstate()
     check(model)
     assert model.norm.scale.grad is kept
-    assert all(own.grad is None for own in model.parameters() if own is not model.norm.scale)
+    assert all(parameter.grad is None for parameter in model.parameters() if parameter is not model.norm.scale)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert not any(module._forward_hooks for module in model.modules())
@@ -226,9 +226,9 @@ def test_baseline_logprobs_at_temperature_with_entropy():
     logprobs, entropy = baseline_logprobs(model, rollouts, temperature=0.7, return_entropy=True)
     for n, sequence in enumerate(rollouts.sequences):
         scores = (model(input_ids=sequence[None]).logits[0, 11:-1] / 0.7).log_softmax(-1)  # the prompt has 12 tokens
-        own = slice(len(scores))
-        assert (logprobs[n, own] - scores.gather(-1, sequence[12:, None])[:, 0]).abs().max() < 1e-12
-        assert (entropy[n, own] + (scores.exp() * scores).sum(-1)).abs().max() < 1e-12
+        in_use = slice(len(scores))
+        assert (logprobs[n, in_use] - scores.gather(-1, sequence[12:, None])[:, 0]).abs().max() < 1e-12
+        assert (entropy[n, in_use] + (scores.exp() * scores).sum(-1)).abs().max() < 1e-12
     assert logprobs.requires_grad and not entropy.requires_grad
 
 
@@ -284,27 +284,27 @@ class WindowInPackedTokens(nn.Module):
         self.attn = attn
 
     def forward(self, x: Tensor, y: Tensor, *, mask: object = None, input_pos: Tensor | None = None) -> Tensor:
-        own = self.attn
-        q, k, v = (proj(x).unflatten(-1, (-1, own.head_dim)) for proj in (own.q_proj, own.k_proj, own.v_proj))
-        q, k = own.pos_embeddings(q, input_pos=input_pos), own.pos_embeddings(k, input_pos=input_pos)
+        attn = self.attn
+        q, k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = attn.pos_embeddings(q, input_pos=input_pos), attn.pos_embeddings(k, input_pos=input_pos)
         length = x.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool).tril()
         if isinstance(mask, TreeBlockMask):
             visible = dense_mask(mask.tree.end[:length])
         visible = visible.triu(1 - WINDOW)
         out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), visible, enable_gqa=True)
-        return own.output_proj(out.transpose(1, 2).flatten(2))
+        return attn.output_proj(out.transpose(1, 2).flatten(2))
 
 
 def with_fault(name: str, *layers: int, **changes: int) -> nn.Module:
     model = tiny_model("llama3_2", **changes)
-    for own in (model.layers[n] for n in layers):
+    for layer in (model.layers[n] for n in layers):
         if name == "packed_positions":
-            own.attn.pos_embeddings = CountsPackedTokens(own.attn.pos_embeddings)
+            layer.attn.pos_embeddings = CountsPackedTokens(layer.attn.pos_embeddings)
         elif name == "dropout":
-            own.mlp = FunctionalDropout(own.mlp)
+            layer.mlp = FunctionalDropout(layer.mlp)
         else:
-            own.attn = {"ignored_mask": IgnoresMask, "packed_window": WindowInPackedTokens}[name](own.attn)
+            layer.attn = {"ignored_mask": IgnoresMask, "packed_window": WindowInPackedTokens}[name](layer.attn)
     return model.train()
 
 

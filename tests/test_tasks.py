@@ -358,13 +358,13 @@ def test_tiny_folder_is_what_make_tiny_model_writes(tmp_path):
 
 
 def test_tiny_tokenizer_of_transformers_equals_byte_tokenizer():
-    saved, own = AutoTokenizer.from_pretrained(TINY), ByteTokenizer()
+    saved, plain = AutoTokenizer.from_pretrained(TINY), ByteTokenizer()
     for text in (arithmetic(size=1)[0].prompt, " =643\n", "two  spaces\tand \u00e9, \u4f60, \U0001f600"):
-        assert saved(text)["input_ids"] == own.encode(text)
-        assert saved.decode(own.encode(text)) == text
-    assert (saved.pad_token_id, saved.bos_token_id, saved.eos_token_id) == (own.pad_id, own.bos_id, own.eos_id)
-    assert len(saved) == own.vocab_size
-    assert GenerationConfig.from_pretrained(TINY).eos_token_id == own.stop_tokens
+        assert saved(text)["input_ids"] == plain.encode(text)
+        assert saved.decode(plain.encode(text)) == text
+    assert (saved.pad_token_id, saved.bos_token_id, saved.eos_token_id) == (plain.pad_id, plain.bos_id, plain.eos_id)
+    assert len(saved) == plain.vocab_size
+    assert GenerationConfig.from_pretrained(TINY).eos_token_id == plain.stop_tokens
 
 
 def test_tiny_model_knows_the_format_and_forgets_carries(tiny_models):

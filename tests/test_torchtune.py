@@ -27,7 +27,7 @@ PROMPT = tokens(20, 11)
 def groups(*lengths: tuple[int, list[int]]) -> Case:
     """Build groups of (prompt length, completion lengths) with random tokens."""
     prompts = [tokens(prompt, g) for g, (prompt, _) in enumerate(lengths)]
-    completions = [[tokens(n, 100 * g + i + 50) for i, n in enumerate(own)] for g, (_, own) in enumerate(lengths)]
+    completions = [[tokens(n, 100 * g + i + 50) for i, n in enumerate(lens)] for g, (_, lens) in enumerate(lengths)]
     return Case.from_groups(prompts, completions)
 
 

@@ -116,14 +116,14 @@ class TaggedAnswerReward(TorchtuneReward):
         assert completion_ids.shape[0] == len(completions) == len(answers)
         tag = self.answer_tag
         right = [f"<{tag}>{answer}</{tag}>" in text for text, answer in zip(completions, answers, strict=True)]
-        rewards = torch.tensor([self.values[own] for own in right])
+        rewards = torch.tensor([self.values[is_right] for is_right in right])
         return RewardOutput("tagged", rewards, (rewards == self.values[1]).float(), {"tag": rewards})
 
 
 def batched(tokenizer, completions, answers, device) -> tuple[torch.Tensor, torch.Tensor, dict]:
     texts = [[tokenizer.decode(row.tolist()) for row in group] for group in completions]
     pairs = zip(texts, answers, strict=True)
-    found = torch.tensor([[[len(text), answer in text] for text in own] for own, answer in pairs])
+    found = torch.tensor([[[len(text), answer in text] for text in texts] for texts, answer in pairs])
     return found.to(device), found.clamp(max=1), {"func_names": ["length", "correct"]}
 
 

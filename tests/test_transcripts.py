@@ -199,7 +199,7 @@ FORMATS = {
 def essentials(conversation: Conversation) -> Conversation:
     """Convert messages, and leave out what templates do not read."""
     keys = ("role", "content", "tool_calls", "weight")
-    messages = [{key: own[key] for key in keys if key in own} for own in template_messages(conversation.messages)]
+    messages = [{key: each[key] for key in keys if key in each} for each in template_messages(conversation.messages)]
     return replace(conversation, messages=messages, tools=conversation.tools or None)
 
 
@@ -216,11 +216,11 @@ def test_formats_of_common_tools_are_read(name, container, tmp_path):
 def test_parquet_is_read_without_the_keys_of_other_rows(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     other = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "g", "arguments": {"b": 2}}}]}
-    own = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
-    rows = [{"messages": [USER, own], "task_id": 5}, {"messages": [USER, other], "task_id": 6}]
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    rows = [{"messages": [USER, message], "task_id": 5}, {"messages": [USER, other], "task_id": 6}]
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     first, second = map(essentials, read_conversations(tmp_path / "rows.parquet"))
-    assert [first.messages, second.messages] == [template_messages([USER, own]), template_messages([USER, other])]
+    assert [first.messages, second.messages] == [template_messages([USER, message]), template_messages([USER, other])]
     assert (first.task, second.task) == (5, 6)
 
 
@@ -247,7 +247,7 @@ def test_tasks_without_ids_are_conversations_with_the_same_prompt(tmp_path):
     ("ids", "tasks"), [([1, "1", 2], [0, 0, 1]), ([3, 3.0, 2], [3, 3, 2]), (["a", "b", "a"], [0, 1, 0])], ids=str
 )
 def test_equal_ids_of_different_types_are_one_task(ids, tasks, tmp_path):
-    (tmp_path / "rows").write_text("\n".join(json.dumps({"messages": TURNS, "task_id": own}) for own in ids))
+    (tmp_path / "rows").write_text("\n".join(json.dumps({"messages": TURNS, "task_id": task}) for task in ids))
     assert [each.task for each in read_conversations(tmp_path / "rows")] == tasks
 
 
@@ -418,10 +418,10 @@ def test_prompt_that_completions_have_after_a_system_message_is_there_once(promp
     }
     (tmp_path / "rows").write_text(json.dumps(pair))
     found = read_conversations(tmp_path / "rows")
-    assert [own.messages for own in found] == [pair["chosen"], pair["rejected"]]
+    assert [conversation.messages for conversation in found] == [pair["chosen"], pair["rejected"]]
 
 
 def test_two_completions_are_not_a_pair_so_all_their_turns_are_in_the_loss(tmp_path):
     both = [[USER, ASSISTANT, USER, {"role": "assistant", "content": text}] for text in "cd"]
     (tmp_path / "rows").write_text(json.dumps({"completions": both}))
-    assert [own.messages for own in read_conversations(tmp_path / "rows")] == both
+    assert [conversation.messages for conversation in read_conversations(tmp_path / "rows")] == both

@@ -364,9 +364,9 @@ def test_output_calls_a_forward_that_another_library_installed(replace_forward):
     model, ids = flexpg.enable(hf.tiny_model("llama")), torch.tensor([tokens(15, 1)])
     hidden, plain = model.model(input_ids=ids).last_hidden_state[0], model(input_ids=ids).logits[0]
     replace_forward(model)
-    own = vars(model)["forward"]
+    replaced = vars(model)["forward"]
     assert torch.equal(output(model)(hidden), 2 * plain)
-    assert torch.equal(model(input_ids=ids).logits[0], 2 * plain) and vars(model)["forward"] is own
+    assert torch.equal(model(input_ids=ids).logits[0], 2 * plain) and vars(model)["forward"] is replaced
 
 
 def test_output_keeps_a_decoder_forward_that_another_library_installed():
@@ -792,7 +792,7 @@ def test_shared_keys_and_fewer_queries_of_ordinary_calls_equal_sdpa(logits_to_ke
     model, baseline = float64_pair(SHARED_KV)
     for length in (5, 20):  # below and above the window
         ids = torch.tensor([tokens(length, 1)])
-        each = (own.eval()(input_ids=ids, logits_to_keep=logits_to_keep).logits for own in (model, baseline))
+        each = (twin.eval()(input_ids=ids, logits_to_keep=logits_to_keep).logits for twin in (model, baseline))
         assert torch.allclose(*each, rtol=0, atol=1e-6)
 
 

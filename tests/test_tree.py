@@ -150,10 +150,10 @@ def test_num_pairs_and_baseline_pairs_count_the_entries_of_masks():
     rng = random.Random(2)
     for _ in range(100):
         tree = PrefixTree.from_sequences(random_sequences(rng, rng.randint(1, 6), 20, alphabet=2))
-        own = [dense_mask(torch.full((length,), length)) for length in tree.lengths.tolist()]  # causal
+        masks = [dense_mask(torch.full((length,), length)) for length in tree.lengths.tolist()]  # causal
         assert tree.num_pairs == dense_mask(tree.end[: tree.num_tokens]).sum()
-        assert tree.baseline_pairs == sum(mask.sum() for mask in own)
-        assert tree.baseline_tokens == sum(map(len, own))
+        assert tree.baseline_pairs == sum(mask.sum() for mask in masks)
+        assert tree.baseline_tokens == sum(map(len, masks))
 
 
 def test_to_moves_every_tensor(device):

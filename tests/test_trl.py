@@ -485,7 +485,7 @@ def make_run(
     torch.manual_seed(0)  # LoRA draws its matrices before the trainer sets its seed
     is_dpo = issubclass(trainer_class, DPOTrainer)
     config = DPOConfig if is_dpo else RLOOConfig if issubclass(trainer_class, RLOOTrainer) else GRPOConfig
-    own = {"per_device_train_batch_size": 4, "max_length": 64} if is_dpo else GROUP_OPTIONS
+    batching = {"per_device_train_batch_size": 4, "max_length": 64} if is_dpo else GROUP_OPTIONS
     architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]  # as TRL does
     changes = {"attention_dropout": attention_dropout} if attention_dropout else {}
     model = getattr(transformers, architecture).from_pretrained(folder, experts_implementation="eager", **changes)
@@ -503,7 +503,7 @@ def make_run(
     options |= {} if rollout_func is None else {"rollout_func": rollout_func}
     trainer = trainer_class(
         model=convert(model),
-        args=config(**{"output_dir": folder + "/runs"} | QUIET | own | settings),
+        args=config(**{"output_dir": folder + "/runs"} | QUIET | batching | settings),
         processing_class=tokenizer(),
         peft_config=adapter if lora else None,
         train_dataset=dataset,
@@ -702,8 +702,8 @@ def random_options(trainer: type, seed: int) -> dict[str, Any]:
         loss = draw.choice([*CLIPPED_LOSSES, "cispo", "sapo", "vespo", "luspo"])
         choices = GRPO_OPTIONS | (CLIPPED_OPTIONS if loss in CLIPPED_LOSSES else {})
     options = {name: draw.choice(values) for name, values in choices.items() if draw.random() < 0.3}
-    own = {} if loss is None else {"loss_type": [loss] if choices is DPO_OPTIONS else loss}
-    return options | own | NEEDED.get(loss, {})
+    chosen = {} if loss is None else {"loss_type": [loss] if choices is DPO_OPTIONS else loss}
+    return options | chosen | NEEDED.get(loss, {})
 
 
 @pytest.mark.slow
@@ -740,8 +740,8 @@ def rollouts_with_tool_tokens(prompts: list[str], trainer: GRPOTrainer) -> dict[
     ids[1::4, :6] = ids[::4, :6]
     completions = [row[: 5 + n % 5].tolist() for n, row in enumerate(ids)]
     by_model = [[int(not 2 <= place < 2 + n % 3) for place in range(len(c))] for n, c in enumerate(completions)]
-    own = tokenizer()(prompts)["input_ids"]
-    return {"prompt_ids": own, "completion_ids": completions, "logprobs": None, "env_mask": by_model}
+    prompt_ids = tokenizer()(prompts)["input_ids"]
+    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None, "env_mask": by_model}
 
 
 @pytest.mark.slow
@@ -880,7 +880,7 @@ def test_deepspeed_zero3_trains_as_trl(case, saved):
 
 def prefixes(rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> int:
     """Count the tokens to encode: all different beginnings of all rows."""
-    return len({(prompt + own)[: n + 1] for prompt, own in rows for n in range(len(prompt + own))})
+    return len({(prompt + completion)[: n + 1] for prompt, completion in rows for n in range(len(prompt + completion))})
 
 
 def test_reference_and_old_policy_are_shared_too(saved, monkeypatch):
@@ -1040,7 +1040,7 @@ def test_log_counts_the_tokens_of_each_update(rows, accumulated, saved):
     assert len(lines) == len(sampled) == 3 < len(run.batches)
     for line, batch in zip(lines, sampled, strict=True):
         tokens = sum(prefixes(batch[n : n + rows]) for n in range(0, 8, rows))
-        saved_tokens = sum(len(prompt + own) for prompt, own in batch) - tokens
+        saved_tokens = sum(len(prompt + completion) for prompt, completion in batch) - tokens
         assert (line["flexpg/tokens"], line["flexpg/tokens_saved"]) == (tokens, saved_tokens)
         seconds = line["flexpg/update_s"]
         assert 0 < seconds < line["step_time"] * 1.01

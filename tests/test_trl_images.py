@@ -88,8 +88,8 @@ def train(trainer_class: type, folder: str, name: str, dataset: Dataset, lora: b
     batches = []
 
     def reward(completion_ids, **columns):
-        batches.append([((), tuple(own)) for own in completion_ids])
-        return [float(sum(token * 7 % 11 for token in own) % 5) for own in completion_ids]
+        batches.append([((), tuple(completion)) for completion in completion_ids])
+        return [float(sum(token * 7 % 11 for token in completion) % 5) for completion in completion_ids]
 
     trainer = trainer_class(
         model=in_float64(model),
@@ -180,12 +180,12 @@ def batch_of(name: str) -> dict[str, Tensor]:
     batch["labels"][:, :-5] = -100
     images = [{key: x for key, x in given.items() if key not in TOKEN_TYPES} for _, given in rows if given is not None]
     if name == "smolvlm":  # a row of tiles per prompt, filled up with zeros
-        tiles = [own["pixel_values"] for own in images]
+        tiles = [image["pixel_values"] for image in images]
         full = torch.zeros(len(rows), 2, *tiles[0].shape[2:], dtype=torch.float64)
-        for row, own in zip([n for n, (_, given) in enumerate(rows) if given], tiles, strict=True):
-            full[row, : own.shape[1]] = own[0]
+        for row, tile in zip([n for n, (_, given) in enumerate(rows) if given], tiles, strict=True):
+            full[row, : tile.shape[1]] = tile[0]
         return batch | {"pixel_values": full}
-    batch |= {key: torch.cat([own[key] for own in images]) for key in images[0]}
+    batch |= {key: torch.cat([image[key] for image in images]) for key in images[0]}
     types = [[int(token == hf.IMAGE) for token in row] for row in batch["input_ids"].tolist()]
     parameters = signature(type(hf.tiny_model(name).model).forward).parameters
     return batch | {key: torch.tensor(types) for key in TOKEN_TYPES if key in parameters}
@@ -201,11 +201,11 @@ def test_fused_forward_with_images_equals_trl(name):
             share_prefixes(model)
         out = model(**batch, fused_lm_head=True)
         (out.log_probs * torch.arange(out.log_probs.numel()).view_as(out.log_probs)).sum().backward()
-        gradients = {path: own.grad for path, own in model.named_parameters() if own.grad is not None}
+        gradients = {path: parameter.grad for path, parameter in model.named_parameters() if parameter.grad is not None}
         found.append(({"log_probs": out.log_probs.detach()}, gradients))
     (ours, our_gradients), (expected, gradients) = found
     assert (ours["log_probs"] - expected["log_probs"]).abs().max() < 1e-6  # of RoPE, which counts TRL's padding
-    largest = max(own.norm() for own in gradients.values())
+    largest = max(gradient.norm() for gradient in gradients.values())
     assert our_gradients.keys() == gradients.keys()
     for path, truth in gradients.items():
         assert (our_gradients[path] - truth).norm() < 1e-5 * max(truth.norm(), 1e-4 * largest), path

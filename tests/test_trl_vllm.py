@@ -21,10 +21,10 @@ def test_losses_with_vllm_sampling_are_those_of_trls_own_trainer(adapters, tmp_p
     ours, theirs = (
         train(name, checkpoint, tmp_path / name, adapters) for name in ("SharedPrefixGRPOTrainer", "GRPOTrainer")
     )
-    for own, other in zip(ours, theirs, strict=True):
-        assert {key: own[key] for key in SEEN} == pytest.approx({key: other[key] for key in SEEN}, rel=1e-4, abs=1e-6)
-        assert own["grad_norm"] > 0 and own["flexpg/tokens_saved"] > 0
-        assert own["sampling/sampling_logp_difference/max"] < 1e-4  # vLLM has the weights of every update
+    for step, other in zip(ours, theirs, strict=True):
+        assert {key: step[key] for key in SEEN} == pytest.approx({key: other[key] for key in SEEN}, rel=1e-4, abs=1e-6)
+        assert step["grad_norm"] > 0 and step["flexpg/tokens_saved"] > 0
+        assert step["sampling/sampling_logp_difference/max"] < 1e-4  # vLLM has the weights of every update
     assert ours[0]["entropy"] != pytest.approx(ours[-1]["entropy"], rel=1e-3)  # which are other ones by then
 
 

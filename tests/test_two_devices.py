@@ -77,7 +77,7 @@ def update(model: nn.Module, rollouts: Rollouts, max_tokens: int) -> dict[str, T
         loss.backward()
         assert loss.device == logprobs.device == rollouts.rewards.device
         results |= {f"logprobs {i}": logprobs.detach().cpu(), f"loss {i}": loss.detach().cpu()}
-    grads = [own.grad.cpu().flatten() for own in model.parameters() if own.grad is not None]
+    grads = [parameter.grad.cpu().flatten() for parameter in model.parameters() if parameter.grad is not None]
     return results | {"gradient": torch.cat(grads)}
 
 
@@ -105,7 +105,9 @@ def test_samples_on_cuda_equal_samples_on_cpu(name, on_device):
     prompts = [PROMPTS[0], torch.tensor(PROMPTS[1], device="cuda")]  # a list goes to the model's device
     ours = sample(model.to("cuda"), prompts, 3, params, seed=1)
     assert ours.completions[0].is_cuda and ours.logprobs.is_cuda
-    assert [own.tolist() for own in ours.completions] == [own.tolist() for own in expected.completions]
+    assert [completion.tolist() for completion in ours.completions] == [
+        completion.tolist() for completion in expected.completions
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_5", "torchtune"])
@@ -117,11 +119,11 @@ def test_self_check_on_cuda_passes(name, on_device):
 def test_from_groups_puts_lists_on_cuda_where_a_tensor_is(given, on_device):
     prompts, completions = PROMPTS, [[[1, 2], [3]], [[4]]]
     if given == "prompts":
-        prompts = [torch.tensor(own, device="cuda") for own in prompts]
+        prompts = [torch.tensor(prompt, device="cuda") for prompt in prompts]
     else:
-        completions = [[torch.tensor(own, device="cuda") for own in group] for group in completions]
+        completions = [[torch.tensor(completion, device="cuda") for completion in group] for group in completions]
     rollouts = Rollouts.from_groups(prompts, completions, [[1, 0], [1]], loss_mask=[[[1, 0], [1]], [[1]]])
-    assert all(own.is_cuda for own in (*rollouts.prompts, *rollouts.completions, rollouts.rewards, rollouts.loss_mask))
+    assert all(x.is_cuda for x in (*rollouts.prompts, *rollouts.completions, rollouts.rewards, rollouts.loss_mask))
     assert rollouts.tree.end.is_cuda
 
 
@@ -141,7 +143,7 @@ def test_rollouts_to_moves_every_tensor_and_keeps_values(on_device):
     back = moved.to("cpu")
     assert all(torch.equal(a, b) for a, b in zip(back.sequences, rollouts.sequences, strict=True))
     assert torch.equal(back.loss_mask, rollouts.loss_mask) and torch.equal(back.rewards, rollouts.rewards)
-    assert all(torch.equal(getattr(back, name), own) for name, own in logprobs.items())
+    assert all(torch.equal(getattr(back, name), value) for name, value in logprobs.items())
 
 
 def test_from_generate_on_cuda_equals_rollouts_on_cpu(on_device):
@@ -150,7 +152,7 @@ def test_from_generate_on_cuda_equals_rollouts_on_cpu(on_device):
     expected = Rollouts.from_generate(rows, mask, [1.0, 0.0], eos_token_id=2)
     ours = Rollouts.from_generate(rows.to("cuda"), mask.to("cuda"), [1.0, 0.0], eos_token_id=2)
     assert ours.completions[0].is_cuda and ours.tree.end.is_cuda
-    assert [own.tolist() for own in ours.sequences] == [own.tolist() for own in expected.sequences]
+    assert [sequence.tolist() for sequence in ours.sequences] == [sequence.tolist() for sequence in expected.sequences]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
@@ -170,7 +172,7 @@ def test_trl_forward_on_cuda_equals_its_forward_on_cpu(name, monkeypatch, on_dev
     labels = ids.where(torch.arange(46) >= 40, -100)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     expected = model(**given, fused_lm_head=True)
-    ours = model.to("cuda")(**{name: own.to("cuda") for name, own in given.items()}, fused_lm_head=True)
+    ours = model.to("cuda")(**{name: value.to("cuda") for name, value in given.items()}, fused_lm_head=True)
     assert ours.log_probs.is_cuda
     for name in ("log_probs", "entropy"):  # in float32, in which TRL's output layer accumulates
         torch.testing.assert_close(getattr(ours, name).cpu(), getattr(expected, name), rtol=0, atol=1e-6)

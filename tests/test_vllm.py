@@ -150,9 +150,9 @@ def test_sample_with_seeds_takes_more_prompts_than_fit_in_a_batch(live):
 
 def test_sample_greedy_equals_flexpg_sample(live):
     samples = live.engine.sample(PROMPTS, 2, GREEDY, None)
-    own = flexpg.sample(flexpg.enable(load_model(live.path)), PROMPTS, 2, GREEDY)
-    assert all(map(torch.equal, samples.completions, own.completions))
-    torch.testing.assert_close(samples.logprobs, own.logprobs, rtol=0, atol=TOLERANCE)
+    expected = flexpg.sample(flexpg.enable(load_model(live.path)), PROMPTS, 2, GREEDY)
+    assert all(map(torch.equal, samples.completions, expected.completions))
+    torch.testing.assert_close(samples.logprobs, expected.logprobs, rtol=0, atol=TOLERANCE)
 
 
 def test_load_weights_samples_from_changed_model(live, other):
@@ -207,9 +207,9 @@ def test_recipe_samples_from_engine(live, tmp_path):
 def recipe_with(live: Live, folder: Path, *options: str):
     """Return a recipe whose sampler is the server, with learning rates at which the policy moves in one step."""
     sampler = ("_component_=flexpg.integrations.vllm.engine", "path=${model.path}", "mode=server")
-    own = [f"sampler.{option}" for option in (*sampler, f"base_url={live.address}")]
-    own += [f"model.path={live.path}", "rewards.correct._component_=recipe_runs.spread_reward", *options]
-    return make(folder, *SMALL, *own, "num_steps=3", "sampling.max_new_tokens=12", config=CONFIG)
+    given = [f"sampler.{option}" for option in (*sampler, f"base_url={live.address}")]
+    given += [f"model.path={live.path}", "rewards.correct._component_=recipe_runs.spread_reward", *options]
+    return make(folder, *SMALL, *given, "num_steps=3", "sampling.max_new_tokens=12", config=CONFIG)
 
 
 @pytest.mark.parametrize("running", ["server"], indirect=True)
@@ -228,9 +228,9 @@ def test_async_recipe_trains_on_samples_one_step_old(live, tmp_path):
     assert versions == [{"0"}, {"0"}, {"0"}, {"1"}, {"1"}, {"2"}, {"3"}, {"3"}]
     first, *later = recipe.history
     assert first["sampler_kl"] < 1e-8 and abs(first["sampler_ratio_max"] - 1) < 1e-3
-    for own in later:  # the correction for the older weights is on
-        assert own["sampler_kl"] > 1e-5 and own["sampler_ratio_max"] > 1.01
-        assert own["loss"] != 0 and own["grad_norm"] > 0
+    for entry in later:  # the correction for the older weights is on
+        assert entry["sampler_kl"] > 1e-5 and entry["sampler_ratio_max"] > 1.01
+        assert entry["loss"] != 0 and entry["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("running", ["server"], indirect=True)

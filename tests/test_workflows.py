@@ -21,7 +21,7 @@ def jobs(name: str) -> dict[str, dict]:
 
 def pinned(package: str) -> str:
     """Return the version that pyproject.toml's dev extra pins."""
-    (version,) = (own.partition("==")[2] for own in PROJECT["optional-dependencies"]["dev"] if own.startswith(package))
+    (version,) = (pin.partition("==")[2] for pin in PROJECT["optional-dependencies"]["dev"] if pin.startswith(package))
     return version
 
 
@@ -61,21 +61,21 @@ def test_tested_python_versions_begin_with_the_lowest_that_is_allowed():
     tested = jobs("test.yml")["python"]["strategy"]["matrix"]["python"]
     assert PROJECT["requires-python"] == f">={tested[0]}"
     assert tested == [f"3.{11 + n}" for n in range(len(tested))]
-    classifiers = [own.rpartition(" ")[2] for own in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", own)]
+    classifiers = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", text)]
     assert classifiers == tested[: len(classifiers)] and classifiers  # a new version is tested before it is claimed
 
 
 def test_tested_torch_versions_are_the_oldest_and_the_newest_that_are_allowed():
-    (torch,) = (own for own in PROJECT["dependencies"] if own.startswith("torch"))
+    (torch,) = (requirement for requirement in PROJECT["dependencies"] if requirement.startswith("torch"))
     oldest, too_new = version_range(torch)
-    tested = [own["torch"] for own in jobs("test.yml")["torch"]["strategy"]["matrix"]["include"]]
+    tested = [job["torch"] for job in jobs("test.yml")["torch"]["strategy"]["matrix"]["include"]]
     minors = [version.rpartition(".")[0] for version in tested]
     assert minors == [oldest, f"2.{int(too_new.partition('.')[2]) - 1}"]
 
 
 def test_pre_commit_runs_the_same_ruff_as_make_lint():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    revisions = {own["repo"].rpartition("/")[2]: own["rev"] for own in hooks}
+    revisions = {hook["repo"].rpartition("/")[2]: hook["rev"] for hook in hooks}
     assert revisions["ruff-pre-commit"] == f"v{pinned('ruff')}"
 
 

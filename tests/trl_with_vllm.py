@@ -34,7 +34,7 @@ if __name__ == "__main__":
     name, checkpoint, folder, adapters = sys.argv[1:]
     utils.dispatch_cpu_unquantized_gemm = keep_weights
     vllm_generation.LLM = partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
-    trainer = {own.__name__: own for own in (GRPOTrainer, SharedPrefixGRPOTrainer)}[name](
+    trainer = {cls.__name__: cls for cls in (GRPOTrainer, SharedPrefixGRPOTrainer)}[name](
         checkpoint,
         reward_funcs=reward,
         args=GRPOConfig(

@@ -73,7 +73,7 @@ class TwoDevices(TorchFunctionMode):
         wanted = _device(kwargs.get("device"))
         if wanted is not None:
             kwargs = {**kwargs, "device": CPU}
-        given = [own for own in tree_leaves((args, kwargs)) if isinstance(own, Tensor)]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         _check_devices(func, args, kwargs, given, wanted)
         if func is torch.histc and not args[0].is_floating_point():  # integers on CUDA only
             args = (args[0].double(), *args[1:])
@@ -82,11 +82,11 @@ class TwoDevices(TorchFunctionMode):
             _mark(args[0], device_of(args[1]))
             return out
         if wanted is None:
-            devices = [device_of(own) for own in (given[:1] if func in INDEXING | LIKE_FIRST else given)]
+            devices = [device_of(tensor) for tensor in (given[:1] if func in INDEXING | LIKE_FIRST else given)]
             wanted = CUDA if CUDA in devices else CPU if CPU in devices or not given else None
-        for own in tree_leaves(out):
-            if isinstance(own, Tensor) and not any(own is other for other in given):
-                _mark(own, wanted)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and not any(leaf is other for other in given):
+                _mark(leaf, wanted)
         return out
 
 
@@ -135,8 +135,8 @@ def _moved(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str,
     else:
         other = args[1] if len(args) > 1 else kwargs.get("device")
         wanted = device_of(other) if isinstance(other, Tensor) else _device(other)
-        args = tuple(CPU if _device(own) else own for own in args[1:])
-        kwargs = {name: CPU if name == "device" and _device(own) else own for name, own in kwargs.items()}
+        args = tuple(CPU if _device(arg) else arg for arg in args[1:])
+        kwargs = {name: CPU if name == "device" and _device(arg) else arg for name, arg in kwargs.items()}
     out = tensor.to(*args, **kwargs) if args or kwargs else tensor
     if wanted is not None and wanted != before and out is tensor:
         out = tensor.clone()
@@ -147,15 +147,15 @@ def _moved(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str,
 def _check_devices(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], wanted: torch.device | None
 ) -> None:
-    name, devices = resolve_name(func) or str(func), [device_of(own) for own in given]
+    name, devices = resolve_name(func) or str(func), [device_of(tensor) for tensor in given]
     if func in TO_NUMPY and CUDA in devices:
         raise DeviceMismatchError(f"{name} of a CUDA tensor")
     if func in INDEXING and devices[0] == CUDA:  # indices may be on the CPU
-        given = [args[0], *(own for own in tree_leaves(args[2:]) if isinstance(own, Tensor))]
-        devices = [device_of(own) for own in given]
+        given = [args[0], *(leaf for leaf in tree_leaves(args[2:]) if isinstance(leaf, Tensor))]
+        devices = [device_of(tensor) for tensor in given]
     elif func in ACROSS_DEVICES:
         return
-    on_cpu = [own for own, device in zip(given, devices, strict=True) if device == CPU and own.dim()]
+    on_cpu = [tensor for tensor, device in zip(given, devices, strict=True) if device == CPU and tensor.dim()]
     if CUDA in devices and on_cpu:
         raise DeviceMismatchError(f"{name} of CUDA tensors, and CPU tensors of shapes {[*map(_shape, on_cpu)]}")
     generator = kwargs.get("generator")

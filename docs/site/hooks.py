@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
-    source = next((name for name, own in PAGES.items() if own == uri and own != "index.md"), f"docs/{uri}")
+    source = next((name for name, page in PAGES.items() if page == uri and page != "index.md"), f"docs/{uri}")
 
     def rewrite(found: re.Match[str]) -> str:
         text, target, anchor = found[1], found[2], found[3] or ""
@@ -68,8 +68,8 @@ def _title(path: Path) -> str:
 def option_tables(name: str) -> str:
     """Return the options of a dataclass as tables, one for each comment line above a group of options."""
     text = CONFIG.read_text()
-    (node,) = (own for own in ast.parse(text).body if isinstance(own, ast.ClassDef) and own.name == name)
-    fields = [own for own in node.body if isinstance(own, ast.AnnAssign)]
+    (node,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
     lines, written = text.splitlines(), []
     for field, previous in zip(fields, [node, *fields], strict=False):
         above = [line.strip() for line in lines[previous.lineno : field.lineno - 1]]

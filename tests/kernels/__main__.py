@@ -158,8 +158,8 @@ def exact(case: Case, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
     if case.chunk is not None:
         visible = visible & (position[:, None] // case.chunk == position[None, :] // case.chunk)
     scores = scores.masked_fill(~visible[case.first :], -torch.inf)
-    for own in sinks:
-        scores = torch.cat([scores, own[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
+    for sink in sinks:
+        scores = torch.cat([scores, sink[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
     out = scores.softmax(-1)[..., : k.shape[2]] @ v
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
@@ -171,8 +171,8 @@ def errors(case: Case, mask: TreeBlockMask | None = None) -> dict[str, float]:
     wanted = exact(case, tensors, grad)
     names = ("out", "dq", "dk", "dv", "dsinks")
     return {
-        name: ((own.double() - other).norm() / other.norm()).item()
-        for name, own, other in zip(names, found, wanted, strict=False)
+        name: ((ours.double() - other).norm() / other.norm()).item()
+        for name, ours, other in zip(names, found, wanted, strict=False)
     }
 
 
@@ -242,14 +242,14 @@ def check_recompilation() -> str:
                 for _ in range(10):
                     sizes = torch.randint(1, 700, (4,), generator=draw).tolist()
                     window = None if case.window is None else sizes[3]
-                    own = replace(case, tree=PrefixTree.from_lengths(sizes[:1], [sizes[1:3]]), window=window)
-                    tensors, grad = inputs(own)
+                    smaller = replace(case, tree=PrefixTree.from_lengths(sizes[:1], [sizes[1:3]]), window=window)
+                    tensors, grad = inputs(smaller)
                     if with_grad:
-                        interpreted(own, own.mask(), tensors, grad)
+                        interpreted(smaller, smaller.mask(), tensors, grad)
                     else:
                         q, k, v, *sinks = tensors
                         with torch.no_grad():
-                            packed_flex_attention(q, k, v, own.mask(), 1.0, own.softcap, *sinks)
+                            packed_flex_attention(q, k, v, smaller.mask(), 1.0, smaller.softcap, *sinks)
                 found = len(interpreter.graphs) - before
                 assert found <= allowed, f"{name}, gradients {with_grad}: {found} graphs for 10 layouts"
                 counts.append(found)
@@ -311,13 +311,13 @@ def check_model() -> str:
     table = torch.zeros_like(logprobs)
     for n, sequence in enumerate(rollouts.sequences):
         scores = baseline(sequence[None]).logits[0].log_softmax(-1)
-        first, own = int(rollouts.prompt_lens[n]), len(rollouts.completions[n])
-        table[n, :own] = scores[first - 1 : -1].gather(-1, sequence[first:, None])[:, 0]
+        first, length = int(rollouts.prompt_lens[n]), len(rollouts.completions[n])
+        table[n, :length] = scores[first - 1 : -1].gather(-1, sequence[first:, None])[:, 0]
     flexpg.grpo_loss(table, advantages, rollouts.loss_mask).backward()
     difference = (logprobs - table).detach()[rollouts.loss_mask].abs().max().item()
     worst = max(
-        ((own.grad - other.grad).norm() / other.grad.norm()).item()
-        for own, other in zip(model.parameters(), baseline.parameters(), strict=True)
+        ((ours.grad - other.grad).norm() / other.grad.norm()).item()
+        for ours, other in zip(model.parameters(), baseline.parameters(), strict=True)
     )
     text = f"log-probabilities within {difference:.1e}, gradients within {worst:.1e}"
     assert difference < 5e-6 and worst < 5e-5, text
