@@ -3,12 +3,14 @@
 python examples/transformers_update.py
 """
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flexpg
 
-CHECKPOINT = "recipes/assets/tiny"  # or any decoder: Llama, Qwen, Mistral, Gemma, Phi ...
+CHECKPOINT = Path(__file__).parents[1] / "recipes/assets/tiny"  # or any decoder: Llama, Qwen, Mistral, Gemma, Phi ...
 
 model = flexpg.enable(AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32))
 tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)

@@ -5,6 +5,8 @@
 SharedPrefixGRPOTrainer replaces GRPOTrainer; everything else is TRL without flexpg.
 """
 
+from pathlib import Path
+
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
@@ -13,7 +15,7 @@ from trl import GRPOConfig
 from flexpg.integrations.trl import SharedPrefixGRPOTrainer
 from flexpg.training.tasks import arithmetic, arithmetic_reward
 
-CHECKPOINT = "recipes/assets/tiny"
+CHECKPOINT = str(Path(__file__).parents[1] / "recipes/assets/tiny")
 CONFIG = GRPOConfig(
     output_dir="runs/trl_grpo",
     model_init_kwargs={"dtype": "float32"},

@@ -359,7 +359,20 @@ def with_compiled_forward(model: nn.Module) -> None:
     model.forward = torch.compile(model.forward, backend="eager")
 
 
-@pytest.mark.parametrize("replace_forward", [with_doubled_logits, with_device_hook, with_compiled_forward])
+def with_closure(model: nn.Module) -> None:
+    """Replace a model's forward by a function around a function that calls the original one."""
+    with_doubled_logits(model)
+    original = model.forward
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if args or kwargs else inner(model)
+
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "replace_forward", [with_doubled_logits, with_device_hook, with_compiled_forward, with_closure]
+)
 def test_output_calls_a_forward_that_another_library_installed(replace_forward):
     model, ids = flexpg.enable(hf.tiny_model("llama")), torch.tensor([tokens(15, 1)])
     hidden, plain = model.model(input_ids=ids).last_hidden_state[0], model(input_ids=ids).logits[0]
@@ -611,7 +624,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "loha": (
         lambda: peft.get_peft_model(hf.tiny_model("llama"), peft.LoHaConfig(target_modules=["q_proj"], r=2)),
         ValueError,
-        "the forward of LlamaForCausalLM consumed random numbers",
+        "q_proj has an adapter (loha) that draws random numbers in training, even without dropout; use LoRA",
+    ),
+    "lokr": (
+        lambda: peft.get_peft_model(hf.tiny_model("llama"), peft.LoKrConfig(target_modules=["q_proj"], r=2)),
+        ValueError,
+        "q_proj has an adapter (lokr) that draws random numbers in training",
     ),
     "dropout": (
         lambda: changed(lambda layers: setattr(layers[1], "mlp", nn.Sequential(layers[1].mlp, nn.Dropout(0.2)))),
@@ -803,9 +821,18 @@ def test_forward_that_does_not_call_its_decoder_is_refused():
         output(model)(torch.zeros(3, 32))
 
 
-def test_forward_that_is_replaced_by_a_function_is_refused():
+class CallsModel:
+    """Holds a model's forward where its output layer cannot replace it."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.forward(**inputs)
+
+
+def test_forward_that_is_replaced_by_an_object_is_refused():
     model = flexpg.enable(hf.tiny_model("llama"))
-    original = model.forward
-    model.forward = lambda **inputs: original(**inputs)
+    model.forward = CallsModel(model.forward)
     with pytest.raises(TypeError, match=r"was replaced by .*; replace it by a method: model\.forward = types"):
         output(model)(torch.zeros(3, 32))

@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import random
 import re
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import transformers
 import trl.trainer.utils
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ParallelismConfig, TorchDynamoPlugin
+from accelerate.utils import DistributedType, ParallelismConfig, TorchDynamoPlugin, convert_outputs_to_fp32
 from cases import VOCAB, assert_within_budget, float32_floor
 from cases import largest_error as largest_relative_error
 from datasets import Dataset
@@ -42,6 +43,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 from trl_runs import GROUP_OPTIONS, QUIET, Float64Head, Run, assert_trained_alike
 
+import flexpg
 from flexpg.integrations.trl import (
     SharedPrefixDPOTrainer,
     SharedPrefixGRPOTrainer,
@@ -319,6 +321,30 @@ def test_share_prefixes_twice_is_refused():
         share_prefixes(shared_model("llama"))
 
 
+def test_share_prefixes_before_the_trainer_is_refused():
+    with refused(ValueError, "must have TRL's fused output layer, which a trainer adds in its __init__; call share_p"):
+        share_prefixes(hf.tiny_model("llama"))
+
+
+def test_share_prefixes_takes_a_head_that_accelerate_wraps():
+    model = fused_model("llama")
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    share_prefixes(model)
+    assert model(**GROUP, fused_lm_head=True).log_probs.shape == GROUP["labels"][:, 1:].shape
+
+
+@pytest.mark.parametrize("share", [share_prefixes, flexpg.enable])
+@pytest.mark.parametrize("name", ["llama", "granite"])
+def test_model_of_a_trainer_works_in_a_loop_of_its_user(name, share):
+    model, baseline = fused_model(name), in_float64(hf.tiny_model(name))
+    share(model)
+    rollouts = flexpg.Rollouts.from_groups([[5, 6, 7, 8]], [[[9, 10], [9, 11, 12]]], [[1.0, 0.0]])
+    flexpg.self_check(model.train(), rollouts)
+    for _, logprobs in flexpg.packed_logprobs(model, rollouts, max_tokens=100):
+        expected = hf.baseline_logprobs(baseline, [row.tolist() for row in rollouts.sequences], [4, 4])
+        assert (logprobs - expected).abs().max() < 1e-12
+
+
 def test_refused_model_is_unchanged():
     model = AutoModelForCausalLM.from_config(transformers.RecurrentGemmaConfig(**SHAPE))
     add_fused_lm_head(model, outputs=OUTPUTS)
@@ -357,6 +383,7 @@ def test_replaced_attention_warns_unless_it_is_the_usual_one(name, before, warns
 def test_rope_scaling_by_the_longest_sequence_warns():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
+    add_fused_lm_head(model, outputs=OUTPUTS)
     with pytest.warns(UserWarning, match=r"RoPE scaling 'dynamic' .* exceeds 256 tokens, .* within 256 tokens"):
         share_prefixes(model)
 

@@ -161,7 +161,7 @@ def test_dpo_with_images_trains_as_trl(saved):
 
 
 def batch_of(name: str) -> dict[str, Tensor]:
-    """Return rows of prompts with two images, one or none and their completions, padded on the left as TRL does."""
+    """Return rows of prompts with two images, one or none and their completions."""
     prompts = [
         with_images(name, tokens(4, 1), Picture(1), tokens(3, 2), Picture(2), tokens(2, 3)),
         with_images(name, tokens(4, 1), Picture(1), tokens(5, 4)),
@@ -169,6 +169,20 @@ def batch_of(name: str) -> dict[str, Tensor]:
         with_images(name, tokens(4, 1), Picture(2), tokens(5, 4)),
     ]
     rows = [(ids + tokens(5, 10 * g + n), given) for g, (ids, given) in enumerate(prompts) for n in range(2)]
+    return padded_batch(name, rows)
+
+
+def batch_with_images_of_tools(name: str) -> dict[str, Tensor]:
+    """Return completions of one prompt in which the answer of a tool, which is not in the loss, has an image."""
+    parts = [(tokens(6, 1), tokens(3, 10 + n), Picture(1 + n % 2), tokens(5, 20 + n)) for n in range(4)]
+    batch = padded_batch(name, [with_images(name, *row) for row in parts])
+    calls = (batch["attention_mask"].cumsum(1) > 6) & (batch["attention_mask"].cumsum(1) <= 9)
+    batch["labels"][calls] = batch["input_ids"][calls]
+    return batch
+
+
+def padded_batch(name: str, rows: list[tuple[list[int], Any]]) -> dict[str, Tensor]:
+    """Return rows and their images as TRL passes them, padded on the left; the last 5 tokens are labels."""
     width = max(len(ids) for ids, _ in rows)
 
     def padded(values: list[int]) -> list[int]:
@@ -193,7 +207,16 @@ def batch_of(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma4_vl", "mistral3", "internvl", "smolvlm", "llava_next"])
 def test_fused_forward_with_images_equals_trl(name):
-    batch, found = batch_of(name), []
+    assert_equals_trl(name, batch_of(name))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "gemma3_vl", "internvl"])
+def test_fused_forward_with_images_of_tools_equals_trl(name):
+    assert_equals_trl(name, batch_with_images_of_tools(name))
+
+
+def assert_equals_trl(name: str, batch: dict[str, Tensor]) -> None:
+    found = []
     for shares in (True, False):
         model = in_float64(hf.tiny_model(name))
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))

@@ -124,7 +124,7 @@ def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
         will_train: Whether layers in evaluation mode count too.
 
     Raises:
-        ValueError: If a layer has dropout above 0.
+        ValueError: If a layer has dropout above 0, or an adapter that draws random numbers without it.
     """
     towers = tower_modules(unwrap(model))
     for path, module in model.named_modules():
@@ -139,6 +139,11 @@ def check_no_dropout(model: nn.Module, will_train: bool = False) -> None:
             raise ValueError(
                 f"{path} has attention_dropout={rate}, which would differ between the copies of a prefix; load the "
                 'model with attention_dropout=0 (in TRL\'s config model_init_kwargs={"attention_dropout": 0})'
+            )
+        if vars(module).get("module_dropout"):  # PEFT's LoHa and LoKr: a dict of each adapter's
+            kind = type(module).__module__.split(".")[-2]
+            raise ValueError(
+                f"{path} has an adapter ({kind}) that draws random numbers in training, even without dropout; use LoRA"
             )
 
 
@@ -192,8 +197,7 @@ def exact_forward(
     if not all(map(torch.equal, random_state, _random_state(tree.end.device))):
         raise ValueError(
             f"the forward of {type(base).__name__} consumed random numbers (dropout, router noise, NEFTune), which "
-            "would differ between the copies of a prefix; disable them, as with from_pretrained(..., dropout=0), or "
-            "module_dropout=0 of a PEFT adapter"
+            "would differ between the copies of a prefix; disable them, as with from_pretrained(..., dropout=0)"
         )
 
 
@@ -236,7 +240,8 @@ def _check_tree(model: PreTrainedModel, tree: PrefixTree, prefix: PrefixTree, lo
         if longest > original and (kind != "longrope" or shortest <= original):
             raise ValueError(
                 f"RoPE scaling {kind!r} depends on the longest sequence of a batch once it exceeds {original} tokens, "
-                f"here {longest}; keep prompts and completions within {original} tokens, or pack longer ones separately"
+                f"here {longest}; keep prompts with their completions within {original} tokens (in TRL, by "
+                "max_completion_length), or pack longer ones separately"
             )
 
 

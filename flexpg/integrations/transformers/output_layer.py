@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -98,18 +98,42 @@ def _shallow_copy(
     return shallow
 
 
-def _rebound(value: Any, module: nn.Module, shallow: nn.Module) -> Any:
-    """Return a method of a module, compiled or not, or a partial function of the module, for its copy.
+def _rebound(value: Any, module: nn.Module, shallow: nn.Module, inside: tuple[Any, ...] = ()) -> Any:
+    """Return a method, a partial function or a function whose closure has the module, with its copy in the place of it.
 
     Everything else is returned as it is. Accelerate keeps the forward of a module in `_old_forward`, and replaces it by
-    a partial function.
+    a partial function; TRL replaces it by a method that has the original one in its closure.
+
+    Args:
+        value: An attribute of the module.
+        module: The module.
+        shallow: Its copy.
+        inside: The functions that have the value in their closure.
     """
-    value = getattr(value, "_torchdynamo_orig_callable", value)
+    value = getattr(value, "_torchdynamo_orig_callable", value)  # not compiled
+    again = partial(_rebound, module=module, shallow=shallow, inside=(*inside, value))
+    if value is module:
+        return shallow
     if isinstance(value, MethodType) and value.__self__ is module:
-        return MethodType(value.__func__, shallow)
+        return MethodType(again(value.__func__), shallow)
     if isinstance(value, partial) and any(given is module for given in value.args):
-        return partial(value.func, *(shallow if given is module else given for given in value.args), **value.keywords)
+        return partial(value.func, *map(again, value.args), **value.keywords)
+    if isinstance(value, FunctionType) and value.__closure__ and not any(value is outer for outer in inside):
+        cells = tuple(_rebound_cell(cell, again) for cell in value.__closure__)
+        if any(new is not cell for new, cell in zip(cells, value.__closure__, strict=True)):
+            copied = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+            copied.__kwdefaults__ = value.__kwdefaults__
+            return copied
     return value
+
+
+def _rebound_cell(cell: CellType, again: Callable[[Any], Any]) -> CellType:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # empty
+        return cell
+    new = again(value)
+    return cell if new is value else CellType(new)
 
 
 class _HiddenStates(BaseModelOutputWithPast):

@@ -130,7 +130,8 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
         count: Called with each tree before its forward.
 
     Raises:
-        ValueError: If the model shares already; in its forward, for inputs other than text and images.
+        ValueError: If the model shares already or has no fused output layer; in its forward, for inputs other than text
+            and images.
         TypeError: If prefixes cannot be shared exactly in the model.
     """
     base = unwrap(model)
@@ -138,6 +139,11 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
     baseline: Any = base.forward
     if getattr(baseline, "shares_prefixes", False):
         raise ValueError(f"this {type(base).__name__} shares prefixes already; call share_prefixes once")
+    if not _has_fused_head(baseline):
+        raise ValueError(
+            f"this {type(base).__name__} must have TRL's fused output layer, which a trainer adds in its __init__; "
+            "call share_prefixes after it"
+        )
     register()
     config = text_config(base)
     before, usual = config._attn_implementation, "eager" if uses_eager(config) else "sdpa"
@@ -164,6 +170,15 @@ def share_prefixes(model: nn.Module, count: Callable[[PrefixTree], None] = lambd
 
     forward.shares_prefixes = True  # type: ignore[attr-defined]
     base.forward = MethodType(forward, base)
+
+
+def _has_fused_head(forward: Any) -> bool:
+    """Return whether a forward, or one that it wraps, as accelerate does for mixed precision, is that of TRL."""
+    while forward is not None:
+        if "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ()):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def _shared_forward(
