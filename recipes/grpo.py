@@ -40,11 +40,11 @@ from flexpg import MicroBatch, Rollouts, pack, packed_logprobs, self_check
 from flexpg.analysis.plots import plot_mask, plot_reward, plot_savings
 from flexpg.sampling import Samples
 from flexpg.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from flexpg.training.components import component
 from flexpg.training.config import (
     SETUP_ERRORS,
     GRPOConfig,
     build_loss,
-    component,
     device_and_dtypes,
     parse_config,
     sampling_params,
@@ -81,10 +81,10 @@ from flexpg.training.nonfinite import abort_nonfinite
 from flexpg.training.offloading import offload_activations
 from flexpg.training.packed_step import PackedStep, batches_to_check, check_minibatches, pack_step
 from flexpg.training.problem_order import ProblemOrder, derive_seed
-from flexpg.training.prompts import build_problems, completion_groups, tokenize_problems
+from flexpg.training.prompts import build_problems, completion_groups, shown_prompt, tokenize_problems
 from flexpg.training.resume import lock_output_dir, newest_checkpoint, read_own_progress, same_options
 from flexpg.training.reward_calls import Run, TrainerState
-from flexpg.training.rewards import Scores, add_environment, build_rewards, reward_metrics, score
+from flexpg.training.rewards import Scores, add_environment, build_rewards, reward_metrics, score, unused_rewards
 from flexpg.training.run_report import write_report
 from flexpg.training.samples_log import SamplesLog, format_samples, samples_of_step
 from flexpg.training.step_clock import StepClock
@@ -177,6 +177,8 @@ class GRPORecipe(FTRecipeInterface):
             if not cfg.eval_only:
                 counts = (sum(map(Tensor.numel, parameters)) for parameters in (self.trained, self.model.parameters()))
                 print("training {:,} of {:,} parameters".format(*counts))
+                if cfg.prompt_format == "chat":
+                    print(f"first prompt: {shown_prompt(self.tokenizer, self.prompts[0].tolist())!r}")
                 self.metric_logger.log_config(cfg)
                 self.samples_log = SamplesLog(self.output_dir / "samples.jsonl", self.steps_done)
 
@@ -287,6 +289,9 @@ class GRPORecipe(FTRecipeInterface):
             is_finished = [episode.is_finished for group in groups for episode in group]
             counts = torch.tensor(is_finished, device=self.world.device)[data.episode]
             data = replace(data, rollouts=data.rollouts.keep_in_loss(counts))
+        if step == 1 and self.world.is_first:
+            for name in unused_rewards(scores):  # often a function without `return`
+                tqdm.write(f"warning: reward {name!r} returned None for every rollout of step 1, so it does not count")
         metrics = episode_metrics(groups, rewards) | reward_metrics(scores)
         return data, metrics | ({"groups_resampled": resampled} if self.cfg.max_resamplings else {})
 

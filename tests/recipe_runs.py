@@ -102,6 +102,11 @@ def group_reward(prompts, completions, completion_ids, log_metric, **others):
     return [None, *(float(len(ids)) for ids in completion_ids[1:])]
 
 
+def forgets_to_return(completion: str) -> None:
+    """Compute a reward, and do not return it."""
+    float(len(completion))
+
+
 # Losses, in place of a recipe's own.
 
 

@@ -19,7 +19,8 @@ from recipe_runs import LORA, TINY, load, make
 from torch import nn
 from torchtune.config._utils import _get_component_from_path
 
-from flexpg.training.config import COMPONENTS, SETUP_ERRORS, GRPOConfig, LossConfig, component, load_config
+from flexpg.training.components import component
+from flexpg.training.config import COMPONENTS, SETUP_ERRORS, GRPOConfig, LossConfig, load_config
 from flexpg.training.models import build_model, library_of
 from flexpg.training.reward_calls import Group
 from flexpg.training.rewards import build_rewards, score
@@ -75,6 +76,9 @@ OPTION_ERRORS = [
     ("model=5", "model must be a mapping, got 5"),
     ("rewards=my_rewards.f", "rewards must be a mapping, got 'my_rewards.f'; options of it are written rewards.NAME="),
     ("model._component_=null", "model must have a _component_, got {'_component_': None, "),
+    ("lr=1e-5", "lr: Key 'lr' not in 'GRPOConfig'; did you mean optimizer.lr?"),
+    ("top_k=3", "top_k: Key 'top_k' not in 'GRPOConfig'; did you mean sampling.top_k?"),
+    ("test_reward._component_=null", "rewards and test_reward must be set, unless there is an environment"),
     ("num_steps=0", "num_steps must be at least 1, got 0"),
     ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints at least 1, got 0 and 0"),
     ("log_samples_every_n_steps=-1", "log_samples_every_n_steps must be at least 0 (0 for never), got -1"),
@@ -192,10 +196,10 @@ def test_home_is_expanded_in_paths_only(tmp_path, monkeypatch):
 def test_component_error_names_existing_inputs_once(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"q": "1+1"}\n')
-    options = {"template": str(rows), "answer": "{x}", "subset": str(tmp_path), "output_dir": str(tmp_path.parent)}
+    options = {"template": str(rows), "answer": "{x}", "subset": str(tmp_path), "partition": "all"}
     described = {"_component_": "flexpg.training.tasks.problems", "source": str(rows), **options}
     cfg = OmegaConf.create({"train_problems": described})
-    with pytest.raises(ValueError, match=rf"output_dir' \(given {tmp_path}/rows.jsonl, {tmp_path}\)$"):
+    with pytest.raises(ValueError, match=rf"got 'all' \(given source={rows}, subset={tmp_path}\)$"):
         component(cfg, "train_problems")
 
 

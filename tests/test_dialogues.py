@@ -21,7 +21,7 @@ from flexpg.conversations.chat_template import assistant_turns
 from flexpg.sampling import Samples
 from flexpg.training import causal_lm
 from flexpg.training.causal_lm import CheckpointTokenizer
-from flexpg.training.dialogues import sample_dialogues
+from flexpg.training.dialogues import next_prompt, sample_dialogues
 from flexpg.training.distributed import World
 from flexpg.training.environments import EnvironmentConfig, build_environment
 from flexpg.training.episodes import build_rollouts, episode_advantages, subtract_kl
@@ -374,3 +374,26 @@ def test_template_options_of_a_configuration_are_plain_objects(qwen3_folder):
     loaded = causal_lm.tokenizer(qwen3_folder, template_options=OmegaConf.create({"tools": tools}))
     assert loaded.template_options == {"tools": tools} and type(loaded.template_options["tools"][0]) is dict
     assert '"name": "price"' in loaded.decode_all(prompt_tokens(loaded, PROBLEM.prompt, "chat"))
+
+
+def test_system_prompt_is_in_front_of_every_turn(qwen3_folder):
+    loaded = causal_lm.tokenizer(qwen3_folder, system_prompt="Be brief.")
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBLEM.prompt}
+    first = torch.tensor(prompt_tokens(loaded, PROBLEM.prompt, "chat"))
+    chat = loaded.tokenizer.apply_chat_template
+    assert first.tolist() == chat([system, user], add_generation_prompt=True, return_dict=False)
+    turn, answer = {"role": "assistant", "content": "four"}, {"role": "user", "content": "Sure?"}
+    seen = torch.cat([first, torch.tensor(loaded.encode("four<|im_end|>"))])
+    messages = [user, turn, answer]
+    later = next_prompt(loaded, seen, messages, messages, 1, "chat")
+    assert later.tolist() == chat([system, *messages], add_generation_prompt=True, return_dict=False)
+    assert later[: len(seen)].tolist() == seen.tolist()
+
+
+def test_system_prompt_that_is_no_text_or_that_a_template_refuses_raises_value_error(qwen3_folder):
+    with pytest.raises(ValueError, match="system_prompt must be a text, got 5"):
+        causal_lm.tokenizer(qwen3_folder, system_prompt=5)
+    loaded = causal_lm.tokenizer(qwen3_folder, system_prompt="Be brief.")
+    loaded.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"  # as Gemma 2's
+    with pytest.raises(ValueError, match="the chat template refuses the prompt: System role not supported"):
+        prompt_tokens(loaded, PROBLEM.prompt, "chat")

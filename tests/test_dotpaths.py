@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flexpg.training.config import build_loss, component
+from flexpg.training.components import component
+from flexpg.training.config import build_loss
 from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.environments import build_environment
 from flexpg.training.rewards import build_rewards

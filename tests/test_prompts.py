@@ -15,8 +15,8 @@ from torchtune.models.llama3 import llama3_tokenizer
 from torchtune.models.qwen2._tokenizer import bytes_to_unicode
 from torchtune.models.qwen2_5 import qwen2_5_tokenizer
 
-from flexpg.training.config import component
-from flexpg.training.prompts import build_problems, completion_text, prompt_tokens, tokenize_problems
+from flexpg.training.components import component
+from flexpg.training.prompts import build_problems, completion_text, prompt_tokens, shown_prompt, tokenize_problems
 from flexpg.training.tasks import ByteTokenizer, Problem
 
 
@@ -54,6 +54,13 @@ def test_llama_chat_prompt_ends_with_the_assistant_header(llama_tokenizer):
     user, assistant = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
     assert text == f"<|begin_of_text|>{user}hi<|eot_id|>{assistant}"
     assert tokens[0] == llama_tokenizer.bos_id and tokens[-1] not in llama_tokenizer.stop_tokens
+    assert shown_prompt(llama_tokenizer, tokens) == text
+
+
+def test_long_prompt_is_shown_without_its_middle(qwen_tokenizer):
+    tokens = prompt_tokens(qwen_tokenizer, "hi" * 100, "chat")
+    shown = "<|im_start|>user\nhihihihihihih ... m_end|>\n<|im_start|>assistant\n"
+    assert shown_prompt(qwen_tokenizer, tokens, 60) == shown
 
 
 def test_plain_and_bos_prompts_add_at_most_the_bos_token(qwen_tokenizer, llama_tokenizer):

@@ -37,7 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 
 from flexpg import Rollouts, group_advantages, grpo_loss, pack
-from flexpg.training.config import component
+from flexpg.training.components import component
 from flexpg.training.episodes import StepRollouts
 from flexpg.training.errors import out_of_memory_hint
 from flexpg.training.packed_step import batches_to_check, pack_step
@@ -381,6 +381,13 @@ def test_rewards_of_trl_get_messages_columns_and_the_step(tmp_path):
     expected = 0.5 * lengths * torch.tensor([False, True, True, True] * 2)
     assert metrics["reward"] == pytest.approx(expected.mean().item() + metrics["reward/correct"])
     assert run.accuracies.keys() == {0, 2}
+
+
+def test_reward_that_returns_nothing_is_named_after_the_first_step(tmp_path, capsys):
+    train(make(tmp_path, *SMALL, *SHORT, "num_steps=2", "rewards.mine._component_=recipe_runs.forgets_to_return"))
+    assert (
+        capsys.readouterr().out.count("warning: reward 'mine' returned None for every rollout of step 1, so it ") == 1
+    )
 
 
 def test_self_check_runs_before_the_first_update_and_is_timed_separately(tmp_path, capsys):

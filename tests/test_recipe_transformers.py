@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -155,12 +156,13 @@ def test_resumed_run_takes_the_same_steps(tmp_path):
     assert torch.equal(flat(second.trained), flat(whole.trained))
 
 
-def test_weights_are_saved_with_the_tokenizer_that_trained(tmp_path):
+def test_weights_are_saved_with_the_tokenizer_that_trained(tmp_path, capsys):
     saved = AutoTokenizer.from_pretrained(TINY)
-    saved.chat_template = "{{ messages[0]['content'] }}="
+    saved.chat_template = "{% for message in messages %}{{ message['content'] }}={% endfor %}"
     saved.save_pretrained(tmp_path / "tokenizer")
-    options = (f"tokenizer.path={tmp_path / 'tokenizer'}", "prompt_format=chat")
+    options = (f"tokenizer.path={tmp_path / 'tokenizer'}", "prompt_format=chat", "tokenizer.system_prompt=Be brief.")
     make(tmp_path / "out", *OPTIONS, *options, config=CONFIG).save_checkpoint()
+    assert re.search(r"^first prompt: 'Be brief.=.*:='$", capsys.readouterr().out, re.MULTILINE)
     assert AutoTokenizer.from_pretrained(tmp_path / "out/epoch_0").chat_template == saved.chat_template
 
 

@@ -259,10 +259,18 @@ MISTAKES = {  # file content, options, message
         {"template": "{x}"},
         r"row 0: '\{x\}' cannot be filled from the columns q, a: KeyError: 'x'",
     ),
-    "unquoted braces": (GOOD, {"answer": {"a": None}}, "template and answer must be strings, got {'a': None}; .*quote"),
+    "unquoted braces": (
+        GOOD,
+        {"answer": {"a": None}},
+        "answer must be a string, got {'a': None}; .*quote braces: 'train_problems.answer=",
+    ),
     "open brace": (GOOD, {"template": "{q"}, "cannot be filled .*: ValueError: expected '}'"),
-    "too few rows": (GOOD * 2, {"shots": 1, "skip": 1}, "must have more than 2 rows .*, got 2 and 1"),
-    "too few shots": (GOOD, {"shots": 2}, "must have more than 2 rows .* at least 2, got 1 and 1"),
+    "too few rows": (
+        GOOD * 2,
+        {"shots": 1, "skip": 1},
+        "must have more than 2 rows .*, got 2 and .* at least 1 examples, got 1",
+    ),
+    "too few shots": (GOOD, {"shots": 2}, "must have more than 2 rows .*, got 1 and .* at least 2 examples, got 1"),
 }
 
 

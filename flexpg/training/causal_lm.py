@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -121,6 +122,7 @@ def tokenizer(
     stop_tokens: Iterable[str] = (),
     template_options: Mapping[str, Any] | None = None,
     tools: Sequence[str] = (),
+    system_prompt: str | None = None,
 ) -> CheckpointTokenizer:
     """Load the tokenizer of a checkpoint.
 
@@ -130,11 +132,12 @@ def tokenizer(
             of the tokenizer and of the checkpoint's generation config.
         template_options: Arguments of the chat template, such as {"enable_thinking": False}.
         tools: Dotpaths of functions that the chat template tells the model about; see tools.py.
+        system_prompt: The text of a system message before every conversation; by default, none but the template's own.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If one of `stop_tokens` is not one token, or the tokenizer's `response_template` is invalid, or is
-            missing with `tools`.
+        ValueError: If one of `stop_tokens` is not one token, `system_prompt` is no text, or the tokenizer's
+            `response_template` is invalid, or is missing with `tools`.
     """
     from transformers import GenerationConfig
     from transformers.utils import get_json_schema
@@ -157,13 +160,15 @@ def tokenizer(
         if len(encoded) != 1:
             raise ValueError(f"stop_tokens must be one token each, got {text!r}, which is {len(encoded)}")
         ids |= set(encoded)
+    if not isinstance(system_prompt, str | None):
+        raise ValueError(f"system_prompt must be a text, got {system_prompt!r}")
     # Templates write tools as JSON, which nodes of a configuration are not.
     options: Any = OmegaConf.to_container(OmegaConf.create(dict(template_options or {})), resolve=True)
     if tools:
         if loaded.response_template is None:
             raise ValueError(f"tools need a tokenizer with a response_template, which the one in {path} lacks")
         options["tools"] = [get_json_schema(function) for function in map(load_dotpath, tools)]
-    return CheckpointTokenizer(loaded, sorted(ids - {None}), options)
+    return CheckpointTokenizer(loaded, sorted(ids - {None}), options, system_prompt)
 
 
 class CheckpointTokenizer:
@@ -173,10 +178,18 @@ class CheckpointTokenizer:
         tokenizer: The tokenizer.
         stop_tokens: Ids that end a completion.
         template_options: Arguments of the chat template.
+        system_prompt: The text of a system message before every conversation, or None.
     """
 
-    def __init__(self, tokenizer: Any, stop_tokens: list[int], template_options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_tokens: list[int],
+        template_options: dict[str, Any],
+        system_prompt: str | None = None,
+    ) -> None:
         self.tokenizer, self.stop_tokens, self.template_options = tokenizer, stop_tokens, template_options
+        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Return the ids of a text; special tokens are added on request only."""
@@ -199,7 +212,7 @@ class CheckpointTokenizer:
     def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the text of messages and of the beginning of the next answer, by the checkpoint's chat template."""
         text: str = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, **self.template_options
+            [*self.system, *messages], add_generation_prompt=True, tokenize=False, **self.template_options
         )
         return text
 
@@ -233,13 +246,17 @@ class CheckpointTokenizer:
         """Return the ids of a user message and of the beginning of its answer, by the checkpoint's chat template.
 
         Raises:
-            ValueError: If the tokenizer has no chat template.
+            ValueError: If the tokenizer has no chat template, or it refuses the messages.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template; set prompt_format=plain or bos")
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False, **self.template_options
-        )
+        messages = [*self.system, {"role": "user", "content": text}]
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **self.template_options
+            )
+        except TemplateError as error:  # such as Gemma 2's, which has no system messages
+            raise ValueError(f"the chat template refuses the prompt: {error}") from error
         return ids
 
 

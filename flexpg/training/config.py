@@ -6,7 +6,6 @@ or function, and its arguments, as in torchtune.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from flexpg.advantages import ScaleRewards
 from flexpg.losses import ImportanceSamplingLevel, ImportanceSamplingMode, LossType, grpo_loss
 from flexpg.sampling import SamplingParams
-from flexpg.training.dotpaths import load_dotpath, near_argument
+from flexpg.training.dotpaths import load_dotpath
 from flexpg.training.errors import one_line
 
 Component = dict[str, Any]
@@ -147,6 +146,7 @@ COMPONENTS = (
     *("tokenizer", "model", "checkpointer", "train_problems", "test_problems", "test_reward"),
     *("optimizer", "lr_scheduler", "metric_logger", "sampler", "environment", "profiler"),
 )
+OPTIONAL = ("test_reward", "sampler", "environment")  # components that may be null
 
 
 def parse_config(recipe_main: Callable[[Any], None]) -> Callable[[], None]:
@@ -216,6 +216,8 @@ def load_config(given: DictConfig) -> Any:
             given[name] = {"_component_": given[name]}
         if OmegaConf.is_dict(given.get(name)) and "_component_" in given[name]:
             schema[name] = {}
+            if given[name]._component_ is None and name in OPTIONAL:  # `test_reward=null` on the command line
+                given[name] = None
     try:
         cfg = OmegaConf.merge(schema, given)
         if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -225,43 +227,18 @@ def load_config(given: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         lines = str(error).splitlines()
         key = next((line.partition("full_key: ")[2] for line in lines if "full_key: " in line), "")
-        raise ValueError(f"{key}: {lines[0]}" if key else lines[0]) from error
+        raise ValueError(
+            (f"{key}: {lines[0]}" if key else lines[0]) + _option_below(key, schema, given, lines[0])
+        ) from error
     _check_values(cfg)
     return cfg
 
 
-def component(cfg: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate the component of an option; its errors are prefixed with the option's name.
-
-    Args:
-        cfg: The configuration.
-        name: The option.
-        args: Positional arguments before those of the configuration.
-        kwargs: Arguments over those of the configuration.
-
-    Raises:
-        ValueError: If the component cannot be imported, rejects its arguments, or misses a file.
-    """
-    try:
-        loaded = load_dotpath(cfg[name]["_component_"])
-    except ValueError as error:
-        raise ValueError(f"{name}: {one_line(error)}") from error
-    try:
-        return config.instantiate(cfg[name], *args, **kwargs)
-    except Exception as error:  # a component is anybody's code
-        kind = "" if isinstance(error, ValueError | InstantiationError | OSError) else f"{type(error).__name__}: "
-        # Probably a text where a number was expected.
-        is_text = isinstance(error, TypeError) and re.search(r"\bstr\b", str(error))
-        is_null = isinstance(error, TypeError) and "NoneType" in str(error)
-        texts = {  # unique, in their order, and inputs only
-            f"{key}={value!r}" if is_text else value: None
-            for key, value in cfg[name].items()
-            if key not in ("_component_", "output_dir") and isinstance(value, str) and value not in str(error)
-            if is_text or Path(value).exists()
-        }
-        texts |= {f"{key}={value}": None for key, value in cfg[name].items() if value is None and is_null}
-        given = f" (given {', '.join(texts)})" if texts else ""  # parsers seldom name their file
-        raise ValueError(f"{name}: {kind}{one_line(error)}{near_argument(loaded, error)}{given}") from error
+def _option_below(key: str, schema: Any, given: Any, message: str) -> str:
+    """Return `; did you mean PATH?` for an unknown option whose name another mapping has, else ""."""
+    mappings = [(name, source._get_node(name)) for source in (schema, given) for name in source]
+    below = [f"{name}.{key}" for name, node in mappings if isinstance(node._value(), dict) and key in node]
+    return f"; did you mean {below[0]}?" if "not in" in message and below else ""
 
 
 def sampling_params(cfg: Any, stop_tokens: list[int]) -> SamplingParams:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from flexpg.training.config import component
+from flexpg.training.components import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import error_context
 

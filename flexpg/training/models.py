@@ -17,7 +17,7 @@ from torchtune.modules import TransformerDecoder
 
 from flexpg.analysis.flops import ModelShape
 from flexpg.training.checkpoints import CheckpointError
-from flexpg.training.config import component
+from flexpg.training.components import component
 from flexpg.training.distributed import World
 
 # State dicts: whole on rank 0, and from there to all ranks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchtune.data import Message
 
 from flexpg.training.causal_lm import CheckpointTokenizer
-from flexpg.training.config import component
+from flexpg.training.components import component
 from flexpg.training.episodes import Episode
 from flexpg.training.models import library_of
 from flexpg.training.reward_calls import Group
@@ -27,8 +28,8 @@ def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "
     Args:
         tokenizer: A torchtune tokenizer, or one with its methods.
         prompt: The text.
-        prompt_format: "chat" is the format of the tokenizer's model, without a system message, where the chat templates
-            of Qwen2.5 and Llama 3.2 would add one of their own.
+        prompt_format: "chat" is the chat template of a checkpoint's tokenizer, or the format of a torchtune tokenizer,
+            which adds no system message, as the chat templates of Qwen2.5 and Llama 3.2 do.
 
     Raises:
         ValueError: If the tokenizer's max_seq_len truncates the prompt.
@@ -46,6 +47,21 @@ def prompt_tokens(tokenizer: Any, prompt: str, prompt_format: Literal["plain", "
     if end is None:
         raise ValueError(f"the tokenizer's max_seq_len={tokenizer.max_seq_len} truncates the prompt; set it to null")
     return list(first[:end])
+
+
+def shown_prompt(tokenizer: Any, tokens: Sequence[int], length: int = 500) -> str:
+    """Return a prompt as the model sees it, special tokens included, without its middle if it is long.
+
+    Args:
+        tokenizer: A torchtune tokenizer, or one with its methods.
+        tokens: The prompt's token ids.
+        length: Characters that are shown at most.
+    """
+    decode = tokenizer.decode_all if isinstance(tokenizer, CheckpointTokenizer) else tokenizer.decode
+    known = inspect.signature(decode).parameters
+    options = {name: False for name in ("truncate_at_eos", "skip_special_tokens") if name in known}  # of Llama 3's
+    text = str(decode(list(tokens), **options))
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def build_problems(cfg: Any, name: str) -> list[Problem]:

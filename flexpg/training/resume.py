@@ -112,8 +112,9 @@ def read_own_progress(checkpoint: Path, cfg: Any, same: dict[str, Any]) -> Any:
     for name, saved in progress["options"].items():
         if name in SAME_ON_EVAL or not cfg.eval_only:
             for option, value, given in _differences(name, saved, same[name]):
+                expected, got = ("null" if other is None else other for other in (value, given))
                 raise ValueError(
-                    f"{option} must be {value} to resume from {checkpoint}, got {given}; use that, or start from "
+                    f"{option} must be {expected} to resume from {checkpoint}, got {got}; use that, or start from "
                     "scratch with another output_dir"
                 )
     if progress["steps_done"] > cfg.num_steps and not cfg.eval_only:

@@ -194,6 +194,15 @@ def reward_metrics(scores: Sequence[Scores]) -> dict[str, float]:
     return metrics
 
 
+def unused_rewards(scores: Sequence[Scores]) -> list[str]:
+    """Return the names of the rewards that were None for every rollout of a step.
+
+    >>> unused_rewards([Scores(torch.ones(2), {"a": torch.ones(2), "b": torch.full((2,), torch.nan)}, Log())])
+    ['b']
+    """
+    return [name for name in scores[0].values if all(group.values[name].isnan().all() for group in scores)]
+
+
 def _scores(rewards: Sequence[Reward], group: Group, columns: Mapping[str, list[float]], log: Log) -> Scores:
     values = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     table = torch.stack([values[reward.name] for reward in rewards])  # [rewards, G]

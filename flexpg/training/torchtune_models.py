@@ -32,7 +32,7 @@ from torchtune.modules.peft import disable_adapter as without_adapters
 from flexpg.analysis.torchtune_shape import shape_of
 from flexpg.integrations.torchtune import check_fits
 from flexpg.training.checkpoints import WRITE_ERRORS, differences
-from flexpg.training.config import component
+from flexpg.training.components import component
 from flexpg.training.distributed import World
 from flexpg.training.errors import one_line
 from flexpg.training.models import BROADCAST, GATHER, refuse_own_weights

@@ -97,10 +97,8 @@ def problems(
     start = skip + (shots if shown_from == asked_from else 0)
     asked = rows[start:][:size]
     if len(examples) < shots or not asked:
-        raise ValueError(
-            f"{source} must have more than {start} rows (skip={skip}, shots={shots}) and {shown_from[0]} at least "
-            f"{shots}, got {len(rows)} and {len(examples)}"
-        )
+        shown = f" and {shown_from[0]} at least {shots} examples, got {len(examples)}" if shots else ""
+        raise ValueError(f"{source} must have more than {start} rows (skip={skip}), got {len(rows)}{shown}")
     context = "".join(_shot(f"{shown_from[0]}, row {n}", row, template, answer, shot_template) for n, row in examples)
     return [_problem(f"{source}, row {n}", row, template, answer, context) for n, row in asked]
 
@@ -128,17 +126,17 @@ def partition_numbers(count: int, partition: str | None) -> list[int]:
 
 
 def _problem(where: str, row: Mapping[str, Any], template: str, answer: Template, context: str) -> Problem:
-    filled = _filled(where, answer, row, is_answer=True)
+    filled = _filled(where, "answer", answer, row)
     if not filled.strip() and (callable(answer) or answer.strip()):
         raise ValueError(f"{where}: the answer is empty; fill it in, or leave the row out")
-    return Problem(context + _filled(where, template, row), filled, row)
+    return Problem(context + _filled(where, "template", template, row), filled, row)
 
 
 def _shot(where: str, row: Mapping[str, Any], template: str, answer: Template, shot_template: str | None) -> str:
     example = _problem(where, row, template, answer, context="")  # also validates the row
     if shot_template is None:
         return f"{example.prompt} {example.answer}\n\n"
-    return _filled(where, shot_template, row)
+    return _filled(where, "shot_template", shot_template, row)
 
 
 class _Fill(Formatter):
@@ -156,15 +154,19 @@ class _Fill(Formatter):
         return str(super().format_field(value, format_spec))
 
 
-def _filled(where: str, template: Template, row: Mapping[str, Any], *, is_answer: bool = False) -> str:
+def _filled(where: str, name: str, template: Template, row: Mapping[str, Any]) -> str:
     given = {name: value for name, value in row.items() if value is not None}
     try:
-        return _Fill(is_answer).vformat(template, (), given) if isinstance(template, str) else template(given)
+        return (
+            _Fill(is_answer=name == "answer").vformat(template, (), given)
+            if isinstance(template, str)
+            else template(given)
+        )
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if not isinstance(template, str) and not callable(template):
             raise ValueError(
-                f"template and answer must be strings, got {template}; on a command line, quote braces: "
-                "'train_problems.answer=\"{answer}\"'"
+                f"{name} must be a string, got {template}; on a command line, quote braces: "
+                f"'train_problems.{name}=\"{{column}}\"'"
             ) from None
         nulls = f"; null: {', '.join(name for name in row if name not in given)}" if len(given) < len(row) else ""
         raise ValueError(
