@@ -19,7 +19,7 @@ class MicroBatch:
 
     Attributes:
         indices: [n] int64, which rollouts of the step they are; row i of a micro-batch's [n, C] tensors is rollout
-            `indices[i]`.
+            `indices[i]`. They ascend.
         rollouts: The rollouts at `indices`.
         tree: Their packed sequence; sequence i is the micro-batch's rollout i.
         rank: The rank that trains on it.
