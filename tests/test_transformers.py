@@ -836,3 +836,29 @@ def test_forward_that_is_replaced_by_an_object_is_refused():
     model.forward = CallsModel(model.forward)
     with pytest.raises(TypeError, match=r"was replaced by .*; replace it by a method: model\.forward = types"):
         output(model)(torch.zeros(3, 32))
+
+
+def test_loss_of_logits_equals_baseline_float64():
+    """Distillation as in docs/own_loop.md: logits of the tokens before those in the loss."""
+    model, baseline = map(hf.in_float64, hf.model_pair("llama"))
+    mask = [[[1, 0, 1], [0, 1]], [[1, 1], [1, 0, 1, 1]]]
+    completions = [[tokens(len(row), 10 * g + i) for i, row in enumerate(group)] for g, group in enumerate(mask)]
+    rollouts = flexpg.Rollouts.from_groups([tokens(9, 1), tokens(6, 2)], completions, [[0, 1]] * 2, loss_mask=mask)
+    targets = torch.randn(len(rollouts), 4, VOCAB, dtype=torch.float64).log_softmax(-1)
+    losses = []
+    for batch in flexpg.pack(rollouts, max_tokens=14):
+        tree = batch.tree
+        n, c = batch.loss_mask.nonzero(as_tuple=True)
+        before = tree.parent[tree.node[n, batch.rollouts.prompt_lens[n] + c]]
+        scores = output(model)(forward(model, tree)[0, before]).log_softmax(-1)
+        losses.append(-(scores * targets[batch.indices[n], c].exp()).sum())
+        losses[-1].backward()
+    expected = []
+    for n, sequence in enumerate(rollouts.sequences):
+        scores = baseline(sequence[None]).logits[0, rollouts.prompt_lens[n] - 1 : -1].log_softmax(-1)
+        kept = rollouts.loss_mask[n, : len(scores)]
+        expected.append(-(scores * targets[n, : len(scores)].exp())[kept].sum())
+        expected[-1].backward()
+    assert len(losses) > 1 and float(abs(sum(losses) - sum(expected)) / sum(expected)) < 1e-12
+    for ours, other in zip(model.parameters(), baseline.parameters(), strict=True):
+        assert (ours.grad - other.grad).norm() <= 1e-12 * other.grad.norm()
